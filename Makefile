@@ -1,0 +1,43 @@
+# From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make check`, `make bench`, `make proto`.
+# Everything is installed into .venv and .venv-proto beside this file, and nowhere else.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+PROTO_BIN := .venv-proto/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# Its output loads on protobuf 4.25 up to today's; newer tools write code that refuses older runtimes.
+# It imports pkg_resources, which setuptools 81 dropped.
+PROTO_TOOLS := grpcio-tools==1.60.1 'setuptools<81'
+
+.PHONY: demo test check bench proto
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+test: .venv/.dev .venv-proto/.tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: .venv/.dev .venv-proto/.tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_tidy.py
+
+bench: .venv/.dev
+	$(BIN)/python -m tests.bench
+
+proto: .venv-proto/.tools
+	$(PROTO_BIN)/python proto/generate.py
+
+$(BIN)/python $(PROTO_BIN)/python:
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
+
+# Two marks in one environment: the demo needs less than the tests.
+.venv/.demo .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into .venv (some minutes the first time)'
+	$(INSTALL) '.[$(patsubst .venv/.%,%,$@)]'
+	@touch $@
+
+.venv-proto/.tools: Makefile | $(PROTO_BIN)/python
+	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	@touch $@

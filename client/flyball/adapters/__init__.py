@@ -1,0 +1,1 @@
+"""Adapters: how each training library is steered. One file per library, named after it."""

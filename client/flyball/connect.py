@@ -1,0 +1,158 @@
+"""Where a training process is wired to the service: environment, address, transport, session, link.
+
+Rule of this module: everything that can be refused is refused here, before training has begun.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Any
+from urllib.parse import urlsplit
+
+from flyball.base import Base, build
+from flyball.errors import FlyballError, Refused
+from flyball.link import Link, Transport
+from flyball.session import Session
+from flyball.wire import Attach, Group
+
+log = logging.getLogger("flyball")
+
+#: Where the service is looked for when neither `server=` nor FLYBALL_SERVER says.
+DEFAULT_SERVER = "http://127.0.0.1:1788"
+
+
+def connect(
+    *,
+    groups: tuple[Group, ...],
+    run: str,
+    project: str,
+    policy: str | Mapping[str, Any],
+    base: Mapping[str, Any] | None,
+    guard: Mapping[str, Any] | None,
+    labels: Mapping[str, str] | None,
+    server: str | None,
+    token: str | None,
+    mode: str,
+    seed: int,
+    lag: int | None,
+    on_outage: str,
+    resume: bool | Mapping[str, Any],
+    start_wait_s: float,
+) -> tuple[Session, Link]:
+    """A session and its running link. Waits up to `start_wait_s` for the service's first answer.
+
+    Raises Refused where the service says no in that time, FlyballError or ValueError where an argument is wrong or
+    an extra is missing. A service that cannot be reached is no error: the link goes on trying.
+    """
+    if on_outage not in ("hold", "base", "stop"):
+        raise ValueError(f"on_outage is {on_outage!r}: give 'hold', 'base' or 'stop'")
+    if lag is not None and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):
+        raise ValueError(f"lag is {lag!r}: give None, or a number of optimizer steps, 0 or more")
+    if mode not in ("absolute", "multiplier"):
+        raise ValueError(f"mode is {mode!r}: give 'absolute' or 'multiplier'")
+    spec = {"type": policy} if isinstance(policy, str) else dict(policy)
+    declared = _declared_base(spec, base)
+    if on_outage == "base" and declared is None:
+        raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
+    step, attempt, digest = _resumption(resume, run)
+    message = Attach(
+        project=project,
+        run=run,
+        session=new_session(),
+        labels=dict(labels or {}),
+        groups=groups,
+        policy=spec,
+        base=None if base is None else dict(base),
+        guard=dict(guard or {}),
+        mode=mode,
+        seed=seed,
+        lag=lag,
+        resume=bool(resume),
+        from_step=step,
+        from_attempt=attempt,
+        digest=digest,
+        client=f"flyball/{_version()}",
+    )
+    make = transport(server or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, token)
+    session = Session(message, base=declared, on_outage=on_outage, now=time.monotonic())
+    link = Link(session, make)
+    link.start()
+    link.wait(lambda: session.state != "connecting", start_wait_s, "the service's first answer")
+    if session.state == "refused":
+        link.close(0.0)
+        raise Refused("refused", session.last_error)
+    if session.attached is None:
+        log.warning("flyball: no answer from the service yet; run %r begins with its own settings", run)
+    return session, link
+
+
+def transport(server: str, token: str | None) -> Callable[[], Transport]:
+    """How to make a connection to `server`: grpc://, grpcs://, http:// or https://, with host and port.
+
+    Raises FlyballError for anything else, and where gRPC is asked for but not installed.
+    """
+    parts = urlsplit(server)
+    token = token or os.environ.get("FLYBALL_TOKEN")
+    if parts.scheme in ("http", "https") and parts.hostname:
+        from flyball.over_http import HttpTransport
+
+        return lambda: HttpTransport(server, token)
+    if parts.scheme in ("grpc", "grpcs") and parts.hostname and parts.port:
+        try:
+            from flyball.over_grpc import GrpcTransport
+        except ImportError as error:
+            raise FlyballError(
+                f"server is {server!r}, but gRPC is not installed ({error}): pip install 'flyball[grpc]', or use the "
+                "service's http:// address, which needs nothing"
+            ) from error
+        secure = parts.scheme == "grpcs"
+        return lambda: GrpcTransport(parts.netloc, secure, token)
+    raise FlyballError(
+        f"server is {server!r}: give grpc://HOST:PORT or http://HOST:PORT (grpcs:// and https:// for TLS)"
+    )
+
+
+def new_session() -> str:
+    """A new session id."""
+    return uuid.uuid4().hex
+
+
+def _resumption(resume: bool | Mapping[str, Any], run: str) -> tuple[int | None, int | None, str]:
+    """from_step, from_attempt and digest of `resume=`."""
+    if isinstance(resume, bool):
+        return None, None, ""
+    return check_token(resume, run)
+
+
+def check_token(token: Mapping[str, Any], run: str) -> tuple[int, int | None, str]:
+    """Step, attempt and digest of a checkpoint token. Raises ValueError where it is none, or another run's."""
+    if not isinstance(token, Mapping) or not isinstance(token.get("step"), int):
+        raise ValueError(f"{token!r:.80} is no checkpoint token: give what governor.state_dict() returned")
+    if token.get("run") != run:
+        raise ValueError(f"the checkpoint token is of run {token.get('run')!r}, but this is run {run!r}")
+    return token["step"], token.get("attempt"), str(token.get("digest", ""))
+
+
+def _declared_base(spec: Mapping[str, Any], base: Mapping[str, Any] | None) -> Base | None:
+    """The base schedule the run declares, wherever it is written."""
+    declared = base if base is not None else spec.get("base")
+    if declared is None:
+        try:
+            # A policy may be named after a schedule: {"type": "cosine", ...} is that schedule alone.
+            return build(spec) if spec.get("type") != "constant" else None
+        except ValueError:
+            return None  # a policy proper; the service checks it
+    return build(declared)
+
+
+def _version() -> str:
+    try:
+        return installed_version("flyball")
+    except PackageNotFoundError:
+        return "0+unknown"

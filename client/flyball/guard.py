@@ -1,0 +1,43 @@
+"""The client's own limits: the last check before a number reaches the optimizer.
+
+Rule of this module: it needs no service. What it lets through is finite, not negative, and inside the bounds
+given at attach, whatever the other side of the wire says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import inf, isfinite
+from typing import Any
+
+from flyball.wire import Group, Settings
+
+
+class Bounds:
+    """The bounds in a `guard` mapping: min_lr, max_lr, min_factor, max_factor, and the bounds by group."""
+
+    def __init__(self, guard: Mapping[str, Any], groups: tuple[Group, ...]) -> None:
+        self._lr = [_range(guard, guard.get("groups", {}).get(group.name, {}), group.lr) for group in groups]
+
+    def within(self, settings: Settings) -> Settings | None:
+        """The settings inside the bounds; the same object where nothing had to be done, None where unusable."""
+        if len(settings.lr) != len(self._lr) or not all(isfinite(lr) and lr >= 0 for lr in settings.lr):
+            return None
+        if settings.momentum is not None and not all(m is None or 0 <= m < 1 for m in settings.momentum):
+            return None
+        if settings.noise_std is not None and not all(0 <= n < inf for n in settings.noise_std):
+            return None
+        if all(low <= lr <= high for lr, (low, high) in zip(settings.lr, self._lr, strict=True)):
+            return settings
+        lr = tuple(min(max(lr, low), high) for lr, (low, high) in zip(settings.lr, self._lr, strict=True))
+        return settings._replace(lr=lr)
+
+
+def _range(guard: Mapping[str, Any], own: Mapping[str, Any], reference: float) -> tuple[float, float]:
+    lows = [guard.get("min_lr"), own.get("min_lr"), _times(guard.get("min_factor"), reference)]
+    highs = [guard.get("max_lr"), own.get("max_lr"), _times(guard.get("max_factor"), reference)]
+    return max((x for x in lows if x is not None), default=0.0), min((x for x in highs if x is not None), default=inf)
+
+
+def _times(factor: float | None, reference: float) -> float | None:
+    return None if factor is None else factor * reference

@@ -1,0 +1,191 @@
+"""The gRPC transport: one bidirectional stream per run. Needs `pip install flyball[grpc]`.
+
+Rule of this module: tuples to protobuf and back, nothing else. A dead peer is noticed by keep-alive pings, so
+that even a stream without its own deadline ends.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+from flyball_proto.v1 import steering_pb2 as pb
+from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
+
+from flyball import limits, wire
+from flyball.errors import LinkError, Refused
+
+_REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
+    grpc.StatusCode.NOT_FOUND: "not_found",
+    grpc.StatusCode.ABORTED: "conflict",
+    grpc.StatusCode.PERMISSION_DENIED: "denied",
+    grpc.StatusCode.UNAUTHENTICATED: "denied",
+}
+
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", int(limits.ANSWER_S * 1000 / 2)),
+    ("grpc.keepalive_timeout_ms", int(limits.ANSWER_S * 1000 / 2)),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A connection per run: a shared one would let a stalled run hold up its neighbours.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Our own link decides when to try again.
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class GrpcTransport:
+    """Speaks to `target` (host:port), over TLS where `secure`, with a bearer token if there is one."""
+
+    def __init__(self, target: str, secure: bool, token: str | None) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        if secure:
+            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
+        self._call: Any = None
+
+    def attach(self, message: wire.Attach) -> wire.Attached:
+        """Open the stream and say Attach."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=limits.CONNECT_S)
+        except grpc.FutureTimeoutError:
+            raise LinkError(f"no connection within {limits.CONNECT_S:g} s") from None
+        stub = pb_grpc.SteeringStub(self._channel)
+        self._call = stub.Steer(iter(self._outgoing.get, None), metadata=self._metadata)
+        return _attached(self._exchange(pb.ClientMessage(attach=_attach(message))).attached)
+
+    def report(self, message: wire.Report) -> wire.Advice:
+        """Send a report and wait for its advice."""
+        return _advice(self._exchange(pb.ClientMessage(report=_report(message))).advice)
+
+    def close(self) -> None:
+        """Cancel the stream, which also ends a call that waits on it."""
+        self._outgoing.put(None)
+        if self._call is not None:
+            self._call.cancel()
+        self._channel.close()
+
+    def _exchange(self, message: pb.ClientMessage) -> pb.ServerMessage:
+        self._outgoing.put(message)
+        try:
+            answer: pb.ServerMessage = next(self._call)
+            return answer
+        except StopIteration:
+            raise LinkError("the service ended the stream") from None
+        except grpc.RpcError as error:
+            code, details = error.code(), error.details()
+            if code in _REFUSALS:
+                raise Refused(_REFUSALS[code], str(details)) from error
+            raise LinkError(f"{code.name}: {details}") from error
+        except ValueError as error:  # the channel was closed under the call
+            raise LinkError(str(error)) from error
+
+
+def _attach(m: wire.Attach) -> pb.Attach:
+    groups = [pb.Group(name=g.name, lr=g.lr, momentum=g.momentum, betas=g.betas or ()) for g in m.groups]
+    return pb.Attach(
+        project=m.project,
+        run=m.run,
+        session=m.session,
+        labels=dict(m.labels),
+        groups=groups,
+        policy_json=json.dumps(m.policy),
+        base_json="" if m.base is None else json.dumps(m.base),
+        guard_json=json.dumps(m.guard) if m.guard else "",
+        mode=m.mode,
+        seed=m.seed,
+        lag=m.lag,
+        resume=m.resume,
+        from_step=m.from_step,
+        from_attempt=m.from_attempt,
+        digest=m.digest,
+        client=m.client,
+    )
+
+
+def _report(m: wire.Report) -> pb.Report:
+    return pb.Report(
+        run=m.run,
+        session=m.session,
+        attempt=m.attempt,
+        step=m.steps,
+        signals=[_column(name, values) for name, values in m.signals.items()],
+        receipts=[_receipt(r) for r in m.receipts],
+        answers=[pb.DirectiveAnswer(directive=a.directive, outcome=a.outcome, note=a.note) for a in m.answers],
+        end=m.end,
+    )
+
+
+def _column(name: str, values: Sequence[float | None]) -> pb.Column:
+    if None not in values:
+        return pb.Column(name=name, value=values)  # type: ignore[arg-type]
+    missing = [i for i, v in enumerate(values) if v is None]
+    return pb.Column(name=name, value=[0.0 if v is None else v for v in values], missing=missing)
+
+
+def _receipt(r: wire.Receipt) -> pb.Receipt:
+    settings = r.settings
+    return pb.Receipt(
+        number=r.number,
+        step=r.step,
+        decided=r.decided,
+        lr=settings.lr,
+        momentum=None if settings.momentum is None else [0.0 if m is None else m for m in settings.momentum],
+        noise_std=settings.noise_std,
+        late=r.late,
+        conflict=r.conflict,
+        ranks=r.ranks,
+    )
+
+
+def _attached(m: pb.Attached) -> wire.Attached:
+    return wire.Attached(
+        run=m.run,
+        attempt=m.attempt,
+        from_step=m.from_step,
+        through=m.through,
+        receipts_through=m.receipts_through,
+        seq=m.seq,
+        digest=m.digest,
+        policy=m.policy,
+        changes=tuple(_changes(m.changes)),
+        phase=m.phase,
+        code=m.code,
+        reason=m.reason,
+        reference=tuple(m.reference),
+    )
+
+
+def _advice(m: pb.Advice) -> wire.Advice:
+    return wire.Advice(
+        attempt=m.attempt,
+        through=m.through,
+        receipts_through=m.receipts_through,
+        seq=m.seq,
+        digest=m.digest,
+        changes=tuple(_changes(m.changes)),
+        phase=m.phase,
+        code=m.code,
+        reason=m.reason,
+        directives=tuple(wire.Directive(d.id, d.kind, json.loads(d.args_json or "{}")) for d in m.directives),
+    )
+
+
+def _changes(m: pb.Changes) -> Iterator[tuple[int, wire.Settings]]:
+    count = len(m.decided)
+    groups = len(m.lr) // count if count else 0
+    lr, momentum, noise = list(m.lr), list(m.momentum), list(m.noise_std)
+    for i, decided in enumerate(m.decided):
+        part = slice(i * groups, (i + 1) * groups)
+        yield decided, wire.Settings(tuple(lr[part]), _row(momentum[part]), _row(noise[part]))
+
+
+def _row(values: list[float]) -> tuple[float, ...] | None:
+    """A row of NaN says nothing."""
+    return None if not values or values[0] != values[0] else tuple(values)

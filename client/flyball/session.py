@@ -1,0 +1,433 @@
+"""One attached job's side of the conversation, as a state machine without I/O.
+
+Rules of this module
+--------------------
+1. It does nothing by itself: no thread, no socket, no clock. Time is an argument (seconds of any monotonic clock).
+2. Nothing here raises after construction, and nothing here waits.
+3. What was not acknowledged is kept and sent again; the service folds a step once, so repeating is always safe.
+4. Everything is bounded. What does not fit is dropped oldest first, and counted.
+5. The training thread writes observations and receipts and reads settings; the link thread does all else. A lock
+   is held for a few appends at most, so neither ever waits for the other's I/O.
+
+States: connecting -> steering <-> away -> ... -> closed; or refused (the service said no), or superseded (another
+process drives the run now). While `away` is an outage, `on_outage` says which settings hold: the last ones
+(hold), those of the declared base schedule under the last known factor (base), or the last ones with
+`should_stop` set (stop).
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flyball import limits
+from flyball.base import Base
+from flyball.guard import Bounds
+from flyball.wire import Advice, Answer, Attach, Attached, Directive, Receipt, Report, Settings
+
+#: loss, reward, grad_norm and all other signals of one step. A loss may be a `Pending` one.
+Signals = tuple[Any, float | None, float | None, Mapping[str, float] | None]
+
+
+class Pending:
+    """A loss that is still on its way from a device. `ready()` is true once `value()` no longer waits."""
+
+    def ready(self) -> bool:
+        """Whether the value has arrived."""
+        raise NotImplementedError
+
+    def value(self) -> float:
+        """The value; only called once it is ready."""
+        raise NotImplementedError
+
+
+class Target(NamedTuple):
+    """Settings for one optimizer step: from which observation they were decided, and whether they come late."""
+
+    settings: Settings
+    decided: int
+    late: bool
+
+
+class Status(NamedTuple):
+    """What `governor.status` tells.
+
+    state: connecting, steering, away, refused, superseded or closed. through: the newest step in the service's
+    journal. waiting: observations not acknowledged yet. dropped: observations and receipts that were lost to
+    the buffers' limits. stale_s: seconds since the service last answered (None: it never did). bad_values: values
+    that were no numbers and were recorded as not measured. skipped: calls of `step` without an optimizer step.
+    missed: steps whose decision was not there within the budget. conflicts: how often someone else had written.
+    """
+
+    run: str
+    state: str
+    attempt: int | None
+    step: int
+    through: int
+    waiting: int
+    dropped: int
+    outage: bool
+    circuit_open: bool
+    stale_s: float | None
+    settings: Settings | None
+    decision: str
+    reason: str
+    last_error: str
+    bad_values: int
+    skipped: int
+    missed: int
+    conflicts: int
+    should_stop: bool
+    added_us: float
+    waited_s: float
+
+
+class Session:
+    """See the module's head. `attach` is the message to open with; `base` the declared base schedule, if any."""
+
+    def __init__(self, attach: Attach, *, base: Base | None, on_outage: str, now: float) -> None:
+        self.attach = attach
+        self.lag = attach.lag
+        self.state = "connecting"
+        self.outage = False
+        self.circuit_open = False
+        self.last_error = ""
+        self.attached: Attached | None = None
+        self.newest: Target | None = None
+        self.directives: deque[Directive] = deque(maxlen=64)
+        self._base = base
+        self._on_outage = on_outage
+        self._bounds = Bounds(attach.guard, attach.groups)
+        self._lock = threading.Lock()
+        self._observations: deque[tuple[int, Signals]] = deque()
+        self._receipts: deque[Receipt] = deque()
+        self._answers: deque[Answer] = deque(maxlen=64)
+        self._dropped = 0
+        self._in_flight: Report | None = None
+        self._took_all = False
+        self._urgent = False
+        self._decided: list[int] = []
+        self._changes: list[Settings] = []
+        self._through = -1
+        self._receipt_number = 0
+        self._end = ""
+        self._ended = False
+        self._last_sent = now
+        self._last_answer: float | None = None
+        self._away_since: float | None = now
+        self._advice: Attached | Advice | None = None
+
+    # -- the training thread -------------------------------------------------------------------------
+
+    def observe(self, step: int, signals: Signals) -> bool:
+        """Record one step. Returns whether the link should be woken to send."""
+        with self._lock:
+            buffer = self._observations
+            if len(buffer) >= limits.BUFFER_MAX:
+                buffer.popleft()
+                self._dropped += 1
+            buffer.append((step, signals))
+            return len(buffer) % limits.FLUSH_OBSERVATIONS == 0 or (self.lag is not None and not self.outage)
+
+    def target(self, step: int) -> Target | None:
+        """The settings to apply at optimizer `step`; None where there are none to apply (the optimizer's own stay).
+
+        With lag = k and a decision that has not come, this is the newest one, late; `missing` tells beforehand.
+        """
+        if self.outage and self._on_outage == "base" and self._base is not None:
+            return self._from_base(step)
+        newest = self.newest
+        if self.lag is None or newest is None:
+            return newest
+        with self._lock:
+            need = max(step - 1 - self.lag, self._first_decision())
+            found = bisect_right(self._decided, min(need, self._through)) - 1
+            late = need > self._through
+            if found < 0:
+                return newest
+            return Target(self._changes[found], self._decided[found], late)
+
+    def missing(self, step: int) -> bool:
+        """Whether optimizer `step` ought to wait: lag = k, its decision is not here, and waiting makes sense."""
+        if self.lag is None or self.circuit_open or self.state in ("refused", "superseded", "closed"):
+            return False
+        if self.attached is None:
+            return True
+        return max(step - 1 - self.lag, self._first_decision()) > self._through
+
+    def missed(self) -> None:
+        """A step waited in vain: no further step waits until the link is healthy."""
+        self.circuit_open = True
+
+    def hurry(self) -> None:
+        """Somebody waits: the next report leaves at once."""
+        self._urgent = True
+
+    def receipt(self, step: int, decided: int, settings: Settings, late: bool, conflict: str, ranks: int) -> None:
+        """Record what was really applied at `step`."""
+        with self._lock:
+            self._receipt_number += 1
+            if len(self._receipts) >= limits.RECEIPTS_MAX:
+                self._receipts.popleft()
+                self._dropped += 1
+            self._receipts.append(Receipt(self._receipt_number, step, decided, settings, late, conflict, ranks))
+
+    def answer(self, directive: str, outcome: str, note: str) -> None:
+        """Answer a directive."""
+        self._answers.append(Answer(directive, outcome, note))
+
+    def end(self, outcome: str) -> None:
+        """The job ends: the last report says how ("finished" or "failed"; "" leaves it open)."""
+        self._end = outcome
+        self._urgent = True
+
+    @property
+    def should_stop(self) -> bool:
+        """on_outage="stop", and there is an outage."""
+        return self._on_outage == "stop" and self.outage
+
+    @property
+    def drained(self) -> bool:
+        """Whether everything was acknowledged, the end included."""
+        return not (self._observations or self._receipts or self._answers or (self._end and not self._ended))
+
+    # -- the link thread -----------------------------------------------------------------------------
+
+    def on_attached(self, message: Attached, now: float) -> None:
+        """The service answered Attach."""
+        with self._lock:
+            previous = self.attached
+            if previous is None or previous.attempt != message.attempt:
+                self._decided, self._changes = [], []
+                self._through = message.from_step - 1
+            self.attached = message
+            self._in_flight = None
+            if message.through < message.from_step or self.lag is None:
+                # Nothing observed yet, or only the newest counts: these are the settings to go on with.
+                self._learn(message.changes, message.through)
+            if self.lag is None:
+                self._acknowledge(message.through, message.receipts_through)
+            else:
+                # Steps the service knows are sent once more: their recorded decisions are still wanted here.
+                self._acknowledge(message.from_step - 1, message.receipts_through)
+        self._advice = message
+        self._heard("steering", now)
+        if not self._observations:
+            self.circuit_open = False
+
+    def report(self, now: float) -> Report | None:
+        """The report that is due now, or None. It stays the one in flight until `on_advice` or `on_lost`."""
+        attached = self.attached
+        if attached is None or self._in_flight is not None or self.state != "steering":
+            return None
+        with self._lock:
+            waiting = len(self._observations)
+            due = (
+                self._urgent
+                or waiting >= limits.FLUSH_OBSERVATIONS
+                or now - self._last_sent >= limits.FLUSH_INTERVAL_S
+                or (self.lag is not None and waiting > 0)
+            )
+            if not due or self.drained:
+                return None
+            steps, signals = self._take()
+            receipts = tuple(r for _, r in zip(range(limits.RECEIPTS_BATCH_MAX), self._receipts, strict=False))
+            answers = tuple(self._answers)
+            self._took_all = len(steps) == waiting
+            end = self._end if self._took_all and len(receipts) == len(self._receipts) else ""
+            if not (steps or receipts or answers or end):
+                return None
+            self._urgent = False
+        self._last_sent = now
+        self._in_flight = Report(
+            attached.run, self.attach.session, attached.attempt, steps, signals, receipts, answers, end
+        )
+        return self._in_flight
+
+    def on_advice(self, message: Advice, now: float) -> None:
+        """The service answered the report in flight: everything in it is in the journal."""
+        report, self._in_flight = self._in_flight, None
+        with self._lock:
+            if report is not None:
+                for _ in range(min(len(report.answers), len(self._answers))):
+                    self._answers.popleft()
+                self._ended = self._ended or bool(report.end)
+            self._learn(message.changes, message.through)
+            self._acknowledge(message.through, message.receipts_through)
+        self._advice = message
+        self.directives.extend(message.directives)
+        self._heard("steering", now)
+        if self._took_all:
+            self.circuit_open = False
+
+    def on_lost(self, error: str, now: float) -> None:
+        """The link is down: what was in flight is kept and goes again after the next Attached."""
+        self._in_flight = None
+        self.last_error = error
+        if self.state in ("steering", "connecting"):
+            self.state = "away"
+        if self._away_since is None:
+            self._away_since = now
+        self.tick(now)
+
+    def on_rejected(self, error: str) -> None:
+        """The service calls the report in flight invalid: sending it again would never end, so it is dropped."""
+        report, self._in_flight = self._in_flight, None
+        self.last_error = error
+        if report is not None:
+            with self._lock:
+                if report.steps:
+                    self._dropped += len(report.steps)
+                    self._acknowledge(report.steps[-1], -1)
+                if report.receipts:
+                    self._dropped += len(report.receipts)
+                    self._acknowledge(-1, report.receipts[-1].number)
+
+    def on_refused(self, code: str, error: str, now: float) -> None:
+        """The service said no, for good."""
+        self.last_error = error
+        self.state = "superseded" if code == "conflict" and self.attached is not None else "refused"
+        self._in_flight = None
+        self.outage = True
+        if self._away_since is None:
+            self._away_since = now
+
+    def tick(self, now: float) -> None:
+        """Time passes: an answer that is long due makes an outage."""
+        away = self._away_since
+        if away is not None:
+            never = self.attached is None and self.state == "away"
+            self.outage = self.outage or never or now - away >= limits.OUTAGE_AFTER_S
+        elif self._in_flight is not None and now - self._last_sent >= limits.OUTAGE_AFTER_S:
+            self.outage = True
+
+    def reattach(self, session: str, from_attempt: int | None, from_step: int, digest: str) -> None:
+        """Go on from a checkpoint: the next Attach opens a new attempt at `from_step`, under a new session id, and
+        what was not acknowledged belongs to a past that did not happen."""
+        with self._lock:
+            self._observations.clear()
+            self._receipts.clear()
+            self._receipt_number = 0
+            self._in_flight = None
+            self.attached = None
+            self.newest = None
+            self._through = from_step - 1
+        self.attach = self.attach._replace(
+            session=session, resume=True, from_attempt=from_attempt, from_step=from_step, digest=digest
+        )
+        self.state = "connecting"
+
+    def close(self) -> None:
+        """The conversation is over."""
+        if self.state not in ("refused", "superseded"):
+            self.state = "closed"
+
+    # -- telling -------------------------------------------------------------------------------------
+
+    def token(self, step: int) -> dict[str, Any]:
+        """The checkpoint token: where this run stands, before optimizer `step`. Plain JSON values."""
+        attached, advice = self.attached, self._advice
+        return {
+            "run": self.attach.run,
+            "project": self.attach.project,
+            "attempt": None if attached is None else attached.attempt,
+            "step": step,
+            "seq": 0 if advice is None else advice.seq,
+            "policy": "" if attached is None else attached.policy,
+            "digest": "" if advice is None else advice.digest,
+        }
+
+    def status(self, step: int, now: float, **counters: Any) -> Status:
+        """The status, with the counters of the adapter."""
+        advice, newest, attached = self._advice, self.newest, self.attached
+        return Status(
+            run=self.attach.run if attached is None else attached.run,
+            state=self.state,
+            attempt=None if attached is None else attached.attempt,
+            step=step,
+            through=self._through,
+            waiting=len(self._observations),
+            dropped=self._dropped,
+            outage=self.outage,
+            circuit_open=self.circuit_open,
+            stale_s=None if self._last_answer is None else max(0.0, now - self._last_answer),
+            settings=None if newest is None else newest.settings,
+            decision="" if advice is None else advice.code,
+            reason="" if advice is None else advice.reason,
+            last_error=self.last_error,
+            should_stop=self.should_stop,
+            **counters,
+        )
+
+    # -- leaves --------------------------------------------------------------------------------------
+
+    def _heard(self, state: str, now: float) -> None:
+        self.state = state
+        self.outage = False
+        self.last_error = ""
+        self._away_since = None
+        self._last_answer = now
+
+    def _first_decision(self) -> int:
+        attached = self.attached
+        return -1 if attached is None else attached.from_step - 1
+
+    def _take(self) -> tuple[list[int], dict[str, list[float | None]]]:
+        """The oldest observations that are ready, as columns; they stay in the buffer until acknowledged."""
+        steps: list[int] = []
+        rows: list[Signals] = []
+        for step, row in self._observations:
+            if len(steps) >= limits.BATCH_MAX or (isinstance(row[0], Pending) and not row[0].ready()):
+                break
+            steps.append(step)
+            rows.append(row)
+        columns: dict[str, list[float | None]] = {}
+        losses = [row[0].value() if isinstance(row[0], Pending) else row[0] for row in rows]
+        for name, column in (
+            ("loss", losses),
+            ("reward", [row[1] for row in rows]),
+            ("grad_norm", [row[2] for row in rows]),
+        ):
+            if any(value is not None for value in column):
+                columns[name] = column
+        for name in dict.fromkeys(name for row in rows if row[3] for name in row[3]):
+            columns[name] = [None if row[3] is None else row[3].get(name) for row in rows]
+        return steps, columns
+
+    def _learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> None:
+        for decided, settings in changes:
+            bounded = self._bounds.within(settings)
+            if bounded is None:
+                self.last_error = f"unusable settings from the service were ignored: {settings}"
+                continue
+            if self.newest is None or decided >= self.newest.decided:
+                if self.newest is None or self.newest.settings != bounded:
+                    self.newest = Target(bounded, decided, False)
+            if self.lag is not None and (not self._decided or decided > self._decided[-1]):
+                self._decided.append(decided)
+                self._changes.append(bounded)
+        if len(self._decided) > 2 * limits.CHANGES_MAX:
+            del self._decided[: -limits.CHANGES_MAX], self._changes[: -limits.CHANGES_MAX]
+        self._through = max(self._through, through)
+
+    def _acknowledge(self, through: int, receipts_through: int) -> None:
+        while self._observations and self._observations[0][0] <= through:
+            self._observations.popleft()
+        while self._receipts and self._receipts[0].number <= receipts_through:
+            self._receipts.popleft()
+
+    def _from_base(self, step: int) -> Target:
+        """The base schedule's value of `step`, under the factor of the last decision (1 before the first)."""
+        assert self._base is not None
+        newest = self.newest
+        lr = []
+        for i, group in enumerate(self.attach.groups):
+            value = self._base.lr(step, group.lr)
+            then = 0.0 if newest is None else self._base.lr(newest.decided + 1, group.lr)
+            lr.append(value * newest.settings.lr[i] / then if newest is not None and then > 0 else value)
+        settings = Settings(tuple(lr), None if newest is None else newest.settings.momentum, None)
+        bounded = self._bounds.within(settings)
+        return Target(settings if bounded is None else bounded, step - 1, False)

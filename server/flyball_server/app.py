@@ -1,0 +1,174 @@
+"""Where everything is wired together: store, engine, service, both skins. The only place that builds things.
+
+Order of starting: bind the sockets, open the journal, then serve. Order of stopping: refuse new work, let what
+is in flight finish, commit and close the journal. Killing the process at any point of it loses nothing that
+was acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from types import TracebackType
+
+import uvicorn
+
+from flyball_server import grpc_api, http_api
+from flyball_server.engine import Engine
+from flyball_server.limits import DRAIN_S
+from flyball_server.service import Service, rules_of
+from flyball_server.settings import Settings, split_address
+from flyball_server.storage import open_journal
+
+log = logging.getLogger("flyball_server")
+
+
+def version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return installed_version("flyball")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str], None]) -> None:
+    """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses.
+
+    Raises OSError where an address is taken, Invalid or an error naming the file where the store cannot be opened.
+    """
+    sock = _bind(settings.http)
+    journal = open_journal(settings.store)
+    engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
+    service = Service(engine, journal)
+    ready = threading.Event()
+    app = http_api.build(service, version(), ready.is_set)
+    grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    config.timeout_graceful_shutdown = int(DRAIN_S)
+    http_server = _HttpServer(config)
+    try:
+        await engine.start()
+        await grpc_server.start()
+        http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
+        while not http_server.started and not http_task.done():
+            await asyncio.sleep(0.005)
+        ready.set()
+        started(_address(settings.http, sock.getsockname()[1]), _address(settings.grpc, grpc_port))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({stopping, http_task}, return_when=asyncio.FIRST_COMPLETED)
+        ready.clear()
+        # Streams of training jobs never end by themselves; a second is ample for a report under way, and what
+        # is cut off after that was not acknowledged and comes again.
+        await grpc_server.stop(grace=1.0)
+        http_server.should_exit = True
+        stopping.cancel()
+        await http_task
+    finally:
+        await engine.close()
+        sock.close()
+
+
+class Running:
+    """A real service on a thread of this process, for tests and notebooks; see `running`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._error: BaseException | None = None
+        self._up = threading.Event()
+        self.http = ""
+        self.grpc = ""
+
+    def start(self) -> Running:
+        """Start and return once it serves. Raises what `serve` raises."""
+        self._up.clear()
+        self._error = None
+        self._thread = threading.Thread(target=self._main, name="flyball-server", daemon=True)
+        self._thread.start()
+        self._up.wait()
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+        return self
+
+    def stop(self) -> None:
+        """Drain, flush and end; may be called twice."""
+        if self._thread is not None and self._loop is not None and self._stop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop may have ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Running:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _main(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                runner.run(self._serve())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._up.set()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        await serve(self._settings, self._stop, self._started)
+
+    def _started(self, http: str, grpc: str) -> None:
+        self.http, self.grpc = f"http://{http}", f"grpc://{grpc}"
+        self._up.set()
+
+
+def running(store: str = "memory:", http: str = "127.0.0.1:0", grpc: str = "127.0.0.1:0") -> Running:
+    """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
+
+    By default it listens on free loopback ports and keeps its journal in memory.
+    """
+    return Running(Settings(store=store, http=http, grpc=grpc, insecure=False))
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where it is installed, else the standard one."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _bind(address: str) -> socket.socket:
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+
+
+def _address(asked: str, port: int) -> str:
+    return f"{asked.rpartition(':')[0]}:{port}"
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: `serve` decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the process's signals alone."""
+        yield

@@ -1,0 +1,169 @@
+"""The command `flyball-server`.
+
+Rule of this module: parse, call, print. Errors go to stderr with exit code 1 (2 for a wrong command line).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from flyball_server import app as application
+from flyball_server.core.base import SCHEDULES
+from flyball_server.core.errors import SteeringError
+from flyball_server.core.policies import POLICIES
+from flyball_server.policy_files import json_schema, load_policy
+from flyball_server.settings import Settings
+from flyball_server.simulate import read_groups, simulate
+from flyball_server.storage import open_journal
+from flyball_server.storage.journal import RunFilter
+from flyball_server.verify import verify
+
+cli = typer.Typer(
+    name="flyball-server",
+    help="The service that steers the learning rates of training jobs, and audits every move.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@cli.command()
+def serve(
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST  [default: 127.0.0.1:1788]")] = None,
+    grpc: Annotated[str | None, typer.Option(help="HOST:PORT of gRPC  [default: 127.0.0.1:1789]")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="sqlite:///FILE, or memory:  [default: sqlite:///flyball.db]")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
+) -> None:
+    """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE and FLYBALL_INSECURE.
+
+    SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
+    """
+    given = {"http": http, "grpc": grpc, "store": store, "insecure": insecure or None}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _errors():
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+
+        def started(http_address: str, grpc_address: str) -> None:
+            addresses = {"http": f"http://{http_address}", "grpc": f"grpc://{grpc_address}", "store": settings.store}
+            line = "flyball-server ready: " + ", ".join(f"{k} {v}" for k, v in addresses.items())
+            print(json.dumps(addresses) if json_output else line, flush=True)
+
+        with asyncio.Runner(loop_factory=application.loop_factory()) as runner:
+            runner.run(_serve(settings, started))
+
+
+async def _serve(settings: Settings, started: Any) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await application.serve(settings, stop, started)
+
+
+@cli.command(name="simulate")
+def simulate_command(
+    policy: Annotated[Path, typer.Option(help="Policy file: JSON, YAML or TOML with `type: NAME` and parameters.")],
+    trace: Annotated[Path, typer.Option(help='JSON lines such as {"step": 0, "loss": 2.3}; "-" reads stdin.')],
+    groups: Annotated[Path | None, typer.Option(help="Parameter groups: a list of {name, lr, momentum?, betas?}.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the policy's chance, where it has any.")] = 0,
+) -> None:
+    """Run a policy over a recorded trace, without a server: one JSON line per observation.
+
+    The settings of a line are those in force after observing its step, that is for the step behind it.
+    """
+    with _errors():
+        group_list = None if groups is None else read_groups(groups)
+        with contextlib.ExitStack() as stack:
+            lines = sys.stdin if str(trace) == "-" else stack.enter_context(trace.open(encoding="utf-8"))
+            for line in simulate(load_policy(policy), lines, group_list, seed):
+                print(json.dumps(line, allow_nan=False))
+
+
+@cli.command()
+def policies(
+    name: Annotated[str | None, typer.Argument(help="A policy or base schedule; all are listed without one.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its parameters.")] = False,
+) -> None:
+    """List the policies and base schedules, or describe one."""
+    with _errors():
+        if name is None:
+            for policy in POLICIES.values():
+                print(f"policy  {policy.tag:<16} {_summary(policy.config)}")
+            for schedule in SCHEDULES.values():
+                print(f"base    {schedule.name:<16} {_summary(schedule.config)}")
+            return
+        described = json_schema(name)
+        if schema:
+            print(json.dumps(described, indent=2))
+            return
+        for field, facts in described["properties"].items():
+            print(f"{field:<22} {facts.get('default')!s:<12} {facts.get('description', '')}")
+
+
+@cli.command(name="verify")
+def verify_command(
+    runs: Annotated[list[str] | None, typer.Argument(help="Run ids; all runs of the store without one.")] = None,
+    store: Annotated[str, typer.Option(help="sqlite:///FILE of a stopped service.")] = "sqlite:///flyball.db",
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON line per run.")] = False,
+) -> None:
+    """Check the hash chain of runs and fold their journals again, comparing every decision bit for bit.
+
+    Exit code 1 where anything differs.
+    """
+    with _errors():
+        journal = open_journal(store)
+        journal.start(lambda _: None)
+        try:
+            names = runs or [r.run for r in journal.records(RunFilter(), after=None, limit=1_000_000)]
+            verdicts = [verify(journal, name) for name in names]
+        finally:
+            journal.close()
+    for verdict in verdicts:
+        if json_output:
+            print(json.dumps(verdict._asdict()))
+        else:
+            result = verdict.problem or "matches bit for bit"
+            print(f"{verdict.run}: {verdict.observations} observations, {verdict.decisions} decisions: {result}")
+    if any(verdict.problem for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+def _summary(config: type[Any]) -> str:
+    return (config.__doc__ or "").strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Errors of the user's making end in one line on stderr, not in a traceback."""
+    try:
+        yield
+    except (SteeringError, OSError) as error:
+        _fail(str(error))
+    except ValidationError as error:
+        _fail("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors()))
+
+
+def _fail(message: str) -> None:
+    print(f"flyball-server: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def main() -> None:
+    """The entry point."""
+    cli()

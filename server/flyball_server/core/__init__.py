@@ -1,0 +1,1 @@
+"""The pure heart of Flyball: no clock, no I/O, no asyncio, standard library only."""

@@ -1,0 +1,53 @@
+"""Every error the service answers with, sorted by what the caller should do.
+
+SteeringError (never raised itself)
+├── Invalid    the request is wrong: correct the named field
+├── NotFound   no such run or policy: check the name
+├── Conflict   somebody else moved first: read again, then decide
+├── Denied     not allowed: ask for the role
+└── Busy       a stated limit is full: come back later
+
+Each skin (gRPC, HTTP) maps `code` to its own status in one table.
+"""
+
+from __future__ import annotations
+
+
+class SteeringError(Exception):
+    """Base of all errors that reach a caller; `code` names the kind on every wire."""
+
+    code = "internal"
+
+
+class Invalid(SteeringError):
+    """The request is wrong. The message names the field, the value and the remedy."""
+
+    code = "invalid"
+
+
+class NotFound(SteeringError):
+    """There is no such run, attempt, step or policy."""
+
+    code = "not_found"
+
+
+class Conflict(SteeringError):
+    """The run is not in the state the caller believed; read it again and decide."""
+
+    code = "conflict"
+
+
+class Denied(SteeringError):
+    """The caller may not do this."""
+
+    code = "denied"
+
+
+class Busy(SteeringError):
+    """A stated limit is full. Nothing was lost: repeat after `retry_after_s` seconds."""
+
+    code = "busy"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -1,0 +1,123 @@
+"""The events of a run, and what folding them brings forth.
+
+Rule of this module: data only. An event is what came in from outside; an outcome is what the fold made of
+it. The journal stores both, so that an auditor can fold the events again and compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flyball_server.core.types import Group, Settings
+
+
+class Spec(NamedTuple):
+    """Everything about a run that never changes. policy, base and guard are fully resolved JSON mappings."""
+
+    run: str
+    project: str
+    name: str
+    labels: Mapping[str, str]
+    groups: tuple[Group, ...]
+    policy: Mapping[str, Any]
+    base: Mapping[str, Any] | None
+    guard: Mapping[str, Any]
+    mode: str
+    seed: int
+
+
+class Created(NamedTuple):
+    """A run begins to exist."""
+
+    spec: Spec
+
+
+class Attached(NamedTuple):
+    """A driver opens attempt `attempt`, whose first step is `from_step`.
+
+    session: the id of the attached process. restored: the run's dumped state as of from_step when the
+    attempt goes back behind the newest step, else None (the state simply goes on).
+    """
+
+    attempt: int
+    from_step: int
+    session: str
+    client: str
+    lag: int | None
+    restored: Mapping[str, Any] | None
+
+
+class Observed(NamedTuple):
+    """The signals of consecutive observations: steps strictly increasing, one list per signal, None = missing."""
+
+    attempt: int
+    steps: Sequence[int]
+    signals: Mapping[str, Sequence[float | None]]
+
+
+class Reported(NamedTuple):
+    """Signals from another process; the policy sees them with the next observation."""
+
+    signals: Mapping[str, float]
+
+
+class Receipt(NamedTuple):
+    """What was really applied from optimizer step `step` on. decided: the step whose observation decided it."""
+
+    number: int
+    step: int
+    decided: int
+    settings: Settings
+    late: bool
+    conflict: str
+    ranks: int
+
+
+class Applied(NamedTuple):
+    """Receipts of the attempt's driver, numbered 1, 2, 3 ... within its session."""
+
+    attempt: int
+    receipts: tuple[Receipt, ...]
+
+
+class DirectiveAnswered(NamedTuple):
+    """The driver's answer to a directive: outcome is "done" or "declined"."""
+
+    attempt: int
+    directive: str
+    outcome: str
+    note: str
+
+
+class Ended(NamedTuple):
+    """The driver said goodbye: outcome is "finished" or "failed"."""
+
+    attempt: int
+    outcome: str
+
+
+Event = Created | Attached | Observed | Reported | Applied | DirectiveAnswered | Ended
+
+
+class Mark(NamedTuple):
+    """A decision that moved something, or a guard that stepped in: the record people ask for.
+
+    before, after: learning rates per group around it. note: the guard's machine string, or "".
+    """
+
+    step: int
+    phase: str
+    code: str
+    note: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    fields: Mapping[str, Any] | None
+
+
+class Outcome(NamedTuple):
+    """What folding an Observed brought: the settings by the step that decided them (the first entry is always
+    the batch's first step, so that each journal row can be read alone), and the marks."""
+
+    changes: tuple[tuple[int, Settings], ...]
+    marks: tuple[Mark, ...]

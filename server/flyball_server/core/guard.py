@@ -1,0 +1,224 @@
+"""The limits around every policy: the last word before settings leave the service.
+
+Rule of this module: whatever a policy says, what comes out is finite, not negative, and inside the limits.
+
+Two kinds of limits. Rate limits (max_change, max_change_per_window, cooldown) act on the policy's *factor*
+(its learning rate divided by the group's reference), so that a base schedule may move freely underneath.
+Bounds act on the final value, group by group: a bound is never crossed, even where that bends the ratio
+between groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, ClassVar, NamedTuple
+
+from flyball_server.core.types import Decision, Group, Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimits:
+    """Limits of one named group, on top of those of the run."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    scale: float = field(default=1.0, metadata={"description": "factor on this group's learning rate, > 0"})
+    min_lr: float | None = field(default=None, metadata={"description": "lowest learning rate of the group"})
+    max_lr: float | None = field(default=None, metadata={"description": "highest learning rate of the group"})
+
+    def __post_init__(self) -> None:
+        _positive("scale", self.scale)
+        _ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The limits of a run. Everything is off by default except: finite and not negative, momentum in [0, 1)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    min_lr: float | None = field(default=None, metadata={"description": "lowest learning rate of any group"})
+    max_lr: float | None = field(default=None, metadata={"description": "highest learning rate of any group"})
+    min_factor: float | None = field(
+        default=None, metadata={"description": "lowest learning rate as a multiple of the group's reference"}
+    )
+    max_factor: float | None = field(
+        default=None, metadata={"description": "highest learning rate as a multiple of the group's reference"}
+    )
+    max_change: float | None = field(
+        default=None, metadata={"description": "largest ratio, up or down, by which one decision may move (> 1)"}
+    )
+    max_change_per_window: float | None = field(
+        default=None, metadata={"description": "largest ratio, up or down, over each window of window_steps (> 1)"}
+    )
+    window_steps: int = field(default=1000, metadata={"description": "length of that window in optimizer steps"})
+    warmup_steps: int = field(
+        default=0, metadata={"description": "the first steps ramp linearly: step t gets (t + 1) / warmup_steps"}
+    )
+    cooldown_steps: int = field(
+        default=0, metadata={"description": "after a change, this many steps without another"}
+    )
+    groups: Mapping[str, GroupLimits] = field(
+        default_factory=dict, metadata={"description": "limits by group name"}
+    )
+
+    def __post_init__(self) -> None:
+        _ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
+        _ordered("min_factor", self.min_factor, "max_factor", self.max_factor)
+        for name in ("max_change", "max_change_per_window"):
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value > 1):
+                raise ValueError(f"{name} is {value!r}: give a ratio greater than 1, or leave it out")
+        if self.window_steps < 1:
+            raise ValueError(f"window_steps is {self.window_steps}: give at least 1")
+        for name in ("warmup_steps", "cooldown_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more")
+
+
+class GuardState(NamedTuple):
+    """What the guard remembers. factors: the policy's factors in force, per group; changed: the step of their
+    last change; window: the step its window began at; window_factors: the factors at that moment;
+    note: what it last did ("" for nothing)."""
+
+    factors: tuple[float, ...]
+    changed: int | None
+    window: int
+    window_factors: tuple[float, ...]
+    note: str
+
+
+def begin(groups: tuple[Group, ...]) -> GuardState:
+    """The guard's state before the first decision: every group at its own reference."""
+    ones = (1.0,) * len(groups)
+    return GuardState(ones, None, 0, ones, "")
+
+
+def is_quiet(limits: Limits, step: int) -> bool:
+    """Whether an unchanged decision at `step` leaves the settings unchanged, so that `settle` may be skipped."""
+    return step + 2 > limits.warmup_steps and not limits.cooldown_steps and limits.max_change is None and (
+        limits.max_change_per_window is None
+    )
+
+
+def settle(
+    limits: Limits,
+    state: GuardState,
+    groups: tuple[Group, ...],
+    base: tuple[float, ...],
+    step: int,
+    decision: Decision,
+) -> tuple[GuardState, Settings]:
+    """Turn a decision taken after `step` into the settings of step + 1.
+
+    base: the learning rate per group that the decision's factors multiply: the base schedule's value of
+    step + 1, or the group's own reference where the run has no base schedule.
+    """
+    factors, note = _factors(state, groups, decision)
+    window, window_factors = state.window, state.window_factors
+    # Only where it is used: otherwise the state would depend on how often an unchanged decision is settled.
+    if limits.max_change_per_window is not None and step + 1 >= window + limits.window_steps:
+        window, window_factors = step + 1, state.factors
+    changed = state.changed
+    if factors != state.factors:
+        if changed is not None and step - changed < limits.cooldown_steps:
+            factors, note = state.factors, "guard_cooldown"
+        else:
+            # The first decision (step -1) is where a run starts, not a change of it.
+            if step >= 0:
+                factors, note = _slowed(limits, state.factors, window_factors, factors, note)
+                changed = step
+            else:
+                window_factors = factors
+    lr, bounded = _bounded(limits, groups, base, step, factors)
+    momentum, momentum_note = _momentum(groups, decision.momentum)
+    noise = decision.noise_std
+    if noise is not None and not all(isfinite(n) and n >= 0 for n in noise):
+        noise, note = None, "guard_nonfinite"
+    note = note or bounded or momentum_note
+    return GuardState(factors, changed, window, window_factors, note), Settings(lr, momentum, noise)
+
+
+def _factors(state: GuardState, groups: tuple[Group, ...], decision: Decision) -> tuple[tuple[float, ...], str]:
+    """The decision as factors on the references; the last good ones where a number is unusable."""
+    if not all(isfinite(lr) and lr >= 0 for lr in decision.lr):
+        return state.factors, "guard_nonfinite"
+    # A group registered with learning rate 0 is frozen by its owner and stays so.
+    return tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in zip(decision.lr, groups, strict=True)), ""
+
+
+def _slowed(
+    limits: Limits, old: tuple[float, ...], window: tuple[float, ...], new: tuple[float, ...], note: str
+) -> tuple[tuple[float, ...], str]:
+    """The new factors, held inside the largest allowed ratio to the old ones and to the window's first."""
+    wanted = new
+    if limits.max_change is not None:
+        r = limits.max_change
+        new = tuple(min(max(n, o / r), o * r) for n, o in zip(new, old, strict=True))
+    if limits.max_change_per_window is not None:
+        r = limits.max_change_per_window
+        new = tuple(min(max(n, o / r), o * r) for n, o in zip(new, window, strict=True))
+    return new, note if new == wanted else "guard_max_change"
+
+
+def _bounded(
+    limits: Limits, groups: tuple[Group, ...], base: tuple[float, ...], step: int, factors: tuple[float, ...]
+) -> tuple[tuple[float, ...], str]:
+    """base x factor x scale, ramped during warm-up, inside every bound of its group."""
+    ramp = (step + 2) / limits.warmup_steps if step + 2 <= limits.warmup_steps else 1.0
+    note = ""
+    out = []
+    for group, b, factor in zip(groups, base, factors, strict=True):
+        own = limits.groups.get(group.name)
+        lr = b * factor * ramp if own is None else b * factor * ramp * own.scale
+        low, high = _range(limits, own, group.lr)
+        if not isfinite(lr):
+            lr, note = group.lr, "guard_nonfinite"
+        if low is not None and lr < low:
+            lr, note = low, note or "guard_min"
+        if high is not None and lr > high:
+            lr, note = high, note or "guard_max"
+        out.append(lr)
+    return tuple(out), note
+
+
+def _range(limits: Limits, own: GroupLimits | None, reference: float) -> tuple[float | None, float | None]:
+    """The tightest of all lower and all upper bounds that hold for one group."""
+    lows = [limits.min_lr, None if limits.min_factor is None else limits.min_factor * reference]
+    highs = [limits.max_lr, None if limits.max_factor is None else limits.max_factor * reference]
+    if own is not None:
+        lows.append(own.min_lr)
+        highs.append(own.max_lr)
+    return (
+        max((x for x in lows if x is not None), default=None),
+        min((x for x in highs if x is not None), default=None),
+    )
+
+
+def _momentum(
+    groups: tuple[Group, ...], momentum: tuple[float | None, ...] | None
+) -> tuple[tuple[float | None, ...] | None, str]:
+    """Momenta in [0, 1), and none for a group that has no momentum."""
+    if momentum is None:
+        return None, ""
+    for group, value in zip(groups, momentum, strict=True):
+        if value is not None and not (isfinite(value) and 0 <= value < 1):
+            return tuple(g.momentum for g in groups), "guard_nonfinite"
+        if value is not None and group.momentum is None and group.betas is None:
+            return tuple(g.momentum for g in groups), "guard_no_momentum"
+    return momentum, ""
+
+
+def _positive(name: str, value: Any) -> None:
+    if not (isfinite(value) and value > 0):
+        raise ValueError(f"{name} is {value!r}: give a finite number greater than 0")
+
+
+def _ordered(low_name: str, low: float | None, high_name: str, high: float | None) -> None:
+    for name, value in ((low_name, low), (high_name, high)):
+        if value is not None and not (isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value!r}: give a finite number, 0 or more")
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{low_name} is {low!r}, greater than {high_name} = {high!r}: swap or correct them")

@@ -1,0 +1,26 @@
+"""The table of policies.
+
+Rule of this package: one file per policy and one line here. A released rule never changes: a change is a new
+version in a new file, and the old one stays in `ALL` as long as journals may name it.
+"""
+
+from __future__ import annotations
+
+from ..state import dump_state, load_state
+from ..types import Policy
+from . import constant, plateau, windowed
+
+#: Every version of every policy, by tag (`windowed@1`).
+ALL: dict[str, Policy] = {
+    policy.tag: policy
+    for policy in (
+        constant.POLICY,
+        plateau.POLICY,
+        windowed.POLICY,
+    )
+}
+
+#: The newest version of every policy, by name.
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in sorted(ALL.values(), key=lambda one: one.version)}
+
+__all__ = ["ALL", "POLICIES", "dump_state", "load_state"]

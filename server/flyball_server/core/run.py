@@ -1,0 +1,363 @@
+"""A run, and the one way it changes: `apply(rules, run, event)`.
+
+The rules, in prose
+-------------------
+1. A run is a fold: `reduce(apply, events, created)`. What is not an event cannot change a run. Audit,
+   recovery, replay and rewind all follow from this one rule, so nothing else may write to a run.
+2. The fold is deterministic. It reads no clock, no generator, no environment; chance comes from
+   `rng.uniform(seed, stream, step)`. The same events give the same bits on the same platform. (Across
+   platforms exp, cos and log may differ in the last bit; the journal keeps the decisions themselves.)
+3. A step is folded once. Observations up to `through` are already in the run: folding them again changes
+   nothing, so a client may repeat anything it is not sure of.
+4. A batch equals its observations one by one. How many steps ride in one event never shows in a decision.
+5. Every observation passes guard(policy(base)): the policy says factors, the base schedule says what they
+   multiply, the guard has the last word.
+6. An attempt is one unbroken line of steps. `Attached` opens attempt n + 1. Where it goes back behind the
+   newest step it carries the state to go on from (`restored`), so the fold never needs to look behind itself.
+7. Only the driver of the newest attempt is heard. An event of an older attempt is a conflict, never mixed in.
+8. After `Ended` only a new attempt can follow.
+
+Odd cases
+---------
+- A gap in the steps is allowed: policies count observations; only base schedules and chance read step numbers.
+- Side signals (`Reported`) wait for the next observation and fill what the driver did not measure itself.
+- An observation without any signal is still a step: it moves `through` and the base schedule, and no counter.
+- The first change of every batch is its first step, even where nothing changed: each journal row stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+from flyball_server.core import guard
+from flyball_server.core.base import Base
+from flyball_server.core.errors import Conflict, Invalid
+from flyball_server.core.events import (
+    Applied,
+    Attached,
+    Created,
+    DirectiveAnswered,
+    Ended,
+    Event,
+    Mark,
+    Observed,
+    Outcome,
+    Reported,
+    Spec,
+)
+from flyball_server.core.state import dump_state, load_state
+from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation, Policy, Settings
+
+
+class Rules(NamedTuple):
+    """What a run's fixed specification means: built once from `Spec`, never stored."""
+
+    policy: Policy
+    config: Any
+    base: Base | None
+    limits: guard.Limits
+    groups: tuple[Group, ...]
+    seed: int
+
+
+class Run(NamedTuple):
+    """The state of a run. Every field is a finite number, a string, None, or a tuple or mapping of such.
+
+    seq: how many events were folded, which is the newest row's number in the journal. attempts: from_step and
+    seq of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step (from_step - 1 at an attempt's
+    start). settings: what is in force from step through + 1 on; decided: the step that decided it.
+    side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
+    infinities as strings). applied: the newest receipt's settings, None before the first.
+    """
+
+    seq: int
+    attempts: tuple[tuple[int, int], ...]
+    attempt: int
+    status: str
+    session: str
+    from_step: int
+    through: int
+    lag: int | None
+    policy_state: Any
+    decision: Decision
+    guard_state: guard.GuardState
+    settings: Settings
+    decided: int
+    side: Mapping[str, float]
+    last: Mapping[str, float]
+    observations: int
+    receipts_through: int
+    applied: Settings | None
+    applied_step: int | None
+
+
+NOTHING = Outcome((), ())
+
+
+def create(rules: Rules) -> Run:
+    """The run as `Created` leaves it: no attempt yet, settings for step 0 decided by the policy's `init`."""
+    state, decision = rules.policy.init(rules.config, rules.groups, rules.seed)
+    guard_state, settings = _settle(rules, guard.begin(rules.groups), -1, decision)
+    return Run(
+        seq=1,
+        attempts=(),
+        attempt=0,
+        status="created",
+        session="",
+        from_step=0,
+        through=-1,
+        lag=None,
+        policy_state=state,
+        decision=decision,
+        guard_state=guard_state,
+        settings=settings,
+        decided=-1,
+        side={},
+        last={},
+        observations=0,
+        receipts_through=0,
+        applied=None,
+        applied_step=None,
+    )
+
+
+def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
+    """Fold one event into the run.
+
+    Raises Conflict where the event belongs to another attempt or the run has ended, Invalid where it cannot
+    be true (steps that do not rise, columns of unequal length). The run given is never altered.
+    """
+    if isinstance(event, Observed):
+        return _observed(rules, run, event)
+    seq = run.seq + 1
+    if isinstance(event, Attached):
+        return _attached(rules, run, event), NOTHING
+    if isinstance(event, Created):
+        raise Conflict("the run exists already: a journal holds Created once, as its first event")
+    if isinstance(event, Reported):
+        return run._replace(seq=seq, side={**run.side, **event.signals}), NOTHING
+    _check_attempt(run, event.attempt)
+    if isinstance(event, Applied):
+        last = event.receipts[-1]
+        return run._replace(
+            seq=seq, receipts_through=last.number, applied=last.settings, applied_step=last.step
+        ), NOTHING
+    if isinstance(event, DirectiveAnswered):
+        return run._replace(seq=seq), NOTHING
+    return run._replace(seq=seq, status=event.outcome), NOTHING
+
+
+def fresh(run: Run, event: Observed) -> Observed | None:
+    """The part of `event` that is not folded yet; None where there is none (rule 3)."""
+    steps = event.steps
+    if not steps or steps[-1] <= run.through:
+        return None
+    if steps[0] > run.through:
+        return event
+    cut = next(i for i, step in enumerate(steps) if step > run.through)
+    return Observed(event.attempt, steps[cut:], {name: column[cut:] for name, column in event.signals.items()})
+
+
+def _check_attempt(run: Run, attempt: int) -> None:
+    if attempt != run.attempt:
+        raise Conflict(
+            f"attempt {attempt} is not the newest one ({run.attempt}): another process has taken the run over"
+        )
+    if run.status != "active":
+        raise Conflict(f"attempt {attempt} has ended ({run.status}): attach with resume to open a new one")
+
+
+def _attached(rules: Rules, run: Run, event: Attached) -> Run:
+    if event.attempt != run.attempt + 1:
+        raise Conflict(f"the next attempt is {run.attempt + 1}, not {event.attempt}: read the run again")
+    if event.from_step <= run.through and event.restored is None:
+        raise Invalid(f"from_step {event.from_step} lies behind step {run.through} and no state was restored")
+    seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1))
+    if event.restored is not None:
+        run = load(rules, event.restored)
+    # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap), so settle anew.
+    guard_state, settings = _settle(rules, run.guard_state, event.from_step - 1, run.decision)
+    return run._replace(
+        seq=seq,
+        attempts=attempts,
+        attempt=event.attempt,
+        status="active",
+        session=event.session,
+        from_step=event.from_step,
+        through=event.from_step - 1,
+        lag=event.lag,
+        guard_state=guard_state,
+        settings=settings,
+        decided=event.from_step - 1,
+        receipts_through=0,
+        applied=None,
+        applied_step=None,
+    )
+
+
+def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
+    _check_attempt(run, event.attempt)
+    new = fresh(run, event)
+    if new is None:
+        return run, NOTHING
+    steps = new.steps
+    policy_step, config = rules.policy.step, rules.config
+    state, decision, settings = run.policy_state, run.decision, run.settings
+    guard_state, decided = run.guard_state, run.decided
+    moving = rules.base is not None or not guard.is_quiet(rules.limits, steps[0])
+    changes: list[tuple[int, Settings]] = []
+    marks: list[Mark] = []
+    for seen in _observations(steps, new.signals, run.side):
+        before = decision
+        state, decision = policy_step(config, state, seen)
+        # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
+        if not moving and (
+            decision.lr is before.lr
+            and decision.momentum is before.momentum
+            and decision.noise_std is before.noise_std
+        ):
+            continue
+        step, note = seen.step, guard_state.note
+        guard_state, now = _settle(rules, guard_state, step, decision)
+        moved = decision.lr != before.lr or decision.momentum != before.momentum
+        if moved or decision.noise_std != before.noise_std or guard_state.note not in ("", note):
+            marks.append(
+                Mark(step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, decision.fields)
+            )
+        if now != settings:
+            settings, decided = now, step
+            changes.append((step, now))
+    if not changes or changes[0][0] != steps[0]:
+        changes.insert(0, (steps[0], run.settings))
+    run = Run(
+        run.seq + 1,
+        run.attempts,
+        run.attempt,
+        run.status,
+        run.session,
+        run.from_step,
+        steps[-1],
+        run.lag,
+        state,
+        decision,
+        guard_state,
+        settings,
+        decided,
+        {} if run.side else run.side,
+        _newest(run.last, new.signals, run.side),
+        run.observations + len(steps),
+        run.receipts_through,
+        run.applied,
+        run.applied_step,
+    )
+    return run, Outcome(tuple(changes), tuple(marks))
+
+
+def _settle(
+    rules: Rules, state: guard.GuardState, step: int, decision: Decision
+) -> tuple[guard.GuardState, Settings]:
+    """guard(policy(base)) for the step after `step`."""
+    groups, base = rules.groups, rules.base
+    if base is None:
+        return guard.settle(rules.limits, state, groups, tuple(g.lr for g in groups), step, decision)
+    values = tuple(base.lr(step + 1, g.lr) for g in groups)
+    momentum = base.momentum(step + 1)
+    if momentum is not None and decision.momentum is None:
+        # A schedule that cycles momentum drives it wherever the optimizer has one.
+        of_groups = tuple(None if g.momentum is None and g.betas is None else momentum for g in groups)
+        decision = decision._replace(momentum=of_groups)
+    return guard.settle(rules.limits, state, groups, values, step, decision)
+
+
+def _observations(
+    steps: Sequence[int], signals: Mapping[str, Sequence[float | None]], side: Mapping[str, float]
+) -> Iterator[Observation]:
+    """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
+    if side:
+        signals = dict(signals)
+        for name, value in side.items():
+            column = list(signals.get(name) or repeat(None, len(steps)))
+            if column[0] is None:
+                column[0] = value
+            signals[name] = column
+    known = [signals.get(name) or repeat(None) for name in KNOWN_SIGNALS]
+    names = [name for name in signals if name not in KNOWN_SIGNALS]
+    others: Iterator[Mapping[str, float] | None] = repeat(None)
+    if names:
+        rows = zip(*(signals[name] for name in names), strict=True)
+        others = (
+            {name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows
+        )
+    build: Callable[..., Observation] = Observation
+    return map(build, steps, *known, others)
+
+
+def _newest(
+    last: Mapping[str, float], signals: Mapping[str, Sequence[float | None]], side: Mapping[str, float]
+) -> dict[str, float]:
+    """The newest measured value of every signal."""
+    newest = {**last, **side} if side else dict(last)
+    for name, column in signals.items():
+        value = column[-1]
+        if value is None:
+            value = next((v for v in reversed(column) if v is not None), None)
+        if value is not None:
+            newest[name] = value
+    return newest
+
+
+def dump(run: Run) -> dict[str, Any]:
+    """The run as plain JSON values: what snapshots and rewinds carry. `load` gives back an equal run."""
+    data = run._asdict()
+    data["attempts"] = [list(attempt) for attempt in run.attempts]
+    data["policy_state"] = dump_state(run.policy_state)
+    data["decision"] = list(run.decision)
+    data["guard_state"] = list(run.guard_state)
+    data["settings"] = list(run.settings)
+    data["applied"] = None if run.applied is None else list(run.applied)
+    # JSON has no NaN; the newest signals may well be one.
+    data["last"] = {name: repr(value) for name, value in run.last.items()}
+    data["side"] = {name: repr(value) for name, value in run.side.items()}
+    return data
+
+
+def load(rules: Rules, data: Mapping[str, Any]) -> Run:
+    """The run that `dump` wrote, after any trip through JSON."""
+    lr, momentum, noise_std, phase, code, fields = data["decision"]
+    factors, changed, window, window_factors, note = data["guard_state"]
+    return Run(
+        **{
+            **data,
+            "attempts": tuple((from_step, seq) for from_step, seq in data["attempts"]),
+            "policy_state": load_state(rules.policy, data["policy_state"]),
+            "decision": Decision(*_tuples(lr, momentum, noise_std), phase, code, fields),
+            "guard_state": guard.GuardState(tuple(factors), changed, window, tuple(window_factors), note),
+            "settings": Settings(*_tuples(*data["settings"])),
+            "applied": None if data["applied"] is None else Settings(*_tuples(*data["applied"])),
+            "last": {name: float(value) for name, value in data["last"].items()},
+            "side": {name: float(value) for name, value in data["side"].items()},
+        }
+    )
+
+
+def _tuples(*values: Sequence[Any] | None) -> list[Any]:
+    return [None if value is None else tuple(value) for value in values]
+
+
+def check_spec(spec: Spec) -> None:
+    """Raise Invalid where a specification cannot be steered: no group, a name twice, two owners of the base."""
+    if not spec.groups:
+        raise Invalid("groups is empty: an optimizer has at least one parameter group")
+    names = [g.name for g in spec.groups]
+    for name in names:
+        if names.count(name) > 1:
+            raise Invalid(f"groups: the name {name!r} stands twice; give each parameter group its own name")
+    if spec.mode not in ("absolute", "multiplier"):
+        raise Invalid(f"mode is {spec.mode!r}: give 'absolute' or 'multiplier'")
+    if spec.mode == "multiplier" and spec.base is not None:
+        raise Invalid(
+            "base is given in multiplier mode: the in-process scheduler owns the base there; drop base, or use "
+            "mode='absolute' and remove the scheduler"
+        )

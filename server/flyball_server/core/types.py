@@ -1,0 +1,96 @@
+"""The values that flow through the core: all immutable, all plain Python numbers and strings.
+
+Rule of this module: data only. What the values mean together is said in `run.py`.
+Units: a step is an optimizer step counted from 0; learning rates, momenta and losses are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+#: The signals that have a field of their own in `Observation`; any other name rides in `others`.
+KNOWN_SIGNALS = ("loss", "reward", "grad_norm", "update_norm", "val_loss")
+
+
+class Group(NamedTuple):
+    """A parameter group as the client declared it: its name and the settings it had at attach.
+
+    `momentum` is None where the optimizer has none (or has it switched off with 0), `betas` is None
+    outside the Adam family. These values are the reference that factors multiply.
+    """
+
+    name: str
+    lr: float
+    momentum: float | None = None
+    betas: tuple[float, float] | None = None
+
+
+class Observation(NamedTuple):
+    """The signals of one optimizer step. None means "not measured"; NaN means "measured, and NaN"."""
+
+    step: int
+    loss: float | None = None
+    reward: float | None = None
+    grad_norm: float | None = None
+    update_norm: float | None = None
+    val_loss: float | None = None
+    others: Mapping[str, float] | None = None
+
+    def signal(self, name: str) -> float | None:
+        """The value of the signal `name`, or None where it was not measured."""
+        if name in KNOWN_SIGNALS:
+            value: float | None = getattr(self, name)
+            return value
+        return None if self.others is None else self.others.get(name)
+
+
+class Decision(NamedTuple):
+    """What a policy wants from the next optimizer step on.
+
+    lr: one learning rate per group, in the groups' order. A policy that did not move returns the very
+        same tuple object as before; the fold uses identity to skip work.
+    momentum: one value per group (None for a group without momentum), or None: momentum untouched.
+    noise_std: standard deviation of Gaussian gradient noise, per group, or None: no noise.
+    phase, code: the machine strings of the policy's specification.
+    fields: the numbers the decision rests on (finite numbers, strings, None), or None.
+    """
+
+    lr: tuple[float, ...]
+    momentum: tuple[float | None, ...] | None
+    noise_std: tuple[float, ...] | None
+    phase: str
+    code: str
+    fields: Mapping[str, Any] | None = None
+
+
+class Settings(NamedTuple):
+    """The settings of every group at one step, after base schedule and guard: what leaves the service."""
+
+    lr: tuple[float, ...]
+    momentum: tuple[float | None, ...] | None = None
+    noise_std: tuple[float, ...] | None = None
+
+
+class Policy(NamedTuple):
+    """A policy: a name, a version that never changes its rule, and two pure functions.
+
+    config: a frozen dataclass; its fields are the parameters, its `__post_init__` the range checks
+        (ValueError with the field, the value and the remedy).
+    init(config, groups, seed) -> (state, decision for step 0).
+    step(config, state, seen) -> (state, decision for the step after `seen.step`).
+    explain(config, decision) -> one sentence for people, built from the decision's code and fields.
+    """
+
+    name: str
+    version: int
+    config: type[Any]
+    state: type[Any]
+    init: Callable[[Any, tuple[Group, ...], int], tuple[Any, Decision]]
+    step: Callable[[Any, Any, Observation], tuple[Any, Decision]]
+    explain: Callable[[Any, Decision], str]
+
+    @property
+    def tag(self) -> str:
+        """The policy's name with its version, as the journal records it: `windowed@1`."""
+        return f"{self.name}@{self.version}"

@@ -1,0 +1,254 @@
+"""The gRPC skin: protobuf to messages and back, one table of statuses, nothing else.
+
+Rule of this module: no decision is taken here; every call is one call of the service.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+from flyball_proto.v1 import steering_pb2 as pb
+from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
+from flyball_server import limits
+from flyball_server.core.errors import Invalid, SteeringError
+from flyball_server.core.events import DirectiveAnswered, Receipt
+from flyball_server.core.types import Group, Settings
+from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.service import RunView, Service
+from flyball_server.storage.journal import RunFilter
+
+STATUS = {
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "not_found": grpc.StatusCode.NOT_FOUND,
+    "conflict": grpc.StatusCode.ABORTED,
+    "denied": grpc.StatusCode.PERMISSION_DENIED,
+    "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "internal": grpc.StatusCode.INTERNAL,
+}
+
+_OPTIONS = (
+    # At the default a fifth of 5 000 streams opened at once is turned away.
+    ("grpc.server.max_pending_requests", limits.STREAMS_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * limits.STREAMS_MAX),
+    ("grpc.max_concurrent_streams", limits.STREAMS_MAX),
+    ("grpc.max_receive_message_length", limits.BODY_BYTES_MAX),
+    # Clients ping to notice a dead link; a training job may be silent for minutes between two steps.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class Steering(pb_grpc.SteeringServicer):
+    """The servicer; its methods have the names of steering.proto."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Steer(  # noqa: N802 - the name is the contract's
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Any
+    ) -> AsyncIterator[pb.ServerMessage]:
+        """One training job's conversation: every message is answered by one message."""
+        actor = _actor(context)
+        try:
+            async for message in request_iterator:
+                if message.HasField("report"):
+                    advice = await self._service.report(read_report(message.report), actor)
+                    yield pb.ServerMessage(advice=write_advice(advice))
+                elif message.HasField("attach"):
+                    attached = await self._service.attach(read_attach(message.attach), actor)
+                    yield pb.ServerMessage(attached=write_attached(attached))
+                else:
+                    raise Invalid("the message holds neither attach nor report: is the client newer than the service?")
+        except SteeringError as error:
+            await context.abort(STATUS[error.code], str(error))
+
+    async def AddSignals(self, request: pb.AddSignalsRequest, context: Any) -> pb.AddSignalsReply:  # noqa: N802
+        """Side signals from another process."""
+        try:
+            seq = await self._service.add_signals(request.run, dict(request.signals), request.actor or _actor(context))
+        except SteeringError as error:
+            await context.abort(STATUS[error.code], str(error))
+        return pb.AddSignalsReply(seq=seq)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunStatus:  # noqa: N802
+        """One run."""
+        try:
+            return write_run(await self._service.get_run(request.run))
+        except SteeringError as error:
+            await context.abort(STATUS[error.code], str(error))
+            raise
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsReply:  # noqa: N802
+        """One page of runs."""
+        where = RunFilter(
+            request.project or None, request.status or None, request.policy or None, dict(request.labels) or None
+        )
+        try:
+            runs, cursor = await self._service.list_runs(where, request.cursor or None, request.limit or 50)
+        except SteeringError as error:
+            await context.abort(STATUS[error.code], str(error))
+        return pb.ListRunsReply(runs=[write_run(run) for run in runs], cursor=cursor)
+
+
+def serve(service: Service, address: str) -> tuple[grpc.aio.Server, int]:
+    """A server bound to `address` (host:port, port 0 = any free one) but not started; and its port.
+
+    Raises OSError where the address is taken.
+    """
+    server = grpc.aio.server(options=_OPTIONS)
+    pb_grpc.add_SteeringServicer_to_server(Steering(service), server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+    if port == 0:
+        raise OSError(f"cannot listen on {address}: is another service there?")
+    return server, port
+
+
+def _actor(context: Any) -> str:
+    return f"grpc:{context.peer()}"
+
+
+def _mapping(field: str, text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Invalid(f"{field} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Invalid(f"{field} is {text!r}: give a JSON object")
+    return value
+
+
+def read_attach(m: pb.Attach) -> Attach:
+    """Protobuf to message."""
+    return Attach(
+        project=m.project,
+        run=m.run,
+        session=m.session,
+        labels=dict(m.labels),
+        groups=tuple(_group(g) for g in m.groups),
+        policy=_mapping("policy_json", m.policy_json) if m.policy_json else {"type": "constant"},
+        base=_mapping("base_json", m.base_json) if m.base_json else None,
+        guard=_mapping("guard_json", m.guard_json) if m.guard_json else {},
+        mode=m.mode or "absolute",
+        seed=m.seed,
+        lag=m.lag if m.HasField("lag") else None,
+        resume=m.resume,
+        from_step=m.from_step if m.HasField("from_step") else None,
+        from_attempt=m.from_attempt if m.HasField("from_attempt") else None,
+        digest=m.digest,
+        client=m.client,
+    )
+
+
+def _group(g: pb.Group) -> Group:
+    if len(g.betas) not in (0, 2):
+        raise Invalid(f"groups: {g.name}.betas has {len(g.betas)} values: give none or two")
+    betas = (g.betas[0], g.betas[1]) if g.betas else None
+    return Group(g.name, g.lr, g.momentum if g.HasField("momentum") else None, betas)
+
+
+def read_report(m: pb.Report) -> Report:
+    """Protobuf to message; columns become lists in one C call each."""
+    signals: dict[str, list[float | None]] = {}
+    for column in m.signals:
+        values: list[float | None] = list(column.value)
+        for index in column.missing:
+            if index >= len(values):
+                raise Invalid(f"signals: {column.name}.missing has {index}, but there are {len(values)} values")
+            values[index] = None
+        signals[column.name] = values
+    receipts = tuple(_receipt(r) for r in m.receipts) if m.receipts else ()
+    answers = tuple(DirectiveAnswered(m.attempt, a.directive, a.outcome, a.note) for a in m.answers)
+    return Report(m.run, m.session, m.attempt, list(m.step), signals, receipts, answers, m.end)
+
+
+def _receipt(r: pb.Receipt) -> Receipt:
+    settings = Settings(tuple(r.lr), tuple(r.momentum) or None, tuple(r.noise_std) or None)
+    return Receipt(r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks)
+
+
+def write_changes(changes: Sequence[tuple[int, Settings]]) -> pb.Changes:
+    """Settings by the step that decided them, flattened row by row."""
+    first = changes[0][1]
+    out = pb.Changes(decided=[step for step, _ in changes])
+    groups = len(first.lr)
+    for _, settings in changes:
+        out.lr.extend(settings.lr)
+    for name in ("momentum", "noise_std"):
+        if any(getattr(s, name) is not None for _, s in changes):
+            field = getattr(out, name)
+            for _, settings in changes:
+                # NaN: this row says nothing (proto has no empty row inside a packed field).
+                row = getattr(settings, name) or (float("nan"),) * groups
+                field.extend(0.0 if v is None else v for v in row)
+    return out
+
+
+def write_attached(a: Attached) -> pb.Attached:
+    """Message to protobuf."""
+    return pb.Attached(
+        run=a.run,
+        attempt=a.attempt,
+        from_step=a.from_step,
+        through=a.through,
+        receipts_through=a.receipts_through,
+        seq=a.seq,
+        digest=a.digest,
+        policy=a.policy,
+        changes=write_changes([(a.decided, a.settings)]),
+        phase=a.phase,
+        code=a.code,
+        reason=a.reason,
+        reference=a.reference,
+    )
+
+
+def write_advice(a: Advice) -> pb.Advice:
+    """Message to protobuf."""
+    return pb.Advice(
+        attempt=a.attempt,
+        through=a.through,
+        receipts_through=a.receipts_through,
+        seq=a.seq,
+        digest=a.digest,
+        changes=write_changes(a.changes),
+        phase=a.phase,
+        code=a.code,
+        reason=a.reason,
+    )
+
+
+def write_run(view: RunView) -> pb.RunStatus:
+    """A run's view to protobuf; settings only where the run was folded (GetRun)."""
+    record, settings = view.record, []
+    if view.run is not None and view.spec is not None:
+        now = view.run.settings
+        for i, group in enumerate(view.spec.groups):
+            entry = pb.GroupSettings(group=group.name, lr=now.lr[i])
+            momentum = group.momentum if now.momentum is None else now.momentum[i]
+            if momentum is not None:
+                entry.momentum = momentum
+            if now.noise_std is not None:
+                entry.noise_std = now.noise_std[i]
+            settings.append(entry)
+    return pb.RunStatus(
+        run=record.run,
+        project=record.project,
+        name=record.name,
+        status=view.status,
+        policy=record.policy,
+        attempt=record.attempt,
+        step=record.step,
+        settings=settings,
+        stale_s=view.stale_s,
+        seq=record.seq,
+        labels=record.labels,
+        digest=record.hash.hex(),
+    )

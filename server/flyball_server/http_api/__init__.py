@@ -1,0 +1,36 @@
+"""The HTTP skin: JSON to messages and back, problem documents, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI, Response
+
+from flyball_server import limits
+from flyball_server.http_api import problems, runs, steer
+from flyball_server.http_api.body import BodyLimit
+from flyball_server.service import Service
+
+
+def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastAPI:
+    """The FastAPI application over one service. `is_ready`: false while starting up and while draining."""
+    app = FastAPI(title="Flyball", version=version, summary="Steers and audits the learning rates of training jobs")
+    problems.install(app)
+    app.include_router(steer.router(service))
+    app.include_router(runs.router(service))
+
+    @app.get("/healthz", tags=["probes"])
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["probes"])
+    async def readyz(response: Response) -> dict[str, object]:
+        """The journal is open and requests are accepted; 503 otherwise."""
+        if not is_ready():
+            response.status_code = 503
+            return {"status": "not ready"}
+        return service.ready()
+
+    app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX)
+    return app

@@ -1,0 +1,194 @@
+"""The routes people query: runs, series, decisions, policies.
+
+Rule of this module: no decision is taken here; every route is one call of the service.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+
+from flyball_server import records
+from flyball_server.core.base import SCHEDULES
+from flyball_server.core.errors import Invalid
+from flyball_server.core.policies import POLICIES
+from flyball_server.policy_files import json_schema
+from flyball_server.queries import SeriesRequest, plain
+from flyball_server.service import RunView, Service
+from flyball_server.storage.journal import RunFilter
+
+
+class RunSummary(BaseModel):
+    """A run in a listing. status: created, active, stale (active without news for 60 s), finished or failed."""
+
+    run: str
+    project: str
+    name: str
+    status: str
+    policy: str
+    labels: dict[str, str]
+    attempt: int
+    step: int | None
+    created_at: str
+    updated_at: str
+    stale_s: float
+    seq: int
+    digest: str
+
+
+class GroupSettings(BaseModel):
+    """One parameter group: what is decided for the next step, and what the last receipt says was applied."""
+
+    group: str
+    lr: float
+    momentum: float | None
+    noise_std: float
+    applied_lr: float | str | None
+    reference_lr: float
+
+
+class RunDetail(RunSummary):
+    """A run with its folded state. signals: the newest measured value of each."""
+
+    mode: str
+    seed: int
+    lag: int | None
+    phase: str
+    decision: str
+    reason: str
+    decided_step: int
+    applied_step: int | None
+    observations: int
+    settings: list[GroupSettings]
+    signals: dict[str, float | str]
+    policy_config: dict[str, Any]
+    base: dict[str, Any] | None
+    guard: dict[str, Any]
+
+
+class RunPage(BaseModel):
+    """One page of runs; `cursor` asks for the next one, null at the end."""
+
+    runs: list[RunSummary]
+    cursor: str | None
+
+
+def router(service: Service) -> APIRouter:
+    """The read-only routes."""
+    routes = APIRouter(prefix="/v1", tags=["runs"])
+
+    @routes.get("/runs")
+    async def list_runs(
+        project: str | None = None,
+        status: str | None = None,
+        policy: str | None = None,
+        label: Annotated[list[str] | None, Query(description="KEY=VALUE, may be repeated; all must match")] = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> RunPage:
+        """Runs, newest first. status: created, active, stale, finished, failed; policy: NAME or NAME@VERSION."""
+        where = RunFilter(project, status, policy, _labels(label or []))
+        views, following = await service.list_runs(where, cursor, limit)
+        return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)
+
+    @routes.get("/runs/{run}")
+    async def get_run(run: str) -> RunDetail:
+        """One run: status, attempt, step, settings now, newest signals, policy, staleness."""
+        return _detail(await service.get_run(run))
+
+    @routes.get("/runs/{run}/series")
+    async def series(
+        run: str,
+        signals: Annotated[str, Query(description="comma-separated: loss, lr:GROUP, decided_lr:GROUP ...")] = "loss",
+        points: int = 2000,
+        from_step: Annotated[int | None, Query(alias="from")] = None,
+        to_step: Annotated[int | None, Query(alias="to")] = None,
+        attempt: int | None = None,
+    ) -> dict[str, Any]:
+        """Signals and settings over the steps, thinned to the smallest and largest of equal step ranges."""
+        names = [name.strip() for name in signals.split(",") if name.strip()]
+        return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
+
+    @routes.get("/runs/{run}/decisions")
+    async def decisions(run: str, after: int = 0, limit: int = 1000) -> dict[str, Any]:
+        """The decisions that moved something, with code, reason and numbers; `after` is a journal seq."""
+        return await service.decisions(run, after=after, limit=limit)
+
+    @routes.get("/policies")
+    async def policies() -> dict[str, Any]:
+        """Every policy and base schedule with the JSON Schema of its parameters."""
+        return {
+            "policies": [
+                {"name": p.name, "version": p.version, "summary": _summary_line(p.config), "schema": json_schema(n)}
+                for n, p in POLICIES.items()
+            ],
+            "base_schedules": [
+                {"name": n, "summary": _summary_line(s.config), "schema": json_schema(n)}
+                for n, s in SCHEDULES.items()
+            ],
+        }
+
+    return routes
+
+
+def _summary_line(config: type[Any]) -> str:
+    return (config.__doc__ or "").strip().splitlines()[0]
+
+
+def _labels(pairs: list[str]) -> dict[str, str] | None:
+    out = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or not key:
+            raise Invalid(f"label is {pair!r}: give KEY=VALUE")
+        out[key] = value
+    return out or None
+
+
+def _summary(view: RunView) -> dict[str, Any]:
+    record = view.record
+    return {
+        **{name: getattr(record, name) for name in ("run", "project", "name", "policy", "attempt", "step", "seq")},
+        "status": view.status,
+        "labels": dict(record.labels),
+        "created_at": records.utc(record.created_at),
+        "updated_at": records.utc(record.updated_at),
+        "stale_s": round(view.stale_s, 3),
+        "digest": record.hash.hex(),
+    }
+
+
+def _detail(view: RunView) -> RunDetail:
+    run, spec = view.run, view.spec
+    assert run is not None and spec is not None
+    now, applied = run.settings, run.applied
+    settings = [
+        GroupSettings(
+            group=group.name,
+            lr=now.lr[i],
+            momentum=group.momentum if now.momentum is None else now.momentum[i],
+            noise_std=0.0 if now.noise_std is None else now.noise_std[i],
+            applied_lr=None if applied is None else plain(applied.lr[i]),
+            reference_lr=group.lr,
+        )
+        for i, group in enumerate(spec.groups)
+    ]
+    return RunDetail(
+        **_summary(view),
+        mode=spec.mode,
+        seed=spec.seed,
+        lag=run.lag,
+        phase=run.decision.phase,
+        decision=run.decision.code,
+        reason=view.reason,
+        decided_step=run.decided,
+        applied_step=run.applied_step,
+        observations=run.observations,
+        settings=settings,
+        signals={name: plain(value) for name, value in run.last.items()},
+        policy_config=dict(spec.policy),
+        base=None if spec.base is None else dict(spec.base),
+        guard=dict(spec.guard),
+    )

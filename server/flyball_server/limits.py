@@ -1,0 +1,42 @@
+"""Every limit of the service, in one place. A request beyond one is refused with the limit in the message."""
+
+from __future__ import annotations
+
+#: Observations in one report.
+BATCH_MAX = 4096
+#: Receipts in one report.
+RECEIPTS_MAX = 4096
+#: Bytes in one HTTP request body or gRPC message.
+BODY_BYTES_MAX = 4 * 1024 * 1024
+#: Different signals of one run.
+SIGNALS_MAX = 64
+#: Parameter groups of one run.
+GROUPS_MAX = 256
+#: Labels of one run.
+LABELS_MAX = 32
+#: Characters in a name: project, run, group, signal, label key or value.
+NAME_MAX = 128
+#: Requests that may wait for one run at a time.
+INBOX_MAX = 64
+#: Runs kept folded in memory; the least recently used leave first and are folded again when asked for.
+LIVE_RUNS_MAX = 20_000
+#: Observations between two snapshots of a run.
+SNAPSHOT_EVERY = 10_000
+#: Times an append is tried again after another replica was faster.
+APPEND_TRIES = 8
+#: Journal rows looked through for the decisions of steps that a client sends again.
+RESENT_ROWS_MAX = 512
+#: Runs in one page of a listing.
+PAGE_MAX = 500
+#: Decisions in one page.
+DECISIONS_MAX = 10_000
+#: Points of one series.
+POINTS_MAX = 20_000
+#: Series in one request.
+SERIES_MAX = 32
+#: A run without news for so long is called stale.
+STALE_AFTER_S = 60.0
+#: Streams at a time; each is one training job.
+STREAMS_MAX = 20_000
+#: Time that requests in flight get to finish when the service is told to stop.
+DRAIN_S = 10.0

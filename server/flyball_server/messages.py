@@ -1,0 +1,79 @@
+"""What the skins and the service say to each other, whatever the wire.
+
+Rule of this module: data only. gRPC and HTTP parse into these values and write from them, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from flyball_server.core.events import DirectiveAnswered, Receipt
+from flyball_server.core.types import Group, Settings
+
+
+class Attach(NamedTuple):
+    """A training job asks to be steered. See Attach in steering.proto, whose names these are."""
+
+    project: str
+    run: str
+    session: str
+    labels: Mapping[str, str]
+    groups: tuple[Group, ...]
+    policy: Mapping[str, Any]
+    base: Mapping[str, Any] | None
+    guard: Mapping[str, Any]
+    mode: str
+    seed: int
+    lag: int | None
+    resume: bool
+    from_step: int | None
+    from_attempt: int | None
+    digest: str
+    client: str
+
+
+class Attached(NamedTuple):
+    """The answer: which attempt this is, and the settings to begin with."""
+
+    run: str
+    attempt: int
+    from_step: int
+    through: int
+    receipts_through: int
+    seq: int
+    digest: str
+    policy: str
+    decided: int
+    settings: Settings
+    phase: str
+    code: str
+    reason: str
+    reference: tuple[float, ...]
+
+
+class Report(NamedTuple):
+    """What the driver saw and did since its last report."""
+
+    run: str
+    session: str
+    attempt: int
+    steps: Sequence[int]
+    signals: Mapping[str, Sequence[float | None]]
+    receipts: tuple[Receipt, ...]
+    answers: tuple[DirectiveAnswered, ...]
+    end: str
+
+
+class Advice(NamedTuple):
+    """The answer to a report, sent only once the journal has it: the acknowledgement and the newest settings."""
+
+    attempt: int
+    through: int
+    receipts_through: int
+    seq: int
+    digest: str
+    changes: Sequence[tuple[int, Settings]]
+    phase: str
+    code: str
+    reason: str

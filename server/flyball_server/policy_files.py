@@ -1,0 +1,215 @@
+"""Policy specifications at the edge: files and mappings in, a policy with checked parameters out.
+
+Rule of this module: whatever is wrong is refused here, with the path of the key, the value and what is
+allowed; behind it everything is typed. A specification is `{"type": NAME, parameters ..., "base": {...}}`;
+NAME may carry a version (`windowed@1`), and the name of a base schedule alone is short for the constant
+policy on that base. `Resolved.spec()` is the specification with every default filled in: the journal keeps
+it, and resolving it again gives the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from .core.base import SCHEDULES, Base, build, nearest
+from .core.errors import Invalid
+from .core.policies import ALL, POLICIES
+from .core.types import Policy
+
+#: A policy or group file larger than this is a mistake.
+MAX_FILE_BYTES = 1 << 20
+
+#: YAML 1.2's floats. PyYAML reads YAML 1.1, where `1e-5` is a string.
+_YAML_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class Resolved(NamedTuple):
+    """A checked specification."""
+
+    policy: Policy
+    config: Any
+    base: Base | None
+
+    def spec(self) -> dict[str, Any]:
+        """Everything with its default, as plain JSON values; `resolve` reads it back."""
+        whole = {"type": self.policy.tag, **_plain(asdict(self.config))}
+        return whole if self.base is None else {**whole, "base": self.base.spec()}
+
+
+def load_policy(path: str | Path) -> dict[str, Any]:
+    """The mapping in a policy file (JSON, YAML or TOML). Raises Invalid."""
+    data = load_data(path)
+    if not isinstance(data, dict):
+        raise Invalid(f"{path}: holds {_kind(data)}; a policy file holds one mapping, with a key 'type'")
+    return data
+
+
+def load_data(path: str | Path) -> Any:
+    """What a JSON, YAML or TOML file holds, told by its suffix; any other is tried as JSON, then as YAML."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise Invalid(f"{path}: {path.stat().st_size} bytes; the limit is {MAX_FILE_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Invalid(f"{path}: cannot be read ({error})") from error
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".toml":
+            return tomllib.loads(text)
+        if suffix in (".yaml", ".yml"):
+            return _yaml(text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            if suffix == ".json":
+                raise
+            return _yaml(text)
+    except ValueError as error:
+        raise Invalid(f"{path}: {error}") from error
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # not at the top: a service that gets its policies over the wire never needs it
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: plain data only
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"not readable as YAML ({error})") from error
+
+
+def resolve(spec: Mapping[str, Any]) -> Resolved:
+    """The policy, its checked parameters and the base schedule of a specification. Raises Invalid."""
+    if not isinstance(spec, Mapping):
+        raise Invalid(f"policy: {_kind(spec)} is not allowed; give a mapping with a key 'type'")
+    kind = spec.get("type")
+    name, _, version = kind.partition("@") if isinstance(kind, str) else ("", "", "")
+    if name in POLICIES and (not version or kind in ALL):
+        policy = ALL[str(kind)] if version else POLICIES[name]
+        parameters = {key: value for key, value in spec.items() if key not in ("type", "base")}
+        base = spec.get("base")
+        return Resolved(policy, _config(policy, parameters), None if base is None else _base(base, "base."))
+    if kind in SCHEDULES and isinstance(kind, str):
+        if "base" in spec:
+            raise Invalid(f"base: {kind!r} is itself a base schedule; give only one of the two")
+        constant = POLICIES["constant"]
+        return Resolved(constant, constant.config(), _base(spec, ""))
+    known = [*ALL] if name in POLICIES else [*POLICIES, *SCHEDULES]
+    raise Invalid(f"type: {kind!r} is no policy or base schedule{nearest(kind, known)}")
+
+
+def resolved_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """`spec` with every default filled in, as plain JSON values."""
+    return resolve(spec).spec()
+
+
+def json_schema(name: str, *, base: bool = False) -> dict[str, Any]:
+    """The JSON Schema of the parameters of a policy, or of a base schedule (`base` where both exist).
+
+    Raises Invalid for an unknown name.
+    """
+    policy = None if base else ALL.get(name, POLICIES.get(name))
+    if policy is None and name not in SCHEDULES:
+        raise Invalid(f"type: {name!r} is no policy or base schedule{nearest(name, [*POLICIES, *SCHEDULES])}")
+    schema = _adapter(name if policy is None else policy.tag).json_schema()
+    properties = {"type": {"const": name}, **schema.get("properties", {})}
+    if policy is not None:
+        properties["base"] = {"type": ["object", "null"], "description": "A base schedule the policy multiplies."}
+    return {**schema, "title": name, "properties": properties, "required": ["type", *schema.get("required", [])]}
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    """The validator of a policy's parameters, by tag, or of a base schedule's, by name."""
+    return TypeAdapter(ALL[name].config if name in ALL else SCHEDULES[name].config)
+
+
+def _base(spec: Any, prefix: str) -> Base:
+    if not isinstance(spec, Mapping):
+        raise Invalid(f"base: {_kind(spec)} is not allowed; give a mapping with a key 'type'")
+    try:
+        return build(spec)
+    except ValueError as error:
+        raise Invalid(f"{prefix}{error}") from error
+
+
+def _config(policy: Policy, parameters: dict[str, Any]) -> Any:
+    """The policy's Config from `parameters`; strict as JSON is: "5" and true are no numbers, a list is a list."""
+    try:
+        text = json.dumps(parameters)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"policy: the parameters are not plain JSON values ({error})") from error
+    try:
+        return _adapter(policy.tag).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise Invalid("; ".join(_problems(policy, parameters, error))) from error
+
+
+def _problems(policy: Policy, parameters: dict[str, Any], error: ValidationError) -> list[str]:
+    """One sentence per wrong key, the first that pydantic found for each."""
+    found: dict[str, str] = {}
+    for one in error.errors(include_url=False):
+        path, holder = _path(parameters, one["loc"])
+        if one["type"] == "unexpected_keyword_argument":
+            text = f"{path}: {policy.name} has no such parameter{_nearest_field(policy, holder, one['loc'])}"
+        elif one["type"] == "value_error":  # from __post_init__, which names the field itself
+            text = (f"{path}." if path else "") + str(one["ctx"]["error"])
+        elif one["type"] == "missing":
+            text = f"{path}: {policy.name} needs it"
+        else:
+            text = f"{path}: {one['input']!r} is not allowed; {one['msg']}"
+        found.setdefault(path or text, text)
+    return list(found.values())
+
+
+def _path(parameters: Any, loc: tuple[int | str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The dotted path of an error's location, without pydantic's names for the members of a union."""
+    keys: list[str] = []
+    here = parameters
+    for part in loc:
+        if isinstance(here, dict) and isinstance(part, str):
+            keys.append(part)
+            here = here.get(part)
+        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+            keys.append(str(part))
+            here = here[part]
+    return ".".join(keys), tuple(keys[:-1])
+
+
+def _nearest_field(policy: Policy, holder: tuple[str, ...], loc: tuple[int | str, ...]) -> str:
+    """The known name closest to the misspelt last part of `loc`."""
+    name = str(loc[-1])
+    if holder:
+        schema = _adapter(policy.tag).json_schema()
+        known = [key for part in schema.get("$defs", {}).values() for key in part.get("properties", {})]
+        return nearest(name, known)
+    if policy.name in SCHEDULES and name in _names(SCHEDULES[policy.name].config):
+        return f"; the base schedule {policy.name!r} has: give it under 'base'"
+    return nearest(name, [*_names(policy.config), "base", "type"])
+
+
+def _names(config: type[Any]) -> list[str]:
+    return [entry.name for entry in fields(config)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a string", type(None): "nothing"}.get(type(value), repr(value))

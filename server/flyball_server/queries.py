@@ -1,0 +1,239 @@
+"""Reading a run back: series for charts, decisions for people.
+
+Rule of this module: it only reads, and reads packed columns, never a Python object per observation.
+
+Names of series: a signal by its name (loss, grad_norm ...); lr:GROUP, momentum:GROUP and noise_std:GROUP as
+they were applied (from the receipts); decided_lr:GROUP and so on as they were decided, at the step that
+decided them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flyball_server import limits, records
+from flyball_server.core.errors import Invalid, NotFound
+from flyball_server.core.events import Spec
+from flyball_server.core.run import Rules, Run
+from flyball_server.core.types import Decision
+from flyball_server.storage.journal import Block, Journal
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class SeriesRequest(NamedTuple):
+    """Which series, over which steps (both ends included; None = open), of which attempt's line (None = newest)."""
+
+    names: Sequence[str]
+    points: int = 2000
+    from_step: int | None = None
+    to_step: int | None = None
+    attempt: int | None = None
+
+
+class _Wanted(NamedTuple):
+    """Where a series is stored: which kind of row, which column, which of its `width` values per entry."""
+
+    kind: str
+    column: str
+    index: int
+    width: int
+
+
+async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a read outside the event loop."""
+    return await asyncio.to_thread(work, *args, **kwargs)
+
+
+def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
+    """The asked-for series as {"run", "attempt", "series": {name: {"step": [...], "value": [...]}}}.
+
+    Each has at most `points` points: the steps are cut into points / 2 equal ranges and the smallest and the
+    largest value of each are kept where they stand (and one non-finite value, where there is any).
+    Raises Invalid for a name, range or number of points that cannot be, NotFound for an unknown attempt.
+    """
+    if not 2 <= request.points <= limits.POINTS_MAX:
+        raise Invalid(f"points is {request.points}: give 2 to {limits.POINTS_MAX}")
+    if not 1 <= len(request.names) <= limits.SERIES_MAX:
+        raise Invalid(f"signals: {len(request.names)} names; give 1 to {limits.SERIES_MAX}")
+    attempt = run.attempt if request.attempt is None else request.attempt
+    if not 0 <= attempt <= run.attempt:
+        raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+    wanted = {name: _wanted(name, spec) for name in request.names}
+    cutoffs = _cutoffs(run, attempt)
+    found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
+    columns = {"step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
+    for block in journal.blocks(spec.run, columns):
+        if block.kind not in ("observed", "applied") or block.attempt not in cutoffs:
+            continue
+        steps = _steps(block)
+        for name, want in wanted.items():
+            if want.kind == block.kind and want.column in block.arrays:
+                s, v = _values(block, want, steps)
+                keep = s < cutoffs[block.attempt]
+                found[name].append((s[keep], v[keep]))
+    return {
+        "run": spec.run,
+        "attempt": attempt,
+        "series": {name: _thinned(parts, request) for name, parts in found.items()},
+    }
+
+
+def decisions(journal: Journal, spec: Spec, rules: Rules, *, after: int, limit: int) -> dict[str, Any]:
+    """The decisions that moved something, in journal order, behind the row `after`.
+
+    `next` is the value of `after` for the page behind this one, None at the end. A page ends with a whole row.
+    Raises Invalid for a limit out of range.
+    """
+    if not 1 <= limit <= limits.DECISIONS_MAX:
+        raise Invalid(f"limit is {limit}: give 1 to {limits.DECISIONS_MAX}")
+    names = [g.name for g in spec.groups]
+    out: list[dict[str, Any]] = []
+    for row in journal.rows(spec.run, after=after):
+        if row.kind != "observed" or "marks" not in row.meta:
+            continue
+        if len(out) >= limit:
+            return {"run": spec.run, "decisions": out, "next": after}
+        after = row.seq
+        for step, phase, code, note, before, now, fields in row.meta["marks"]:
+            decision = Decision(tuple(now), None, None, phase, code, fields)
+            out.append(
+                {
+                    "seq": row.seq,
+                    "attempt": row.attempt,
+                    "step": step,
+                    "at": records.utc(row.at),
+                    "phase": phase,
+                    "decision": code,
+                    "guard": note,
+                    "reason": rules.policy.explain(rules.config, decision),
+                    "lr_before": dict(zip(names, before, strict=True)),
+                    "lr_after": dict(zip(names, now, strict=True)),
+                    "fields": fields,
+                }
+            )
+    return {"run": spec.run, "decisions": out, "next": None}
+
+
+_SETTINGS = ("lr", "momentum", "noise_std")
+
+
+def _wanted(name: str, spec: Spec) -> _Wanted:
+    kind, _, group = name.partition(":")
+    decided = kind.removeprefix("decided_")
+    if not group:
+        return _Wanted("observed", name, 0, 1)
+    if decided not in _SETTINGS:
+        raise Invalid(f"signals: {name!r} is no series; before the ':' stands lr, momentum or noise_std")
+    names = [g.name for g in spec.groups]
+    if group not in names:
+        raise Invalid(f"signals: run {spec.run} has no group {group!r}; it has {', '.join(names)}")
+    if decided != kind:
+        return _Wanted("observed", "=" + decided, names.index(group), len(names))
+    return _Wanted("applied", decided, names.index(group), len(names))
+
+
+def _cutoffs(run: Run, attempt: int) -> Mapping[int, float]:
+    """For each attempt on the line of `attempt`: its steps from this one on were overtaken by a later attempt."""
+    out: dict[int, float] = {}
+    cutoff = float("inf")
+    for number in range(attempt, 0, -1):
+        out[number] = cutoff
+        cutoff = min(cutoff, run.attempts[number - 1][0])
+    return out
+
+
+def _steps(block: Block) -> Ints:
+    """The step of every entry of a block."""
+    if "step" in block.arrays:
+        stored: Ints = block.arrays["step"]
+        return stored
+    counts = block.last_step - block.first_step + 1
+    starts = np.cumsum(counts) - counts
+    steps: Ints = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(block.first_step - starts, counts)
+    return steps
+
+
+def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
+    """The steps and values of one series in one block."""
+    values = np.asarray(block.arrays[want.column], dtype=np.float64)
+    if want.width > 1 or want.column.startswith("="):
+        values = values[want.index :: want.width]
+    if want.column.startswith("="):
+        # Changes name the observation that decided them, counted within their own row.
+        return steps[_absolute(block, "=at", _row_lengths(block))], values
+    missing = want.column + "?"
+    if missing in block.arrays and len(block.arrays[missing]):
+        keep = np.ones(len(values), dtype=bool)
+        keep[_absolute(block, missing, block.counts[want.column])] = False
+        return steps[keep], values[keep]
+    return steps, values
+
+
+def _row_lengths(block: Block) -> Ints:
+    if "step" in block.counts:
+        stored: Ints = block.counts["step"]
+        return stored
+    lengths: Ints = block.last_step - block.first_step + 1
+    return lengths
+
+
+def _absolute(block: Block, column: str, lengths: Ints) -> Ints:
+    """Indices counted within rows, as indices into the block."""
+    starts = np.cumsum(lengths) - lengths
+    offsets: Ints = np.repeat(starts, block.counts[column])
+    absolute: Ints = block.arrays[column].astype(np.int64) + offsets
+    return absolute
+
+
+def _thinned(parts: list[tuple[Ints, Floats]], request: SeriesRequest) -> dict[str, list[Any]]:
+    steps = np.concatenate([s for s, _ in parts]) if parts else np.empty(0, np.int64)
+    values = np.concatenate([v for _, v in parts]) if parts else np.empty(0)
+    low = 0 if request.from_step is None else int(np.searchsorted(steps, request.from_step, "left"))
+    high = len(steps) if request.to_step is None else int(np.searchsorted(steps, request.to_step, "right"))
+    steps, values = steps[low:high], values[low:high]
+    keep = thin(steps, values, request.points)
+    return {"step": steps[keep].tolist(), "value": [plain(v) for v in values[keep].tolist()]}
+
+
+def thin(steps: Ints, values: Floats, points: int) -> Ints:
+    """The indices of at most `points` entries that keep every range's smallest and largest value in sight."""
+    n = len(steps)
+    if n <= points:
+        return np.arange(n)
+    bad = ~np.isfinite(values)
+    per_range = 3 if bad.any() else 2
+    edges = np.linspace(steps[0], steps[-1] + 1, max(1, points // per_range) + 1)
+    starts = np.unique(np.searchsorted(steps, edges[:-1], "left"))
+    starts = starts[starts < n]
+    chosen = []
+    for key in (np.where(bad, np.inf, values), np.where(bad, np.inf, -values)):
+        smallest = np.repeat(np.minimum.reduceat(key, starts), np.diff(np.append(starts, n)))
+        chosen.append(_first_of_each(np.flatnonzero(key == smallest), starts))
+    if per_range == 3:
+        chosen.append(_first_of_each(np.flatnonzero(bad), starts))
+    kept: Ints = np.unique(np.concatenate(chosen))
+    return kept
+
+
+def _first_of_each(index: Ints, starts: Ints) -> Ints:
+    """Of rising indices, the first one in each of the ranges that begin at `starts`."""
+    which = np.searchsorted(starts, index, "right")
+    return index[np.flatnonzero(np.diff(which, prepend=-1))]
+
+
+def plain(value: float) -> float | str:
+    """A number JSON can carry; NaN and the infinities as the strings the wire uses."""
+    if value != value:
+        return "NaN"
+    if value in (float("inf"), float("-inf")):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,0 +1,242 @@
+"""Events and outcomes as journal rows, and back.
+
+Rule of this module: one canonical form. The same event and outcome always give the same bytes, and the bytes
+give back equal values, bit for bit; that is what lets an auditor compare a stored row with a fold made today.
+
+Layout of an Observed row (n observations, G groups, K changes):
+    step    q[n]    only where the steps are not consecutive
+    NAME    f[n]|d[n] one per signal; float32 where every value survives the trip, which torch's losses do
+    NAME?   I[m]    the indices at which NAME was not measured (its values there are 0)
+    =at     I[K]    the observation that decided change k;   =lr d[K*G]   =momentum d[K*G]   =noise_std d[K*G]
+    meta    {} or {"marks": [...]}
+A group without momentum has 0 in =momentum; which groups those are is in the run's specification.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import Any, NamedTuple
+
+from flyball_server.core.events import (
+    Applied,
+    Attached,
+    Created,
+    DirectiveAnswered,
+    Ended,
+    Event,
+    Mark,
+    Observed,
+    Outcome,
+    Receipt,
+    Reported,
+    Spec,
+)
+from flyball_server.core.run import NOTHING
+from flyball_server.core.types import Group, Settings
+from flyball_server.storage.journal import Column, Row
+
+if sys.byteorder != "little":  # pragma: no cover - no such machine trains models today
+    raise ImportError("the journal's columns are little-endian: this machine is not supported")
+
+
+NAN = float("nan")
+
+
+class Entry(NamedTuple):
+    """A row without what only the engine knows (sequence number, actor, time, hash)."""
+
+    kind: str
+    attempt: int
+    first_step: int | None
+    last_step: int | None
+    meta: Mapping[str, Any]
+    columns: tuple[Column, ...]
+
+
+def to_entry(event: Event, outcome: Outcome) -> Entry:
+    """The canonical form of an event and what folding it brought."""
+    if isinstance(event, Observed):
+        return _observed_entry(event, outcome)
+    if isinstance(event, Applied):
+        return _applied_entry(event)
+    if isinstance(event, Created):
+        return Entry("created", 0, None, None, {"spec": _spec_json(event.spec)}, ())
+    if isinstance(event, Reported):
+        signals = {name: repr(value) for name, value in event.signals.items()}
+        return Entry("reported", 0, None, None, {"signals": signals}, ())
+    meta = event._asdict()
+    attempt = meta.pop("attempt")
+    return Entry(_KINDS[type(event)], attempt, None, None, meta, ())
+
+
+def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
+    """The event and outcome that a row holds. `groups`: the run's (only Created can do without)."""
+    if row.kind == "observed":
+        return _observed(row, groups)
+    if row.kind == "applied":
+        return _applied(row, groups), NOTHING
+    if row.kind == "created":
+        return Created(spec_of(row)), NOTHING
+    if row.kind == "reported":
+        return Reported({name: float(value) for name, value in row.meta["signals"].items()}), NOTHING
+    return _CLASSES[row.kind](attempt=row.attempt, **row.meta), NOTHING
+
+
+def spec_of(row: Row) -> Spec:
+    """The specification in a run's first row."""
+    spec = dict(row.meta["spec"])
+    groups = (Group(n, lr, m, None if b is None else (b[0], b[1])) for n, lr, m, b in spec["groups"])
+    return Spec(**{**spec, "groups": tuple(groups)})
+
+
+_KINDS: dict[type[Any], str] = {
+    Attached: "attached",
+    DirectiveAnswered: "directive_answered",
+    Ended: "ended",
+}
+_CLASSES: dict[str, Callable[..., Event]] = {kind: cls for cls, kind in _KINDS.items()}
+
+
+def _spec_json(spec: Spec) -> dict[str, Any]:
+    return {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
+
+
+def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
+    steps = event.steps
+    first, last, n = steps[0], steps[-1], len(steps)
+    columns = []
+    if last - first + 1 != n:
+        columns.append(Column("step", "q", array("q", steps).tobytes()))
+    for name in sorted(event.signals):
+        columns += _signal(name, event.signals[name])
+    at = array("I", [steps.index(step) if n > 1 else 0 for step, _ in outcome.changes])
+    columns.append(Column("=at", "I", at.tobytes()))
+    columns += _settings("=", [settings for _, settings in outcome.changes])
+    meta = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}
+    return Entry("observed", event.attempt, first, last, meta, tuple(columns))
+
+
+def _observed(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
+    columns = {c.name: _values(c) for c in row.columns}
+    assert row.first_step is not None and row.last_step is not None
+    steps = columns.pop("step", None) or list(range(row.first_step, row.last_step + 1))
+    at = columns.pop("=at")
+    settings = _read_settings("=", columns, groups, len(at))
+    marks = tuple(_mark(m) for m in row.meta.get("marks", ()))
+    signals: dict[str, list[float | None]] = {}
+    for name, values in columns.items():
+        if name.endswith("?"):
+            column = signals[name[:-1]]
+            for index in values:
+                column[index] = None
+        elif not name.startswith("="):
+            signals[name] = values
+    changes = tuple((steps[i], s) for i, s in zip(at, settings, strict=True))
+    return Observed(row.attempt, steps, signals), Outcome(changes, marks)
+
+
+def _applied_entry(event: Applied) -> Entry:
+    receipts = event.receipts
+    columns = [
+        Column(name, "q", array("q", [getattr(r, name) for r in receipts]).tobytes())
+        for name in ("number", "step", "decided", "ranks")
+    ]
+    columns += _settings("", [r.settings for r in receipts])
+    late = [i for i, r in enumerate(receipts) if r.late]
+    if late:
+        columns.append(Column("late", "I", array("I", late).tobytes()))
+    conflicts = {str(i): r.conflict for i, r in enumerate(receipts) if r.conflict}
+    meta = {"conflicts": conflicts} if conflicts else {}
+    return Entry("applied", event.attempt, receipts[0].step, receipts[-1].step, meta, tuple(columns))
+
+
+def _applied(row: Row, groups: tuple[Group, ...]) -> Applied:
+    columns = {c.name: _values(c) for c in row.columns}
+    late = set(columns.pop("late", ()))
+    conflicts = row.meta.get("conflicts", {})
+    numbers, steps, decided, ranks = (columns[name] for name in ("number", "step", "decided", "ranks"))
+    settings = _read_settings("", columns, groups, len(numbers))
+    return Applied(
+        row.attempt,
+        tuple(
+            Receipt(numbers[i], steps[i], decided[i], settings[i], i in late, conflicts.get(str(i), ""), ranks[i])
+            for i in range(len(numbers))
+        ),
+    )
+
+
+def _signal(name: str, values: Sequence[float | None]) -> list[Column]:
+    """One signal's column, float32 where nothing is lost, and where it is missing."""
+    columns = []
+    if None in values:
+        missing = array("I", [i for i, v in enumerate(values) if v is None])
+        columns.append(Column(name + "?", "I", missing.tobytes()))
+        values = [0.0 if v is None else v for v in values]
+    narrow = array("f", values)  # type: ignore[arg-type]
+    # Lists compare by value, so columns with a NaN stay wide; -0.0 keeps its sign in either width.
+    if narrow.tolist() == values:
+        return [Column(name, "f", narrow.tobytes()), *columns]
+    return [Column(name, "d", array("d", values).tobytes()), *columns]  # type: ignore[arg-type]
+
+
+def _settings(prefix: str, settings: Sequence[Settings]) -> list[Column]:
+    columns = [Column(prefix + "lr", "d", array("d", chain.from_iterable(s.lr for s in settings)).tobytes())]
+    for name in ("momentum", "noise_std"):
+        if any(getattr(s, name) is not None for s in settings):
+            groups = len(settings[0].lr)
+            # A change without a value among changes with one cannot be told from 0 in a packed column, so it
+            # is stored as NaN, which no valid setting is.
+            rows = ([NAN] * groups if (v := getattr(s, name)) is None else v for s in settings)
+            flat = [0.0 if v is None else v for v in chain.from_iterable(rows)]
+            columns.append(Column(prefix + name, "d", array("d", flat).tobytes()))
+    return columns
+
+
+
+def _read_settings(
+    prefix: str, columns: Mapping[str, list[Any]], groups: tuple[Group, ...], count: int
+) -> list[Settings]:
+    g = len(groups)
+    lr = columns[prefix + "lr"]
+    momentum, noise = columns.get(prefix + "momentum"), columns.get(prefix + "noise_std")
+    has = [group.momentum is not None or group.betas is not None for group in groups]
+    out = []
+    for k in range(count):
+        part = slice(k * g, (k + 1) * g)
+        m = None if momentum is None or momentum[k * g] != momentum[k * g] else momentum[part]
+        s = None if noise is None or noise[k * g] != noise[k * g] else noise[part]
+        out.append(
+            Settings(
+                tuple(lr[part]),
+                None if m is None else tuple(v if h else None for v, h in zip(m, has, strict=True)),
+                None if s is None else tuple(s),
+            )
+        )
+    return out
+
+
+def _values(column: Column) -> list[Any]:
+    values = array(column.type)
+    values.frombytes(column.data)
+    return values.tolist()
+
+
+def _mark_json(mark: Mark) -> list[Any]:
+    return [mark.step, mark.phase, mark.code, mark.note, list(mark.before), list(mark.after), mark.fields]
+
+
+def _mark(data: Sequence[Any]) -> Mark:
+    step, phase, code, note, before, after, fields = data
+    return Mark(step, phase, code, note, tuple(before), tuple(after), fields)
+
+
+def utc(at: int) -> str:
+    """A journal time (microseconds since 1970) for people and JSON: ISO 8601, UTC."""
+    return (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

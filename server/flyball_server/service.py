@@ -1,0 +1,363 @@
+"""The use cases: attach, report, side signals, queries. Both skins call these and nothing else.
+
+Rule of this module: check who asks and what is asked for, then leave the work to the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from math import isfinite
+from typing import Any, NamedTuple, TypeVar
+
+from flyball_server import limits, queries
+from flyball_server.core import run as fold
+from flyball_server.core.base import build
+from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
+from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
+from flyball_server.core.run import Rules, Run
+from flyball_server.core.types import Group, Settings
+from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
+from flyball_server.guards import limits_of
+from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.policy_files import resolve
+from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+
+T = TypeVar("T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunView(NamedTuple):
+    """A run as people see it: its projection, and its folded state where asked for."""
+
+    record: RunRecord
+    status: str
+    stale_s: float
+    spec: Spec | None
+    run: Run | None
+    reason: str
+
+
+def run_id(project: str, name: str) -> str:
+    """The run's id in paths and on the command line: its name, behind its project unless that is "default"."""
+    return name if project == "default" else f"{project}:{name}"
+
+
+def rules_of(spec: Spec) -> Rules:
+    """What a specification means. Raises Invalid where it names something that does not exist."""
+    fold.check_spec(spec)
+    policy, config, _ = resolve(spec.policy)
+    base = None if spec.base is None else build(spec.base)
+    return Rules(policy, config, base, limits_of(spec.guard), spec.groups, spec.seed)
+
+
+class Service:
+    """The service over one engine and its journal."""
+
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self._engine = engine
+        self._journal = journal
+
+    async def attach(self, request: Attach, actor: str) -> Attached:
+        """Create the run, reconnect to it (same session), or open a new attempt (resume).
+
+        Raises Conflict where the run exists and the caller did not say that it resumes; Invalid, NotFound, Busy.
+        """
+        spec = _spec(request)
+
+        async def once() -> Attached:
+            try:
+                live = await self._engine.find(spec.run)
+            except NotFound:
+                if request.resume:
+                    raise NotFound(
+                        f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it"
+                    ) from None
+                live = await self._engine.create(spec, actor)
+            async with self._engine.turn(live):
+                if live.run.session != request.session:
+                    await self._open(live, request, spec, actor)
+                return _attached(live)
+
+        return await _retried(once)
+
+    async def report(self, request: Report, actor: str) -> Advice:
+        """Fold what the driver saw. The answer comes only when the journal has it.
+
+        Repeating a report (or any part of one) changes nothing and is answered with the recorded decisions.
+        """
+        _check_report(request)
+
+        async def once() -> Advice:
+            live = await self._engine.find(request.run)
+            async with self._engine.turn(live):
+                run = live.run
+                if request.session != run.session or request.attempt != run.attempt:
+                    raise Conflict(
+                        f"run {request.run}: another process drives it now (attempt {run.attempt}); this one "
+                        f"(attempt {request.attempt}) is not heard any more"
+                    )
+                events = _new_events(run, request)
+                resent: list[tuple[int, Settings]] = []
+                if run.lag is not None and request.steps and request.steps[0] <= run.through:
+                    resent = await self._engine.resent(
+                        live, request.steps[0], min(run.through, request.steps[-1])
+                    )
+                changes = resent
+                if events:
+                    outcomes = await self._engine.commit(live, events, actor)
+                    changes = [*resent, *(c for outcome in outcomes for c in outcome.changes)]
+                return _advice(live, changes)
+
+        return await _retried(once)
+
+    async def add_signals(self, run: str, signals: Mapping[str, float], actor: str) -> int:
+        """Signals from another process; the policy sees them with the next observation. Returns the journal seq."""
+        if not signals:
+            raise Invalid("signals is empty: name at least one, such as val_loss")
+        _check_signal_names(signals)
+
+        async def once() -> int:
+            live = await self._engine.find(run)
+            async with self._engine.turn(live):
+                await self._engine.commit(live, [Reported(dict(signals))], actor)
+                return live.run.seq
+
+        return await _retried(once)
+
+    async def get_run(self, run: str) -> RunView:
+        """One run with its folded state."""
+        live = await self._engine.find(run)
+        return self._view(live.record, live)
+
+    async def list_runs(self, where: RunFilter, cursor: str | None, limit: int) -> tuple[list[RunView], str]:
+        """One page of runs, newest first, and the cursor of the next page ("" at the end)."""
+        if not 1 <= limit <= limits.PAGE_MAX:
+            raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
+        if where.status is not None:
+            where = where._replace(stale_before=self._stale_before())
+        after = _parse_cursor(cursor)
+        records = await queries.in_thread(self._journal.records, where, after=after, limit=limit + 1)
+        page = records[:limit]
+        following = f"{page[-1].created_at}~{page[-1].run}" if len(records) > limit else ""
+        return [self._view(record, None) for record in page], following
+
+    async def series(self, run: str, request: queries.SeriesRequest) -> dict[str, Any]:
+        """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
+        live = await self._engine.find(run)
+        return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
+
+    async def decisions(self, run: str, *, after: int, limit: int) -> dict[str, Any]:
+        """The decisions that moved something, in journal order."""
+        live = await self._engine.find(run)
+        return await queries.in_thread(
+            queries.decisions, self._journal, live.spec, live.rules, after=after, limit=limit
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """What a readiness probe is told."""
+        return {"status": "ready", "live_runs": self._engine.live_runs}
+
+    def _stale_before(self) -> int:
+        return self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
+
+    def _view(self, record: RunRecord, live: LiveRun | None) -> RunView:
+        stale_s = max(0, self._engine.now_us() - record.updated_at) / 1e6
+        status = record.status
+        if status == "active" and stale_s > limits.STALE_AFTER_S:
+            status = "stale"
+        if live is None:
+            return RunView(record, status, stale_s, None, None, "")
+        return RunView(record, status, stale_s, live.spec, live.run, _reason(live))
+
+    async def _open(self, live: LiveRun, request: Attach, spec: Spec, actor: str) -> None:
+        """Open the next attempt, going back on the line where that is asked for."""
+        run = live.run
+        if run.attempt > 0 and not request.resume:
+            raise Conflict(
+                f"run {spec.run!r} exists already (attempt {run.attempt}, step {run.through}, {run.status}): choose "
+                "another name, or attach with resume=True to open a new attempt of it"
+            )
+        _check_same(live.spec, spec, request)
+        restored = None
+        from_step = run.through + 1 if request.from_step is None else request.from_step
+        attempt = run.attempt if request.from_attempt is None else request.from_attempt
+        if not 0 <= attempt <= run.attempt:
+            raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+        if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
+            restored = await self._engine.restored(live, attempt, from_step)
+        event = next_attempt(live, from_step, request.session, request.client, request.lag, restored)
+        await self._engine.commit(live, [event], actor)
+
+
+async def _retried(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a use case again where another replica was faster."""
+    for _ in range(limits.APPEND_TRIES):
+        try:
+            return await once()
+        except Lost:
+            continue
+    raise Busy("the run is written by several processes at once; try again", 1.0)
+
+
+def _attached(live: LiveRun) -> Attached:
+    run = live.run
+    return Attached(
+        run=live.spec.run,
+        attempt=run.attempt,
+        from_step=run.from_step,
+        through=run.through,
+        receipts_through=run.receipts_through,
+        seq=run.seq,
+        digest=live.record.hash.hex(),
+        policy=live.rules.policy.tag,
+        decided=run.through,
+        settings=run.settings,
+        phase=run.decision.phase,
+        code=run.decision.code,
+        reason=_reason(live),
+        reference=tuple(g.lr for g in live.spec.groups),
+    )
+
+
+def _advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
+    run = live.run
+    if run.lag is None or not changes:
+        changes = [(run.through, run.settings)]
+    return Advice(
+        attempt=run.attempt,
+        through=run.through,
+        receipts_through=run.receipts_through,
+        seq=run.seq,
+        digest=live.record.hash.hex(),
+        changes=changes,
+        phase=run.decision.phase,
+        code=run.decision.code,
+        reason=_reason(live),
+    )
+
+
+def _reason(live: LiveRun) -> str:
+    """The newest decision in words; only made where the decision has something to say."""
+    decision = live.run.decision
+    return "" if decision.fields is None else live.rules.policy.explain(live.rules.config, decision)
+
+
+def _new_events(run: Run, request: Report) -> list[Event]:
+    """The part of a report that is not in the run yet."""
+    events: list[Event] = []
+    observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
+    receipts = tuple(r for r in request.receipts if r.number > run.receipts_through)
+    if observed is not None:
+        events.append(observed)
+    if receipts:
+        events.append(Applied(request.attempt, receipts))
+    events += request.answers
+    if request.end and run.status == "active":
+        events.append(Ended(request.attempt, request.end))
+    return events
+
+
+def _spec(request: Attach) -> Spec:
+    """The run's specification as it goes into the journal: checked, with every default filled in."""
+    project = request.project or "default"
+    for field, value in (("project", project), ("run", request.run), ("session", request.session)):
+        if len(value) > limits.NAME_MAX or not _NAME.fullmatch(value):
+            raise Invalid(
+                f"{field} is {value!r}: use 1 to {limits.NAME_MAX} letters, digits, '.', '_' or '-', "
+                "beginning with a letter or digit"
+            )
+    if len(request.labels) > limits.LABELS_MAX:
+        raise Invalid(f"labels: {len(request.labels)} are too many; at most {limits.LABELS_MAX}")
+    for key, text in request.labels.items():
+        if not key or len(key) > limits.NAME_MAX or len(text) > limits.NAME_MAX:
+            raise Invalid(f"labels: {key!r}={text!r} is empty or longer than {limits.NAME_MAX} characters")
+    _check_groups(request.groups)
+    if request.lag is not None and request.lag < 0:
+        raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
+    policy = dict(request.policy)
+    if request.base is not None:
+        if policy.get("base") is not None:
+            raise Invalid("base is given twice, in the policy and beside it: give it once")
+        policy["base"] = request.base
+    resolved = resolve(policy).spec()
+    base = resolved.pop("base", None)
+    guard = dict(request.guard)
+    limits_of(guard)
+    return Spec(
+        run=run_id(project, request.run),
+        project=project,
+        name=request.run,
+        labels=dict(request.labels),
+        groups=request.groups,
+        policy=resolved,
+        base=base,
+        guard=guard,
+        mode=request.mode,
+        seed=request.seed,
+    )
+
+
+def _check_groups(groups: Sequence[Group]) -> None:
+    if len(groups) > limits.GROUPS_MAX:
+        raise Invalid(f"groups: {len(groups)} are too many; at most {limits.GROUPS_MAX}")
+    for group in groups:
+        if not group.name or len(group.name) > limits.NAME_MAX:
+            raise Invalid(f"groups: the name {group.name!r} is empty or longer than {limits.NAME_MAX} characters")
+        if not (isfinite(group.lr) and group.lr >= 0):
+            raise Invalid(f"groups: {group.name}.lr is {group.lr!r}: give a finite number, 0 or more")
+        for name, value in (("momentum", group.momentum), *(("betas", b) for b in group.betas or ())):
+            if value is not None and not (isfinite(value) and 0 <= value < 1):
+                raise Invalid(f"groups: {group.name}.{name} is {value!r}: give a number in [0, 1)")
+
+
+def _check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
+    """A resumed run goes on under its recorded rules; a script that asks for others is told so."""
+    names, now = [g.name for g in recorded.groups], [g.name for g in spec.groups]
+    if names != now:
+        raise Invalid(f"groups: the run was begun with {names}, this process has {now}: they must be the same")
+    for field in ("policy", "base", "guard", "mode", "seed"):
+        old, new = getattr(recorded, field), getattr(spec, field)
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            raise Invalid(
+                f"{field}: the run was begun with {old!r}, this process asks for {new!r}: resume with the "
+                "recorded one, or begin a run of another name"
+            )
+
+
+def _check_report(request: Report) -> None:
+    n = len(request.steps)
+    if n > limits.BATCH_MAX:
+        raise Invalid(f"step: {n} observations in one report are too many; at most {limits.BATCH_MAX}")
+    if len(request.receipts) > limits.RECEIPTS_MAX:
+        raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
+    steps = request.steps
+    if n and (steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False))):
+        raise Invalid("step: the steps of a report must be 0 or more and rise strictly")
+    _check_signal_names(request.signals)
+    for name, column in request.signals.items():
+        if len(column) != n:
+            raise Invalid(f"signals: {name} has {len(column)} values for {n} steps")
+    if request.end not in ("", "finished", "failed"):
+        raise Invalid(f"end is {request.end!r}: give 'finished' or 'failed', or leave it out")
+
+
+def _check_signal_names(signals: Mapping[str, Any]) -> None:
+    if len(signals) > limits.SIGNALS_MAX:
+        raise Invalid(f"signals: {len(signals)} are too many; at most {limits.SIGNALS_MAX}")
+    for name in signals:
+        if len(name) > limits.NAME_MAX or not _SIGNAL.fullmatch(name):
+            raise Invalid(f"signals: {name!r} is no signal name; use letters, digits, '_', '.', '/' or '-'")
+
+
+_SIGNAL = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+
+
+def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:
+    if not cursor:
+        return None
+    created, _, run = cursor.partition("~")
+    if not created.isdigit() or not run:
+        raise Invalid(f"cursor is {cursor!r}: give the one from the page before, unchanged")
+    return int(created), run

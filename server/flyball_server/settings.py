@@ -1,0 +1,57 @@
+"""How the service is configured: by options, or by environment variables of the same names.
+
+Rule of this module: every setting is checked here, before anything is opened.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from pydantic import field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_INSECURE."""
+
+    model_config = SettingsConfigDict(env_prefix="FLYBALL_", frozen=True)
+
+    http: str = "127.0.0.1:1788"
+    grpc: str = "127.0.0.1:1789"
+    store: str = "sqlite:///flyball.db"
+    insecure: bool = False
+
+    @field_validator("http", "grpc")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _no_open_door(self) -> Settings:
+        for name in ("http", "grpc"):
+            host, _ = split_address(getattr(self, name))
+            if not self.insecure and not is_loopback(host):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which other machines can reach, and the service has no "
+                    "authentication yet: bind to 127.0.0.1, or say --insecure where the network itself is trusted"
+                )
+        return self
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """HOST:PORT or [IPV6]:PORT as host and port. Raises ValueError with what is allowed."""
+    host, sep, port = address.rpartition(":")
+    if not sep or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is no address: give HOST:PORT, such as 127.0.0.1:1788 (port 0: any free one)")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,25 @@
+"""Where runs are kept. `open_journal` turns the setting `store` into a journal; `journal` is the contract.
+
+Rule of this package: everything that is stored is derived from, or is, the journal's rows.
+"""
+
+from __future__ import annotations
+
+from flyball_server.core.errors import Invalid
+from flyball_server.storage.journal import Journal
+from flyball_server.storage.memory import MemoryJournal
+from flyball_server.storage.sql import SqlJournal
+
+__all__ = ["open_journal"]
+
+
+def open_journal(store: str) -> Journal:
+    """The journal that `store` names, not started yet: "memory:" or "sqlite:///FILE"."""
+    if store == "memory:":
+        return MemoryJournal()
+    if store.startswith("sqlite:///") and not store.endswith(("/", ":memory:")):
+        return SqlJournal(store)
+    raise Invalid(
+        f"store is {store!r}; allowed are 'memory:' (nothing is kept), 'sqlite:///FILE' (relative) "
+        "and 'sqlite:////DIRECTORY/FILE' (absolute)"
+    )

@@ -1,0 +1,177 @@
+"""The journal's contract: what a store must keep, and how the engine and the readers talk to it.
+
+Rule of this module: types and one Protocol, no behaviour beyond the canonical bytes and the hash chain.
+
+Ownership. The engine makes rows (sequence number, time and hash included) and hands them over; a store
+never changes a row's meaning. It may merge old rows into compressed segments, as long as reading gives
+back rows that are equal field by field, so that the hash chain can be checked at any time.
+
+Threads. `append` may be called from one thread (the event loop's) and returns at once; the store commits
+on a thread of its own and then calls `deliver` once per commit, from that thread. Reads may be called
+from any thread and see every row whose append was delivered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+#: The hash "before" the first row of a run.
+GENESIS = bytes(32)
+
+
+class Column(NamedTuple):
+    """A packed little-endian column: `type` is one of f (float32), d (float64), I (uint32), q (int64)."""
+
+    name: str
+    type: str
+    data: bytes
+
+
+class Row(NamedTuple):
+    """One event of one run. `at` is microseconds since 1970 UTC; `meta` is plain JSON without NaN.
+
+    `hash` = sha256(previous row's hash + canonical(run, row)).
+    """
+
+    seq: int
+    kind: str
+    attempt: int
+    first_step: int | None
+    last_step: int | None
+    actor: str
+    at: int
+    meta: Mapping[str, Any]
+    columns: tuple[Column, ...]
+    hash: bytes
+
+
+class RunRecord(NamedTuple):
+    """The projection of a run for listing and filtering, written in the same transaction as its rows.
+
+    `status` is "active" or how the run ended ("finished", "failed"). `step` is the last observed step.
+    `seq` and `hash` are those of the newest row.
+    """
+
+    run: str
+    project: str
+    name: str
+    status: str
+    policy: str
+    labels: Mapping[str, str]
+    attempt: int
+    step: int | None
+    created_at: int
+    updated_at: int
+    seq: int
+    hash: bytes
+
+
+class Snapshot(NamedTuple):
+    """A cached fold: the run's state as JSON text after the row `seq`. `step` = last observed step."""
+
+    seq: int
+    attempt: int
+    step: int | None
+    state: str
+
+
+class Append(NamedTuple):
+    """Rows to add to one run: all or none, and only if the run's newest row is `expected_seq` (0: none yet)."""
+
+    expected_seq: int
+    rows: tuple[Row, ...]
+    record: RunRecord
+    snapshot: Snapshot | None
+    #: Whatever the caller wants back with the result (a future, say); the store does not look at it.
+    token: Any
+
+
+class RunFilter(NamedTuple):
+    """Which runs to list; None matches all. `labels` must all match. `stale_before` (with status "active" or
+    "stale"): a run is stale when its `updated_at` is older than this time."""
+
+    project: str | None = None
+    status: str | None = None
+    policy: str | None = None
+    labels: Mapping[str, str] | None = None
+    stale_before: int | None = None
+
+
+#: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
+Deliver = Callable[[Sequence[tuple[Append, Exception | None]]], None]
+
+
+class Journal(Protocol):
+    """What the engine needs from a store. `memory.MemoryJournal` and `sql.SqlJournal` keep it."""
+
+    def start(self, deliver: Deliver) -> None:
+        """Open the store (creating or migrating its schema) and begin to accept appends."""
+
+    def close(self) -> None:
+        """Commit what was accepted, deliver it, and release everything. May be called twice."""
+
+    def append(self, append: Append) -> None:
+        """Accept an append. Its result comes through `deliver`: None, or
+        `Conflict` (someone else appended first; nothing was written), or
+        `Busy` (the store cannot write now, a full disk say; nothing was written).
+        Raises `Busy` at once when more than APPENDS_MAX appends wait."""
+
+    def record(self, run: str) -> RunRecord | None:
+        """The projection of one run, or None."""
+
+    def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
+        """Runs in order of (created_at, run) descending (newest first), starting behind the key `after`."""
+
+    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+        """The rows with after < seq <= until, in order."""
+
+    def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
+        """The newest snapshot with seq <= until."""
+
+    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
+        """The packed form for series: see `Block`. Much cheaper than `rows` for long runs."""
+
+    def compact(self, run: str) -> None:
+        """Merge the run's rows into segments now, down to the newest row (a store may also do so by itself)."""
+
+
+class Block(NamedTuple):
+    """Consecutive rows of one kind and attempt with the same asked-for column names, columns concatenated.
+
+    Rows of other kinds may lie between them; rows without any asked-for column are left out. Blocks come in order
+    of `seq`, the first row's. meta: the rows' own where all have the same one, else empty. A column that is float32
+    in some rows and float64 in others comes out as float64.
+    arrays: for each asked-for column present: a numpy array, rows one after the other.
+    counts: for each of those columns: how many values each row contributed (numpy int64 array, one per row).
+    first_step, last_step: numpy int64 arrays, one entry per row (-1 where the row has none).
+    """
+
+    kind: str
+    attempt: int
+    seq: int
+    meta: Mapping[str, Any]
+    first_step: Any
+    last_step: Any
+    arrays: Mapping[str, Any]
+    counts: Mapping[str, Any]
+
+
+def header(row: Row) -> bytes:
+    """A row's meta and column layout as canonical JSON: sorted keys, no spaces, no NaN."""
+    layout = [[c.name, c.type, len(c.data)] for c in row.columns]
+    return json.dumps([row.meta, layout], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def canonical(run: str, row: Row) -> bytes:
+    """The bytes that the hash chain covers: every field of the row but the hash, and the run's id."""
+    fields = [run, row.seq, row.kind, row.attempt, row.first_step, row.last_step, row.actor, row.at]
+    head = json.dumps(fields, separators=(",", ":")).encode()
+    return b"\n".join((head, header(row), b"".join(c.data for c in row.columns)))
+
+
+def chained(previous: bytes, run: str, row: Row) -> bytes:
+    """The hash of `row` behind a row with the hash `previous`."""
+    return hashlib.sha256(previous + canonical(run, row)).digest()

@@ -1,0 +1,123 @@
+"""A journal in lists and dicts, for tests and simulation: nothing outlives the process.
+
+Rule of this module: it answers as `sql.SqlJournal` does, without a thread. `deliver` is called inside `append`,
+on the caller's thread, so a simulation is deterministic; an append made from within `deliver` is
+accepted there and delivered once that call has returned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
+from flyball_server.core.errors import Busy, Conflict, Invalid
+from flyball_server.storage.blocks import Stored, check_order, store, unpack_row
+from flyball_server.storage.journal import (
+    Append,
+    Block,
+    Deliver,
+    Row,
+    RunFilter,
+    RunRecord,
+    Snapshot,
+)
+from flyball_server.storage.series import row_blocks
+
+#: Rows that become blocks together.
+ROWS_PER_BATCH = 4096
+
+
+class MemoryJournal:
+    """See `journal.Journal`. Appends never wait, so only a closed journal is Busy."""
+
+    def __init__(self) -> None:
+        self._deliver: Deliver | None = None
+        self._lock = threading.RLock()
+        self._waiting: deque[Append] = deque()
+        self._delivering = False
+        self._stored: dict[str, list[Stored]] = {}
+        self._records: dict[str, RunRecord] = {}
+        self._snapshots: dict[str, list[Snapshot]] = {}
+
+    def start(self, deliver: Deliver) -> None:
+        self._deliver = deliver
+
+    def close(self) -> None:
+        self._deliver = None
+
+    def append(self, append: Append) -> None:
+        if self._deliver is None:
+            raise Busy("the journal is closed")
+        self._waiting.append(append)
+        if self._delivering:
+            return
+        self._delivering = True
+        try:
+            while self._waiting and self._deliver is not None:
+                accepted = self._waiting.popleft()
+                self._deliver([(accepted, self._add(accepted))])
+        finally:
+            self._delivering = False
+
+    def _add(self, append: Append) -> Exception | None:
+        run = append.record.run
+        with self._lock:
+            newest = len(self._stored.get(run, ()))
+            if newest != append.expected_seq:
+                return Conflict(f"run {run!r} is at {newest}, not at {append.expected_seq}")
+            try:
+                check_order(append)
+                stored = [store(row) for row in append.rows]
+            except Invalid as error:
+                return error
+            self._stored.setdefault(run, []).extend(stored)
+            self._records[run] = append.record
+            if append.snapshot:
+                self._snapshots.setdefault(run, []).append(append.snapshot)
+            return None
+
+    def record(self, run: str) -> RunRecord | None:
+        return self._records.get(run)
+
+    def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
+        with self._lock:
+            found = [record for record in self._records.values() if _matches(record, where)]
+        found.sort(key=attrgetter("created_at", "run"), reverse=True)
+        return [r for r in found if after is None or (r.created_at, r.run) < after][:limit]
+
+    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+        with self._lock:
+            stored = self._stored.get(run, [])[after:until]  # row 1 is at place 0
+        return (unpack_row(run, row) for row in stored)
+
+    def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
+        with self._lock:
+            found = [s for s in self._snapshots.get(run, ()) if until is None or s.seq <= until]
+        return max(found, key=attrgetter("seq"), default=None)
+
+    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
+        asked = tuple(columns)
+        with self._lock:
+            stored = self._stored.get(run, [])[:]
+        for start in range(0, len(stored), ROWS_PER_BATCH):
+            yield from row_blocks(stored[start : start + ROWS_PER_BATCH], asked)
+
+    def compact(self, run: str) -> None:
+        """There is nothing to make smaller."""
+
+
+def _matches(record: RunRecord, where: RunFilter) -> bool:
+    status, stale_before = where.status, where.stale_before
+    if status == "stale" or (status == "active" and stale_before is not None):
+        stale = stale_before is not None and record.updated_at < stale_before
+        if record.status != "active" or stale != (status == "stale"):
+            return False
+    elif status is not None and record.status != status:
+        return False
+    return (
+        where.project in (None, record.project)
+        and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
+        and (where.labels or {}).items() <= record.labels.items()
+    )

@@ -1,0 +1,260 @@
+"""The journal in an SQL database: today one SQLite file that one process owns.
+
+Rule of this module: reads never wait for the writer and never see half an append. They use connections of
+their own, from any thread, and go page by page, so that a slow reader holds nothing open. A page may find
+rows merged that the page before found single; both forms say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import sqlalchemy as sa
+
+from flyball_server.core.errors import Busy, Invalid
+from flyball_server.storage import tables
+from flyball_server.storage.blocks import Damaged, Stored, unpack
+from flyball_server.storage.journal import Append, Block, Deliver, Row, RunFilter, RunRecord, Snapshot
+from flyball_server.storage.packing import decompress
+from flyball_server.storage.series import row_blocks, segment_blocks
+from flyball_server.storage.writer import Writer
+
+try:
+    import fcntl
+except ImportError:  # Windows: SQLite's own locks remain, which keep the file whole but not to one process
+    fcntl = None  # type: ignore[assignment]
+
+#: How long a statement waits for a lock that some other program holds on the file.
+LOCK_WAIT_S = 2.0
+#: Connections for reading.
+READERS_MAX = 8
+#: Table rows (single rows or segments) read at a time.
+PAGE_ROWS = 128
+#: What the write-ahead log is cut back to after a burst.
+LOG_BYTES_MAX = 64 << 20
+
+
+class SqlJournal:
+    """See `journal.Journal`. url: sqlite:///FILE."""
+
+    def __init__(self, url: str) -> None:
+        self._url = sa.make_url(url)
+        if self._url.get_backend_name() != "sqlite" or self._url.database in (None, "", ":memory:"):
+            raise Invalid(f"{url!r} is no journal's address; allowed is 'sqlite:///FILE'")
+        self._path = str(self._url.database)
+        self._lock: IO[str] | None = None
+        self._writer: Writer | None = None
+        self._reading: sa.Engine | None = None
+        self._engines: list[sa.Engine] = []
+
+    def start(self, deliver: Deliver) -> None:
+        """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
+        self._lock = _lock(self._path)
+        try:
+            writing = self._engine(pool_size=1, max_overflow=0)
+            self._prepare(writing)
+            self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
+            self._writer = Writer(writing, deliver)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        for engine in self._engines:
+            engine.dispose()
+        self._engines.clear()
+        self._reading = None
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def append(self, append: Append) -> None:
+        self._open().append(append)
+
+    def compact(self, run: str) -> None:
+        """Waits until it is done; everything appended before is merged."""
+        self._open().compact(run)
+
+    def _open(self) -> Writer:
+        if self._writer is None:
+            raise Busy("the journal is not started")
+        return self._writer
+
+    # -- opening ---------------------------------------------------------------------------------------------
+
+    def _engine(self, *, read_only: bool = False, **pool: Any) -> sa.Engine:
+        connect_args = {"timeout": LOCK_WAIT_S, "check_same_thread": False}
+        engine = sa.create_engine(self._url, poolclass=sa.QueuePool, connect_args=connect_args, **pool)
+        self._engines.append(engine)
+
+        @sa.event.listens_for(engine, "connect")
+        def _configure(connection: Any, _: Any) -> None:
+            if read_only:
+                connection.execute("PRAGMA query_only = 1")
+                return
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES_MAX}")
+
+        return engine
+
+    def _prepare(self, engine: sa.Engine) -> None:
+        """Check that the file is ours, or empty, and bring its schema up to date."""
+        from flyball_server.storage.migrations import migrate  # Alembic takes 0.2 s to import
+
+        try:
+            with engine.connect() as connection:
+                found = set(sa.inspect(connection).get_table_names())
+                connection.rollback()
+                if found and not found >= {"alembic_version", "journal", "runs"}:
+                    raise Invalid(f"{self._path} is another program's database (it has the tables {sorted(found)})")
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                migrate(connection, self._path)
+                connection.commit()
+        except sa.exc.OperationalError as error:
+            raise Busy(f"{self._path} cannot be opened now: {error.orig}") from error
+        except sa.exc.DatabaseError as error:
+            raise Invalid(
+                f"{self._path} is damaged or not an SQLite database ({error.orig}): "
+                "restore it from a backup, or name another file"
+            ) from error
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        if self._reading is None:
+            raise Busy("the journal is closed")
+        try:
+            with self._reading.connect() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            raise Busy(f"{self._path} cannot be read now: {error}") from error
+        except sa.exc.DatabaseError as error:
+            raise Damaged(f"{self._path} is damaged: {error.orig}") from error
+
+    def record(self, run: str) -> RunRecord | None:
+        with self._read() as connection:
+            found = connection.execute(sa.select(tables.runs).where(tables.runs.c.run == run)).one_or_none()
+        return None if found is None else _record(found)
+
+    def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
+        runs = tables.runs.c
+        query = sa.select(tables.runs).where(*_conditions(where))
+        if after is not None:
+            created_at, run = after
+            query = query.where((runs.created_at < created_at) | ((runs.created_at == created_at) & (runs.run < run)))
+        query = query.order_by(runs.created_at.desc(), runs.run.desc()).limit(limit)
+        with self._read() as connection:
+            return [_record(found) for found in connection.execute(query)]
+
+    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+        for page in self._pages(run, after, until):
+            for stored in page:
+                for row in unpack(run, stored):
+                    if until is not None and row.seq > until:
+                        return
+                    if row.seq > after:
+                        after = row.seq
+                        yield row
+
+    def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
+        table = tables.snapshots.c
+        query = sa.select(table.seq, table.attempt, table.step, table.state).where(table.run == run)
+        if until is not None:
+            query = query.where(table.seq <= until)
+        with self._read() as connection:
+            found = connection.execute(query.order_by(table.seq.desc()).limit(1)).one_or_none()
+        if found is None:
+            return None
+        seq, attempt, step, state = found
+        try:
+            return Snapshot(seq, attempt, step, decompress(state).decode())
+        except ValueError as error:
+            raise Damaged(f"run {run!r}, the snapshot at row {seq} is damaged: {error}") from error
+
+    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
+        asked = tuple(columns)
+        after = 0
+        for page in self._pages(run, 0, None):
+            singles: list[Stored] = []
+            for stored in page:  # single rows are always the newest ones of a run
+                if stored.last_seq > stored.seq:
+                    yield from segment_blocks(run, stored, asked, after)
+                    after = stored.last_seq
+                else:
+                    singles.append(stored)
+            yield from row_blocks(singles, asked, after)
+            after = page[-1].last_seq
+
+    def _pages(self, run: str, after: int, until: int | None) -> Iterator[list[Stored]]:
+        """The table rows that hold the rows with after < seq <= until; the first may begin before."""
+        table = tables.journal.c
+        columns = [table[name] for name in Stored._fields]
+        while True:
+            holder = sa.select(sa.func.max(table.seq)).where(table.run == run, table.seq <= after + 1)
+            query = sa.select(*columns).where(
+                table.run == run, table.seq >= sa.func.coalesce(holder.scalar_subquery(), 0), table.last_seq > after
+            )
+            if until is not None:
+                query = query.where(table.seq <= until)
+            with self._read() as connection:
+                found = connection.execute(query.order_by(table.seq).limit(PAGE_ROWS))
+                page = [Stored._make(row) for row in found]
+            if not page:
+                return
+            yield page
+            after = page[-1].last_seq
+
+
+def _lock(path: str) -> IO[str]:
+    """Hold PATH.lock for as long as the file is open."""
+    try:
+        lock = Path(path + ".lock").open("a+")  # noqa: SIM115 - held until close
+    except OSError as error:
+        raise Invalid(f"{path} cannot be created or opened: {error.strerror}") from error
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            raise Busy(f"{path} is in use by another Flyball server (process {owner or 'unknown'})") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _record(found: Any) -> RunRecord:
+    record = RunRecord._make(found)
+    return record._replace(labels=json.loads(record.labels))  # type: ignore[arg-type]
+
+
+def _conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
+    runs = tables.runs.c
+    conditions: list[sa.ColumnElement[bool]] = []
+    if where.project is not None:
+        conditions.append(runs.project == where.project)
+    if where.status is not None:
+        conditions.append(runs.status == ("active" if where.status == "stale" else where.status))
+    if where.status == "stale":
+        stale_before = where.stale_before
+        conditions.append(sa.false() if stale_before is None else runs.updated_at < stale_before)
+    if where.status == "active" and where.stale_before is not None:
+        conditions.append(runs.updated_at >= where.stale_before)
+    if where.policy is not None:  # LIKE would ignore case
+        versions = where.policy + "@"
+        conditions.append((runs.policy == where.policy) | (sa.func.substr(runs.policy, 1, len(versions)) == versions))
+    for key, value in (where.labels or {}).items():
+        labels = tables.labels.c
+        conditions.append(runs.run.in_(sa.select(labels.run).where(labels.key == key, labels.value == value)))
+    return conditions

@@ -1,0 +1,316 @@
+"""What every journal keeps: one suite over all of them.
+
+Goal: the promises of `storage.journal.Journal`. Method: the same tests on memory and on an SQLite file; rows partly
+made by hypothesis, and each compared field by field with what was appended.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.storage.making import (
+    AT,
+    SIGNALS,
+    Results,
+    append,
+    chain,
+    joined,
+    joined_blocks,
+    keep,
+    observed,
+    row,
+    rows_of_any_kind,
+    started,
+)
+
+from flyball_server.core.errors import Busy, Conflict, Invalid
+from flyball_server.storage import open_journal
+from flyball_server.storage.journal import GENESIS, Journal, Row, RunFilter, Snapshot, chained
+
+KINDS = ["memory", "sqlite"]
+_numbers = itertools.count()
+
+
+def make(kind: str, folder: Path) -> Journal:
+    return open_journal("memory:" if kind == "memory" else f"sqlite:///{folder}/{next(_numbers)}.db")
+
+
+@pytest.fixture(params=KINDS)
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Journal, Results]]:
+    with started(make(request.param, tmp_path)) as both:
+        yield both
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Journal, Results]]:
+    """One journal for many examples, each with a run of its own."""
+    with started(make(request.param, tmp_path_factory.mktemp("journal"))) as both:
+        yield both
+
+
+@given(rows=rows_of_any_kind, cuts=st.lists(st.integers(1, 11), max_size=3), compact=st.booleans())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_come_back_as_they_were_appended(
+    shared: tuple[Journal, Results], rows: list[Row], cuts: list[int], compact: bool
+) -> None:
+    journal, results = shared
+    run = f"run-{next(_numbers)}"
+    rows = chain(run, rows)
+    for start, end in itertools.pairwise([0, *sorted({c for c in cuts if c < len(rows)}), len(rows)]):
+        assert keep(journal, results, append(run, rows[start:end])) == [None]
+        if compact:
+            journal.compact(run)
+    assert list(journal.rows(run)) == rows
+    middle = len(rows) // 2
+    assert list(journal.rows(run, after=middle)) == rows[middle:]
+    assert list(journal.rows(run, until=middle)) == rows[:middle]
+    assert list(journal.rows(run, after=1, until=len(rows) - 1)) == rows[1:-1]
+    assert joined_blocks(list(journal.blocks(run, ["loss", "=lr"]))) == joined(rows, ["loss", "=lr"])
+
+
+def test_an_append_that_expects_another_newest_row_conflicts_and_touches_nothing(
+    opened: tuple[Journal, Results],
+) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 2))
+    kept = append("r", rows[:2], labels={"team": "a"})
+    assert keep(journal, results, kept) == [None]
+    other = chain("r", [row("ended")], after=rows[0])
+    late = append("r", other, labels={"team": "b"}, snapshot=Snapshot(2, 1, 3, "late"), status="failed")
+    early = append("r", rows[2:])._replace(expected_seq=5)
+    for wrong in (late, early._replace(rows=()), append("r", rows[:1])):
+        assert [type(e) for e in keep(journal, results, wrong)] == [Conflict]
+    assert list(journal.rows("r")) == rows[:2]
+    assert journal.record("r") == kept.record
+    assert journal.snapshot("r") is None
+    assert journal.records(RunFilter(labels={"team": "b"}), after=None, limit=9) == []
+    assert keep(journal, results, append("r", rows[2:])) == [None]
+    assert list(journal.rows("r")) == rows
+
+
+def test_of_two_appends_to_the_same_place_one_wins_and_others_are_untouched(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    a, b = chain("a", observed(2, 2)), chain("b", observed(2, 2))
+    rival = chain("a", observed(1, 3))
+    errors = keep(
+        journal,
+        results,
+        append("a", a[:1]),
+        append("b", b[:1]),
+        append("a", rival),
+        append("b", b[1:]),
+        append("a", a[1:]),
+    )
+    assert [type(e) for e in errors] == [type(None), type(None), Conflict, type(None), type(None)]
+    assert list(journal.rows("a")) == a
+    assert list(journal.rows("b")) == b
+
+
+def test_rows_out_of_number_are_refused(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 1))
+    gap = append("r", [rows[0], rows[2]])
+    assert [type(e) for e in keep(journal, results, gap)] == [Invalid]
+    assert journal.record("r") is None
+
+
+def test_every_append_has_one_result_with_its_token_in_order(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(50, 1))
+    bad = append("other", [row(seq=1, meta={"x": float("inf")})], token="bad")
+    appends = [append("r", rows[i : i + 1], token=object()) for i in range(50)]
+    sent = [*appends[:20], bad, *appends[20:]]
+    errors = keep(journal, results, *sent)
+    assert [item.token for item, _ in results.all] == [item.token for item in sent]
+    assert [type(e) for e in errors] == [type(None)] * 20 + [Invalid] + [type(None)] * 30
+
+
+def test_rows_of_unknown_runs_are_none(opened: tuple[Journal, Results]) -> None:
+    journal, _ = opened
+    assert journal.record("r") is None
+    assert journal.snapshot("r") is None
+    assert list(journal.rows("r")) == []
+    assert list(journal.blocks("r", ["loss"])) == []
+    journal.compact("r")
+
+
+def test_an_append_may_bring_a_snapshot_and_no_rows(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(1, 1))
+    assert keep(journal, results, append("r", rows)) == [None]
+    only = append("r", rows)._replace(expected_seq=1, rows=(), snapshot=Snapshot(1, 1, 0, "{}"))
+    assert keep(journal, results, only) == [None]
+    assert journal.snapshot("r") == Snapshot(1, 1, 0, "{}")
+    assert list(journal.rows("r")) == rows
+
+
+def test_records_follow_their_runs(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 1))
+    for i, one in enumerate(rows):
+        item = append("r", [one], step=i, labels={"n": str(i), "é": "ü"}, status="active" if i < 2 else "finished")
+        assert keep(journal, results, item) == [None]
+        assert journal.record("r") == item.record
+        for n in range(3):
+            found = journal.records(RunFilter(labels={"n": str(n)}), after=None, limit=9)
+            assert found == ([item.record] if n == i else [])
+
+
+FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
+    (RunFilter(), lambda i: True),
+    (RunFilter(project="p1"), lambda i: i % 2 == 1),
+    (RunFilter(project="P1"), lambda i: False),
+    (RunFilter(status="finished"), lambda i: i % 3 == 0),
+    (RunFilter(status="active"), lambda i: i % 3 != 0),
+    (RunFilter(status="active", stale_before=AT + 10), lambda i: i % 3 != 0 and i >= 10),
+    (RunFilter(status="stale", stale_before=AT + 10), lambda i: i % 3 != 0 and i < 10),
+    (RunFilter(status="stale"), lambda i: False),
+    (RunFilter(policy="plateau"), lambda i: i % 4 in (0, 1)),
+    (RunFilter(policy="plateau@2"), lambda i: i % 4 == 1),
+    (RunFilter(policy="plat"), lambda i: False),
+    (RunFilter(policy="plateau%"), lambda i: False),
+    (RunFilter(policy="Plateau"), lambda i: i % 4 == 3),
+    (RunFilter(labels={"team": "t1"}), lambda i: i % 5 == 1),
+    (RunFilter(labels={"team": "t1", "odd": "yes"}), lambda i: i % 5 == 1 and i % 2 == 1),
+    (RunFilter(labels={}), lambda i: True),
+    (RunFilter(project="p0", labels={"team": "t2"}, policy="plateau"), lambda i: i % 20 == 12),
+]
+
+
+def test_records_are_filtered_and_paged_newest_first(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    policies = ["plateau@1", "plateau@2", "other@1", "Plateau@1"]
+    records = []
+    for i in range(24):
+        rows = chain(f"r{i}", [row("created")])
+        item = append(
+            f"r{i}",
+            rows,
+            project=f"p{i % 2}",
+            status="active" if i % 3 else "finished",
+            policy=policies[i % 4],
+            labels={"team": f"t{i % 5}", **({"odd": "yes"} if i % 2 else {})},
+            created_at=AT + i // 4,  # several runs of one age
+            updated_at=AT + i,
+        )
+        records.append(item.record)
+        assert keep(journal, results, item) == [None]
+    for where, matches in FILTERS:
+        expected = sorted(
+            (r for i, r in enumerate(records) if matches(i)), key=lambda r: (r.created_at, r.run), reverse=True
+        )
+        found, after = [], None
+        while page := journal.records(where, after=after, limit=3):
+            assert len(page) <= 3
+            found += page
+            after = (page[-1].created_at, page[-1].run)
+        assert found == expected, where
+
+
+def test_the_newest_snapshot_up_to_a_row_is_found(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(6, 1))
+    for i in (2, 4, 6):
+        snapshot = Snapshot(i, 1, i - 1, f'{{"seq":{i},"é":"ü"}}')
+        assert keep(journal, results, append("r", rows[i - 2 : i], snapshot=snapshot)) == [None]
+    for until, seq in ((None, 6), (9, 6), (6, 6), (5, 4), (4, 4), (2, 2)):
+        found = journal.snapshot("r", until=until)
+        assert found == Snapshot(seq, 1, seq - 1, f'{{"seq":{seq},"é":"ü"}}')
+    assert journal.snapshot("r", until=1) is None
+
+
+def test_compacting_changes_nothing_that_is_read(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", [*observed(40, 8), row("ended", meta={"outcome": "finished"})])
+    assert keep(journal, results, *(append("r", rows[i : i + 1]) for i in range(41))) == [None] * 41
+    before = journal.record("r"), joined_blocks(list(journal.blocks("r", SIGNALS)))
+    journal.compact("r")
+    assert list(journal.rows("r")) == rows
+    assert list(journal.rows("r", after=17, until=23)) == rows[17:23]
+    assert (journal.record("r"), joined_blocks(list(journal.blocks("r", SIGNALS)))) == before
+    more = chain("r", observed(5, 8), after=rows[-1])
+    assert keep(journal, results, append("r", more)) == [None]
+    journal.compact("r")
+    journal.compact("r")
+    assert list(journal.rows("r")) == rows + more
+    previous = GENESIS
+    for one in journal.rows("r"):
+        previous = chained(previous, "r", one)
+        assert one.hash == previous
+
+
+def test_long_runs_read_the_same_in_pages(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(700, 2))
+    for start in range(0, 700, 100):
+        assert keep(journal, results, append("r", rows[start : start + 100])) == [None]
+        if start == 200:
+            journal.compact("r")
+    assert list(journal.rows("r")) == rows
+    assert list(journal.rows("r", after=250, until=650)) == rows[250:650]
+    blocks = list(journal.blocks("r", ["loss"]))
+    assert joined_blocks(blocks) == joined(rows, ["loss"])
+    assert len(blocks) < 20
+
+
+def test_reading_goes_on_while_rows_are_merged_and_added(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(500, 1))
+    assert keep(journal, results, append("r", rows[:400])) == [None]
+    reading, blocks = journal.rows("r"), journal.blocks("r", ["loss"])
+    read = list(itertools.islice(reading, 50))
+    seen = [next(blocks)]
+    journal.compact("r")
+    assert keep(journal, results, append("r", rows[400:])) == [None]
+    read += reading
+    seen += blocks
+    assert read[:400] == rows[:400]
+    assert read == rows[: len(read)]
+    values, counts = joined_blocks(seen)["observed", 1, "loss"]
+    expected, _ = joined(rows, ["loss"])["observed", 1, "loss"]
+    assert len(counts) >= 400
+    assert values == expected[: len(values)]
+
+
+def test_an_append_made_while_delivering_is_kept(opened: tuple[Journal, Results], tmp_path: Path) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 1))
+    todo = [append("r", [one]) for one in rows]
+    errors: list[Exception | None] = []
+    inner = results.__call__
+
+    def deliver(delivered: list) -> None:
+        errors.extend(error for _, error in delivered)
+        if todo:
+            again.append(todo.pop(0))
+        inner(delivered)
+
+    again = make("memory" if "Memory" in type(journal).__name__ else "sqlite", tmp_path)
+    again.start(deliver)
+    again.append(todo.pop(0))
+    results.wait(3)
+    again.close()
+    assert errors == [None, None, None]
+
+
+def test_a_closed_journal_takes_no_appends(opened: tuple[Journal, Results]) -> None:
+    journal, _ = opened
+    journal.close()
+    journal.close()
+    with pytest.raises(Busy):
+        journal.append(append("r", chain("r", observed(1, 1))))
+
+
+@pytest.mark.parametrize(
+    "store", ["", "memory", "postgresql://h/d", "sqlite://", "sqlite:///", "sqlite:///:memory:", "a.db"]
+)
+def test_another_store_is_refused_with_what_is_allowed(store: str) -> None:
+    with pytest.raises(Invalid, match=r"'memory:'.*'sqlite:///FILE'"):
+        open_journal(store)
