@@ -10,13 +10,11 @@ Importing this package loads nothing but the standard library.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flyball.errors import FlyballError as FlyballError
 from flyball.errors import Refused as Refused
-
-if TYPE_CHECKING:
-    from flyball.adapters.torch import Governor as Governor
+from flyball.governor import Governor as Governor
 
 __all__ = ["FlyballError", "Governor", "Refused", "attach"]
 
@@ -28,12 +26,3 @@ def attach(optimizer: Any, **options: Any) -> Governor:
     except ImportError as error:
         raise FlyballError(f"PyTorch is not installed ({error}): pip install 'flyball[torch]'") from error
     return torch.attach(optimizer, **options)
-
-
-def __getattr__(name: str) -> Any:
-    # Governor needs torch, which is loaded only when asked for.
-    if name == "Governor":
-        from flyball.adapters.torch import Governor
-
-        return Governor
-    raise AttributeError(f"module 'flyball' has no attribute {name!r}")

@@ -26,3 +26,5 @@ CONNECT_S = 5.0
 ANSWER_S = 15.0
 #: With wait_s=None: a log line each time a step has waited so long.
 WAIT_LOG_S = 10.0
+#: How long a script that forgot to close its governor is held up at its exit.
+EXIT_S = 2.0

@@ -148,7 +148,7 @@ class Link:
         while not self._closing and session.attach is attach:
             report = session.report(time.monotonic())
             if report is None:
-                self._wake.wait(limits.FLUSH_INTERVAL_S)
+                self._wake.wait(session.pause(time.monotonic()))
                 self._wake.clear()
                 continue
             try:

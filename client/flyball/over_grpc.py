@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
-from flyball_proto.v1 import steering_pb2 as pb
-from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 
 from flyball import limits, wire
 from flyball.errors import LinkError, Refused
+from flyball_proto.v1 import steering_pb2 as pb
+from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT: "invalid",

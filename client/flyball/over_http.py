@@ -18,7 +18,15 @@ from flyball import limits, wire
 from flyball.errors import LinkError, Refused
 
 #: HTTP statuses that mean no; any other that is not 2xx means "not now".
-_REFUSALS = {400: "invalid", 401: "denied", 403: "denied", 404: "not_found", 409: "conflict", 413: "invalid", 422: "invalid"}
+_REFUSALS = {
+    400: "invalid",
+    401: "denied",
+    403: "denied",
+    404: "not_found",
+    409: "conflict",
+    413: "invalid",
+    422: "invalid",
+}
 
 
 class HttpTransport:
@@ -67,7 +75,8 @@ class HttpTransport:
             if connection.sock is None:
                 connection.timeout = limits.CONNECT_S
                 connection.connect()
-                connection.sock.settimeout(limits.ANSWER_S)
+                if connection.sock is not None:
+                    connection.sock.settimeout(limits.ANSWER_S)
             data = json.dumps(body, separators=(",", ":"), allow_nan=False)
             connection.request("POST", self._path + path, data, self._headers)
             answer = connection.getresponse()

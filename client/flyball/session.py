@@ -26,22 +26,12 @@ from typing import Any, NamedTuple
 from flyball import limits
 from flyball.base import Base
 from flyball.guard import Bounds
-from flyball.wire import Advice, Answer, Attach, Attached, Directive, Receipt, Report, Settings
+from flyball.pending import Pending
+from flyball.status import Status
+from flyball.wire import Advice, Answer, Attach, Attached, Receipt, Report, Settings
 
 #: loss, reward, grad_norm and all other signals of one step. A loss may be a `Pending` one.
-Signals = tuple[Any, float | None, float | None, Mapping[str, float] | None]
-
-
-class Pending:
-    """A loss that is still on its way from a device. `ready()` is true once `value()` no longer waits."""
-
-    def ready(self) -> bool:
-        """Whether the value has arrived."""
-        raise NotImplementedError
-
-    def value(self) -> float:
-        """The value; only called once it is ready."""
-        raise NotImplementedError
+Signals = tuple[float | Pending | None, float | None, float | None, Mapping[str, float] | None]
 
 
 class Target(NamedTuple):
@@ -50,39 +40,6 @@ class Target(NamedTuple):
     settings: Settings
     decided: int
     late: bool
-
-
-class Status(NamedTuple):
-    """What `governor.status` tells.
-
-    state: connecting, steering, away, refused, superseded or closed. through: the newest step in the service's
-    journal. waiting: observations not acknowledged yet. dropped: observations and receipts that were lost to
-    the buffers' limits. stale_s: seconds since the service last answered (None: it never did). bad_values: values
-    that were no numbers and were recorded as not measured. skipped: calls of `step` without an optimizer step.
-    missed: steps whose decision was not there within the budget. conflicts: how often someone else had written.
-    """
-
-    run: str
-    state: str
-    attempt: int | None
-    step: int
-    through: int
-    waiting: int
-    dropped: int
-    outage: bool
-    circuit_open: bool
-    stale_s: float | None
-    settings: Settings | None
-    decision: str
-    reason: str
-    last_error: str
-    bad_values: int
-    skipped: int
-    missed: int
-    conflicts: int
-    should_stop: bool
-    added_us: float
-    waited_s: float
 
 
 class Session:
@@ -97,7 +54,6 @@ class Session:
         self.last_error = ""
         self.attached: Attached | None = None
         self.newest: Target | None = None
-        self.directives: deque[Directive] = deque(maxlen=64)
         self._base = base
         self._on_outage = on_outage
         self._bounds = Bounds(attach.guard, attach.groups)
@@ -175,10 +131,6 @@ class Session:
                 self._dropped += 1
             self._receipts.append(Receipt(self._receipt_number, step, decided, settings, late, conflict, ranks))
 
-    def answer(self, directive: str, outcome: str, note: str) -> None:
-        """Answer a directive."""
-        self._answers.append(Answer(directive, outcome, note))
-
     def end(self, outcome: str) -> None:
         """The job ends: the last report says how ("finished" or "failed"; "" leaves it open)."""
         self._end = outcome
@@ -247,6 +199,13 @@ class Session:
         )
         return self._in_flight
 
+    def pause(self, now: float) -> float:
+        """How long the link may sleep before it asks for a report again, if nobody wakes it."""
+        with self._lock:
+            if self.lag is not None and self._observations:
+                return 0.001  # somebody waits for a loss that is still on its device
+            return min(limits.FLUSH_INTERVAL_S, max(0.001, self._last_sent + limits.FLUSH_INTERVAL_S - now))
+
     def on_advice(self, message: Advice, now: float) -> None:
         """The service answered the report in flight: everything in it is in the journal."""
         report, self._in_flight = self._in_flight, None
@@ -257,8 +216,10 @@ class Session:
                 self._ended = self._ended or bool(report.end)
             self._learn(message.changes, message.through)
             self._acknowledge(message.through, message.receipts_through)
+            for directive in message.directives:
+                note = f"this client has no handler for {directive.kind}"
+                self._answers.append(Answer(directive.id, "declined", note))
         self._advice = message
-        self.directives.extend(message.directives)
         self._heard("steering", now)
         if self._took_all:
             self.circuit_open = False
@@ -380,12 +341,15 @@ class Session:
         steps: list[int] = []
         rows: list[Signals] = []
         for step, row in self._observations:
-            if len(steps) >= limits.BATCH_MAX or (isinstance(row[0], Pending) and not row[0].ready()):
+            loss = row[0]
+            if len(steps) >= limits.BATCH_MAX:
+                break
+            if loss is not None and not isinstance(loss, float) and not loss.ready():
                 break
             steps.append(step)
             rows.append(row)
         columns: dict[str, list[float | None]] = {}
-        losses = [row[0].value() if isinstance(row[0], Pending) else row[0] for row in rows]
+        losses = [loss if (loss := row[0]) is None or isinstance(loss, float) else loss.value() for row in rows]
         for name, column in (
             ("loss", losses),
             ("reward", [row[1] for row in rows]),
@@ -403,9 +367,10 @@ class Session:
             if bounded is None:
                 self.last_error = f"unusable settings from the service were ignored: {settings}"
                 continue
-            if self.newest is None or decided >= self.newest.decided:
-                if self.newest is None or self.newest.settings != bounded:
-                    self.newest = Target(bounded, decided, False)
+            newest = self.newest
+            # The same object as long as nothing changes: the adapter compares by identity.
+            if newest is None or (decided >= newest.decided and newest.settings != bounded):
+                self.newest = Target(bounded, decided, False)
             if self.lag is not None and (not self._decided or decided > self._decided[-1]):
                 self._decided.append(decided)
                 self._changes.append(bounded)

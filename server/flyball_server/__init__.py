@@ -1,7 +1,7 @@
 """Flyball's service: holds the state and the policy of every run, steers it and audits every move.
 
-    with flyball_server.running(store="sqlite:///flyball.db") as service:
-        print(service.http, service.grpc)
+with flyball_server.running(store="sqlite:///flyball.db") as service:
+    print(service.http, service.grpc)
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def serve(
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
-    given = {"http": http, "grpc": grpc, "store": store, "insecure": insecure or None}
+    given: dict[str, Any] = {"http": http, "grpc": grpc, "store": store, "insecure": insecure or None}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _errors():
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -80,7 +80,9 @@ async def _serve(settings: Settings, started: Any) -> None:
 def simulate_command(
     policy: Annotated[Path, typer.Option(help="Policy file: JSON, YAML or TOML with `type: NAME` and parameters.")],
     trace: Annotated[Path, typer.Option(help='JSON lines such as {"step": 0, "loss": 2.3}; "-" reads stdin.')],
-    groups: Annotated[Path | None, typer.Option(help="Parameter groups: a list of {name, lr, momentum?, betas?}.")] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="Parameter groups: a list of {name, lr, momentum?, betas?}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the policy's chance, where it has any.")] = 0,
 ) -> None:
     """Run a policy over a recorded trace, without a server: one JSON line per observation.
@@ -167,3 +169,7 @@ def _fail(message: str) -> None:
 def main() -> None:
     """The entry point."""
     cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -256,9 +256,10 @@ class Engine:
                 break
             event, _ = records.from_row(row, live.spec.groups)
             if isinstance(event, Observed) and row.seq > opened and event.steps[-1] >= step:
-                event = _before(event, step)
-                if event is None:
+                earlier = _before(event, step)
+                if earlier is None:
                     break
+                event = earlier
             run, _ = fold.apply(rules, run, event)
         if run.through < step - 1:
             raise NotFound(
@@ -278,9 +279,8 @@ class Engine:
 
     @staticmethod
     def _within(
-        batches: Sequence[tuple[int, int, Sequence[tuple[int, Settings]]]] | deque[
-            tuple[int, int, Sequence[tuple[int, Settings]]]
-        ],
+        batches: Sequence[tuple[int, int, Sequence[tuple[int, Settings]]]]
+        | deque[tuple[int, int, Sequence[tuple[int, Settings]]]],
         first: int,
         last: int,
     ) -> list[tuple[int, Settings]]:

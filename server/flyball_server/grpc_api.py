@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
+
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import limits
@@ -101,7 +102,7 @@ def serve(service: Service, address: str) -> tuple[grpc.aio.Server, int]:
     Raises OSError where the address is taken.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    pb_grpc.add_SteeringServicer_to_server(Steering(service), server)  # type: ignore[no-untyped-call]
+    pb_grpc.add_SteeringServicer_to_server(Steering(service), server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from .core.base import SCHEDULES, Base, build, nearest
-from .core.errors import Invalid
-from .core.policies import ALL, POLICIES
-from .core.types import Policy
+from flyball_server.core.base import SCHEDULES, Base, build, nearest
+from flyball_server.core.errors import Invalid
+from flyball_server.core.policies import ALL, POLICIES
+from flyball_server.core.types import Policy
 
 #: A policy or group file larger than this is a mistake.
 MAX_FILE_BYTES = 1 << 20

@@ -44,7 +44,7 @@ class _Wanted(NamedTuple):
 
     kind: str
     column: str
-    index: int
+    position: int
     width: int
 
 
@@ -166,7 +166,7 @@ def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
     """The steps and values of one series in one block."""
     values = np.asarray(block.arrays[want.column], dtype=np.float64)
     if want.width > 1 or want.column.startswith("="):
-        values = values[want.index :: want.width]
+        values = values[want.position :: want.width]
     if want.column.startswith("="):
         # Changes name the observation that decided them, counted within their own row.
         return steps[_absolute(block, "=at", _row_lengths(block))], values

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flyball_server.core.events import (
     Applied,
@@ -169,18 +169,18 @@ def _applied(row: Row, groups: tuple[Group, ...]) -> Applied:
     )
 
 
-def _signal(name: str, values: Sequence[float | None]) -> list[Column]:
+def _signal(name: str, column: Sequence[float | None]) -> list[Column]:
     """One signal's column, float32 where nothing is lost, and where it is missing."""
     columns = []
-    if None in values:
-        missing = array("I", [i for i, v in enumerate(values) if v is None])
+    values = [0.0 if v is None else v for v in column] if None in column else cast("list[float]", column)
+    if values is not column:
+        missing = array("I", [i for i, v in enumerate(column) if v is None])
         columns.append(Column(name + "?", "I", missing.tobytes()))
-        values = [0.0 if v is None else v for v in values]
-    narrow = array("f", values)  # type: ignore[arg-type]
+    narrow = array("f", values)
     # Lists compare by value, so columns with a NaN stay wide; -0.0 keeps its sign in either width.
     if narrow.tolist() == values:
         return [Column(name, "f", narrow.tobytes()), *columns]
-    return [Column(name, "d", array("d", values).tobytes()), *columns]  # type: ignore[arg-type]
+    return [Column(name, "d", array("d", values).tobytes()), *columns]
 
 
 def _settings(prefix: str, settings: Sequence[Settings]) -> list[Column]:
@@ -194,7 +194,6 @@ def _settings(prefix: str, settings: Sequence[Settings]) -> list[Column]:
             flat = [0.0 if v is None else v for v in chain.from_iterable(rows)]
             columns.append(Column(prefix + name, "d", array("d", flat).tobytes()))
     return columns
-
 
 
 def _read_settings(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import pairwise
 from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
@@ -101,9 +102,7 @@ class Service:
                 events = _new_events(run, request)
                 resent: list[tuple[int, Settings]] = []
                 if run.lag is not None and request.steps and request.steps[0] <= run.through:
-                    resent = await self._engine.resent(
-                        live, request.steps[0], min(run.through, request.steps[-1])
-                    )
+                    resent = await self._engine.resent(live, request.steps[0], min(run.through, request.steps[-1]))
                 changes = resent
                 if events:
                     outcomes = await self._engine.commit(live, events, actor)
@@ -333,7 +332,7 @@ def _check_report(request: Report) -> None:
     if len(request.receipts) > limits.RECEIPTS_MAX:
         raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
     steps = request.steps
-    if n and (steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False))):
+    if n and (steps[0] < 0 or any(a >= b for a, b in pairwise(steps))):
         raise Invalid("step: the steps of a report must be 0 or more and rise strictly")
     _check_signal_names(request.signals)
     for name, column in request.signals.items():

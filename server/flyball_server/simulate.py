@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .core.errors import Invalid
-from .core.types import KNOWN_SIGNALS, Decision, Group, Observation
-from .policy_files import Resolved, load_data, resolve
+from flyball_server.core.errors import Invalid
+from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation
+from flyball_server.policy_files import Resolved, load_data, resolve
 
 #: The LR of the single group `default` where nobody names one: the published default of the policy, else this.
 DEFAULT_LR = 1e-3

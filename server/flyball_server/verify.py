@@ -48,9 +48,7 @@ def verify(journal: Journal, run_id: str) -> Verdict:
             event, stored = records.from_row(row, rules.groups)
             state, outcome = fold.apply(rules, state, event)
             if not _same(row, records.to_entry(event, outcome)):
-                return Verdict(
-                    run_id, rows, observations, decisions, previous.hex(), f"{where}: the decisions differ"
-                )
+                return Verdict(run_id, rows, observations, decisions, previous.hex(), f"{where}: the decisions differ")
             observations = state.observations
             decisions += len(stored.marks) if stored is not NOTHING else 0
     except (SteeringError, ValueError, KeyError, OSError) as error:

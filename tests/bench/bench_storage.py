@@ -6,11 +6,13 @@ Method: one SQLite file in a temporary directory; `python tests/bench/bench_stor
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +99,13 @@ def measure_reading(path: Path, rows: int, per_row: int) -> None:
         blocks = len(found)
         assert sum(len(block.arrays["loss"]) for block in found) == observations
     journal.close()
-    size = path.stat().st_size
+    with closing(sqlite3.connect(path)) as db:
+        page, total, free = (
+            db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_size", "page_count", "freelist_count")
+        )
     print(
-        f"{observations:,} obs in rows of {per_row}: {size / observations:.2f} bytes/obs in the file, "
+        f"{observations:,} obs in rows of {per_row}: {page * (total - free) / observations:.2f} bytes/obs used in the "
+        f"file, {page * free / observations:.2f} free for the next rows, "
         f"read as numpy in {best * 1e3:.1f} ms ({blocks} blocks)"
     )
 

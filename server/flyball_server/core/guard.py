@@ -57,12 +57,8 @@ class Limits:
     warmup_steps: int = field(
         default=0, metadata={"description": "the first steps ramp linearly: step t gets (t + 1) / warmup_steps"}
     )
-    cooldown_steps: int = field(
-        default=0, metadata={"description": "after a change, this many steps without another"}
-    )
-    groups: Mapping[str, GroupLimits] = field(
-        default_factory=dict, metadata={"description": "limits by group name"}
-    )
+    cooldown_steps: int = field(default=0, metadata={"description": "after a change, this many steps without another"})
+    groups: Mapping[str, GroupLimits] = field(default_factory=dict, metadata={"description": "limits by group name"})
 
     def __post_init__(self) -> None:
         _ordered("min_lr", self.min_lr, "max_lr", self.max_lr)
@@ -98,8 +94,11 @@ def begin(groups: tuple[Group, ...]) -> GuardState:
 
 def is_quiet(limits: Limits, step: int) -> bool:
     """Whether an unchanged decision at `step` leaves the settings unchanged, so that `settle` may be skipped."""
-    return step + 2 > limits.warmup_steps and not limits.cooldown_steps and limits.max_change is None and (
-        limits.max_change_per_window is None
+    return (
+        step + 2 > limits.warmup_steps
+        and not limits.cooldown_steps
+        and limits.max_change is None
+        and (limits.max_change_per_window is None)
     )
 
 

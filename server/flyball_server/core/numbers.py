@@ -6,7 +6,7 @@ group with base LR 0 keeps 0.
 
 from __future__ import annotations
 
-from .types import Group
+from flyball_server.core.types import Group
 
 #: Squares of larger values overflow, so a larger value is as bad as an infinite one.
 LARGEST_SIGNAL = 1e100

@@ -39,7 +39,6 @@ from flyball_server.core.events import (
     Attached,
     Created,
     DirectiveAnswered,
-    Ended,
     Event,
     Mark,
     Observed,
@@ -66,8 +65,9 @@ class Run(NamedTuple):
     """The state of a run. Every field is a finite number, a string, None, or a tuple or mapping of such.
 
     seq: how many events were folded, which is the newest row's number in the journal. attempts: from_step and
-    seq of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step (from_step - 1 at an attempt's
-    start). settings: what is in force from step through + 1 on; decided: the step that decided it.
+    seq of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
+    (from_step - 1 at an attempt's start). settings: what is in force from step through + 1 on; decided: the step
+    that decided it.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
     infinities as strings). applied: the newest receipt's settings, None before the first.
     """
@@ -214,9 +214,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         state, decision = policy_step(config, state, seen)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if not moving and (
-            decision.lr is before.lr
-            and decision.momentum is before.momentum
-            and decision.noise_std is before.noise_std
+            decision.lr is before.lr and decision.momentum is before.momentum and decision.noise_std is before.noise_std
         ):
             continue
         step, note = seen.step, guard_state.note
@@ -255,9 +253,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     return run, Outcome(tuple(changes), tuple(marks))
 
 
-def _settle(
-    rules: Rules, state: guard.GuardState, step: int, decision: Decision
-) -> tuple[guard.GuardState, Settings]:
+def _settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
     """guard(policy(base)) for the step after `step`."""
     groups, base = rules.groups, rules.base
     if base is None:
@@ -287,9 +283,7 @@ def _observations(
     others: Iterator[Mapping[str, float] | None] = repeat(None)
     if names:
         rows = zip(*(signals[name] for name in names), strict=True)
-        others = (
-            {name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows
-        )
+        others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
     build: Callable[..., Observation] = Observation
     return map(build, steps, *known, others)
 
@@ -332,18 +326,23 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
             **data,
             "attempts": tuple((from_step, seq) for from_step, seq in data["attempts"]),
             "policy_state": load_state(rules.policy, data["policy_state"]),
-            "decision": Decision(*_tuples(lr, momentum, noise_std), phase, code, fields),
+            "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields),
             "guard_state": guard.GuardState(tuple(factors), changed, window, tuple(window_factors), note),
-            "settings": Settings(*_tuples(*data["settings"])),
-            "applied": None if data["applied"] is None else Settings(*_tuples(*data["applied"])),
+            "settings": _settings_of(data["settings"]),
+            "applied": None if data["applied"] is None else _settings_of(data["applied"]),
             "last": {name: float(value) for name, value in data["last"].items()},
             "side": {name: float(value) for name, value in data["side"].items()},
         }
     )
 
 
-def _tuples(*values: Sequence[Any] | None) -> list[Any]:
-    return [None if value is None else tuple(value) for value in values]
+def _settings_of(data: Sequence[Any]) -> Settings:
+    lr, momentum, noise_std = data
+    return Settings(tuple(lr), _tuple(momentum), _tuple(noise_std))
+
+
+def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def check_spec(spec: Spec) -> None:

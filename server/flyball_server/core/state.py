@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .types import Policy
+from flyball_server.core.types import Policy
 
 
 def dump_state(state: Any) -> list[Any]:

@@ -125,8 +125,7 @@ def router(service: Service) -> APIRouter:
                 for n, p in POLICIES.items()
             ],
             "base_schedules": [
-                {"name": n, "summary": _summary_line(s.config), "schema": json_schema(n)}
-                for n, s in SCHEDULES.items()
+                {"name": n, "summary": _summary_line(s.config), "schema": json_schema(n)} for n, s in SCHEDULES.items()
             ],
         }
 

@@ -157,9 +157,7 @@ def router(service: Service) -> APIRouter:
         """What the driver saw and did; the answer is the acknowledgement and the newest settings."""
         answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note) for a in body.answers)
         receipts = tuple(_receipt(r) for r in body.receipts)
-        message = Report(
-            run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end
-        )
+        message = Report(run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end)
         return _advice(await service.report(message, _actor(request)))
 
     @routes.post("/runs/{run}/signals")
@@ -202,5 +200,3 @@ def _attached(a: Attached) -> AttachedBody:
 def _advice(a: Advice) -> AdviceBody:
     fields = {name: getattr(a, name) for name in a._fields if name != "changes"}
     return AdviceBody(**fields, changes=_changes(a.changes))
-
-

@@ -4,9 +4,10 @@ Rule of this module: commit, then deliver. Everything that waits goes into one t
 only after the commit. An append that may not be written is sorted out before the transaction, or, where
 the database itself refuses, by writing the group again one append at a time.
 
-Tidying comes after delivering, one run at a time, and waits for a moment without appends unless a run is
-far behind. Compaction replaces a run's single rows by one segment. Snapshots thin out with age: the newest
-SNAPSHOTS_KEPT stay, of the older ones the oldest in each doubling of distance from the newest row.
+Tidying comes after delivering, one run at a time, and waits for a moment without appends unless a run is far
+behind; then it keeps pace with what is written, so that neither the backlog nor the pause grows. Compaction
+replaces a run's single rows by one segment. Snapshots thin out with age: the newest SNAPSHOTS_KEPT stay, of the
+older ones the oldest in each doubling of distance from the newest row.
 """
 
 from __future__ import annotations
@@ -63,12 +64,15 @@ class _Head:
         self.labels = labels
         self.snapshots = 0
 
-    def advance(self, append: Append) -> None:
+    def advance(self, append: Append) -> int:
+        """The head behind the append; how many observations it brought."""
+        observations = sum(_observations(row.first_step, row.last_step) for row in append.rows)
         self.seq += len(append.rows)
         self.rows += len(append.rows)
-        self.observations += sum(_observations(row.first_step, row.last_step) for row in append.rows)
+        self.observations += observations
         self.snapshots += append.snapshot is not None
         self.labels = append.record.labels
+        return observations
 
     def backlog(self) -> float:
         """How much lies outside segments, in units of what makes a compaction worthwhile."""
@@ -89,6 +93,8 @@ class Writer:
         self._connection = engine.connect()
         self._due: dict[str, None] = {}
         self._overdue: dict[str, None] = {}
+        #: Observations written and not yet made up for by compacting: what a round may spend on overdue runs.
+        self._owed = 0
         self._save_row = sa.insert(tables.journal)
         self._save_snapshot = tables.insert_or_update(tables.snapshots, engine.dialect.name)
         self._save_run = tables.insert_or_update(tables.runs, engine.dialect.name)
@@ -158,6 +164,7 @@ class Writer:
                 pass
             done.set_result(None)
         except Exception as error:
+            self._heads.pop(run, None)
             done.set_exception(meaning(error))
 
     # -- appends ---------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ class Writer:
                     snapshots += new_snapshot
                     if head.labels != append.record.labels:
                         labels[append.record.run] = append.record.labels
-                    head.advance(append)
+                    self._owed += head.advance(append)
                     written[append.record.run] = append
                     results.append((append, None))
                 self._save(rows, written, snapshots, labels)
@@ -286,14 +293,15 @@ class Writer:
     # -- tidying ---------------------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """Compact one run, if there is one that wants it and this is the moment."""
+        """Compact runs that are far behind, about as fast as they are written; else, in a quiet moment, one run."""
         if self._overdue:
-            due = self._overdue
+            self._tidy_run(next(iter(self._overdue)))
+            while self._overdue and self._owed > 0:
+                self._tidy_run(next(iter(self._overdue)))
         elif self._due and self._queue.empty():
-            due = self._due
-        else:
-            return
-        run = next(iter(due))
+            self._tidy_run(next(iter(self._due)))
+
+    def _tidy_run(self, run: str) -> None:
         self._due.pop(run, None)
         self._overdue.pop(run, None)
         try:
@@ -302,6 +310,7 @@ class Writer:
             if self._compact(run):
                 self._note(run)  # there may be enough left for another segment
         except Exception:  # it will be due again with the run's next append
+            self._heads.pop(run, None)
             _log.warning("compacting run %r failed", run, exc_info=True)
 
     def _compact(self, run: str) -> bool:
@@ -318,9 +327,11 @@ class Writer:
             merged = table.c.seq.between(segment.seq, segment.last_seq)
             self._connection.execute(sa.delete(table).where(table.c.run == run, merged))
             self._connection.execute(self._save_row, {"run": run, **segment._asdict()})
+        merged_count = sum(_observations(row.first_step, row.last_step) for row in rows)
         head.segment_end = segment.last_seq
         head.rows -= len(rows)
-        head.observations -= sum(_observations(row.first_step, row.last_step) for row in rows)
+        head.observations -= merged_count
+        self._owed = max(self._owed - merged_count, 0)
         return True
 
     def _singles(self, run: str, segment_end: int) -> list[Stored]:

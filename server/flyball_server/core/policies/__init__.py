@@ -6,9 +6,9 @@ version in a new file, and the old one stays in `ALL` as long as journals may na
 
 from __future__ import annotations
 
-from ..state import dump_state, load_state
-from ..types import Policy
-from . import constant, plateau, windowed
+from flyball_server.core.policies import constant, plateau, windowed
+from flyball_server.core.state import dump_state, load_state
+from flyball_server.core.types import Policy
 
 #: Every version of every policy, by tag (`windowed@1`).
 ALL: dict[str, Policy] = {

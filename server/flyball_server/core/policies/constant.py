@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from ..numbers import bad
-from ..types import Decision, Group, Observation, Policy
+from flyball_server.core.numbers import bad
+from flyball_server.core.types import Decision, Group, Observation, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..base import about, check
-from ..numbers import LARGEST_SIGNAL, SMALLEST_LR
-from ..types import Decision, Group, Observation, Policy
+from flyball_server.core.base import about, check
+from flyball_server.core.numbers import LARGEST_SIGNAL, SMALLEST_LR
+from flyball_server.core.types import Decision, Group, Observation, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

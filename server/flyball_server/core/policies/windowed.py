@@ -16,9 +16,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..base import about, check
-from ..numbers import EPS, LARGEST_SIGNAL, ratios, reference_lr, spread
-from ..types import Decision, Group, Observation, Policy
+from flyball_server.core.base import about, check
+from flyball_server.core.numbers import EPS, LARGEST_SIGNAL, ratios, reference_lr, spread
+from flyball_server.core.types import Decision, Group, Observation, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

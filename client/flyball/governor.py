@@ -1,0 +1,261 @@
+"""The governor: what a training script holds, whatever library it trains with.
+
+Rule of this module: after `attach`, nothing here raises into the training loop (but for a first call of
+`governor.step` with a loss that is no number), and nothing waits beyond its budget.
+
+Order inside one optimizer step: `before_step` writes the newest settings (late, so that nothing between here and
+the update can overwrite them), the optimizer steps, `after_step` reads back what it really used. The library's part,
+writing and reading its optimizer, is behind `Optimizer`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from flyball import limits
+from flyball.connect import check_token, new_session
+from flyball.link import Link
+from flyball.pending import Pending
+from flyball.session import Session
+from flyball.status import Status
+from flyball.wire import Settings
+
+log = logging.getLogger("flyball")
+
+
+class Optimizer(Protocol):
+    """A library's optimizer, as the governor needs it. Nothing here may synchronise a device."""
+
+    def write(self, settings: Settings | None) -> str:
+        """Write the settings, if any. Returns who else had written since the last step, in words, or ""."""
+
+    def read_back(self) -> Settings:
+        """What the step really used; then undo what must not outlast it (multiplier mode)."""
+
+    def number(self, value: Any, may_pend: bool) -> float | Pending:
+        """A value as a float, or (where allowed) as one still on its way from a device. Raises where it is none."""
+
+    def detach(self) -> None:
+        """Let go of the optimizer."""
+
+
+class Governor:
+    """One steered optimizer. Made by `attach`; a context manager that closes itself."""
+
+    def __init__(
+        self, optimizer: Optimizer, session: Session, link: Link, *, wait_s: float | None, close_s: float
+    ) -> None:
+        self._optimizer = optimizer
+        self._session = session
+        self._link = link
+        self._wait_s = wait_s
+        self._close_s = close_s
+        attached = session.attached
+        self._next_step = 0 if attached is None else attached.from_step
+        self._reported = self._next_step - 1
+        self._decided = -1
+        self._late = False
+        self._conflict = ""
+        self._receipted: tuple[Settings, Settings | None, bool] | None = None
+        self._wanted: Settings | None = None
+        self._warned: set[str] = set()
+        self._first_call = True
+        self._closed = False
+        self._bad_values = self._skipped = self._missed = self._conflicts = 0
+        self._busy_ns = self._waited_ns = self._steps_here = 0
+        _governors.add(self)
+
+    # -- for the training script ---------------------------------------------------------------------
+
+    def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
+        """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
+
+        loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
+        fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
+        measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
+        """
+        started = time.perf_counter_ns()
+        if type(loss) is not float:
+            loss = self._number("loss", loss, True)
+        if type(reward) is not float:
+            reward = self._number("reward", reward, False)
+        if type(grad_norm) is not float:
+            grad_norm = self._number("grad_norm", grad_norm, False)
+        others = None
+        if signals:
+            others = {n: v for n, value in signals.items() if (v := self._number(n, value, False)) is not None}
+        self._first_call = False
+        step = self._next_step - 1
+        if step == self._reported:
+            # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
+            self._skipped += 1
+        else:
+            self._reported = step
+            if self._session.observe(step, (loss, reward, grad_norm, others)):
+                self._link.wake()
+        self._busy_ns += time.perf_counter_ns() - started
+
+    @property
+    def status(self) -> Status:
+        """How it stands: see `Status`. Costs a few microseconds."""
+        return self._session.status(
+            self._next_step,
+            time.monotonic(),
+            added_us=self._busy_ns / 1000 / self._steps_here if self._steps_here else 0.0,
+            waited_s=self._waited_ns / 1e9,
+            bad_values=self._bad_values,
+            skipped=self._skipped,
+            missed=self._missed,
+            conflicts=self._conflicts,
+        )
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training should end here (on_outage="stop", and the service is away)."""
+        return self._session.should_stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint token: plain JSON values, to be saved with the model."""
+        return self._session.token(self._next_step)
+
+    def load_state_dict(self, token: Mapping[str, Any]) -> None:
+        """Go back to a checkpoint: a new attempt begins at the token's step, with the policy as it was then.
+
+        Waits up to `wait_s` for the service's answer, not longer. Raises ValueError where it is no token of this run.
+        """
+        step, attempt, digest = check_token(token, self._session.attach.run)
+        self._session.reattach(new_session(), attempt, step, digest)
+        self._next_step, self._reported = step, step - 1
+        self._receipted = self._wanted = None
+        self._link.restart()
+        self._link.wait(lambda: self._session.attached is not None, self._wait_s, "the new attempt")
+
+    def close(self, outcome: str = "finished") -> None:
+        """Deliver what waits (at most `close_s` seconds), say how the job ended, and let go of the optimizer.
+
+        outcome: "finished" or "failed"; "" leaves the run open for a later resume. May be called twice.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._optimizer.detach()
+        self._session.end(outcome)
+        if not self._link.close(self._close_s):
+            status = self.status
+            log.warning(
+                "flyball: %d observations of run %r were not delivered (%s)",
+                status.waiting,
+                status.run,
+                status.last_error or "no time left",
+            )
+
+    def __enter__(self) -> Governor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else "failed")
+
+    # -- for the adapter -----------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Just before the optimizer steps: wait if the lag asks for it, and write the settings."""
+        started = time.perf_counter_ns()
+        session, step = self._session, self._next_step
+        try:
+            if session.missing(step):
+                started += self._wait(step)
+            target = session.target(step)
+            if target is None:
+                conflict = self._optimizer.write(None)
+            else:
+                self._wanted, self._decided, self._late = target
+                conflict = self._optimizer.write(target.settings)
+            if conflict:
+                self._conflicts += 1
+                self._conflict = conflict
+        except Exception as error:  # whatever goes wrong here must not end the training job
+            self._once(f"settings could not be applied: {error!r}")
+        self._busy_ns += time.perf_counter_ns() - started
+
+    def after_step(self) -> None:
+        """Just after the optimizer stepped: read back, and write a receipt where something changed."""
+        started = time.perf_counter_ns()
+        try:
+            used = self._optimizer.read_back()
+            seen = (used, self._wanted, self._late)
+            if seen != self._receipted or (self._conflict and self._conflict not in self._warned):
+                self._receipted = seen
+                self._receipt(used)
+        except Exception as error:
+            self._once(f"settings could not be read back: {error!r}")
+        self._next_step += 1
+        self._steps_here += 1
+        self._busy_ns += time.perf_counter_ns() - started
+
+    # -- leaves --------------------------------------------------------------------------------------
+
+    def _wait(self, step: int) -> int:
+        """Wait for the decision of `step` within the budget; how long that took, in nanoseconds."""
+        started = time.perf_counter_ns()
+        session = self._session
+        if not self._link.wait(lambda: not session.missing(step), self._wait_s, f"the decision for step {step}"):
+            self._missed += 1
+            session.missed()
+        waited = time.perf_counter_ns() - started
+        self._waited_ns += waited
+        return waited
+
+    def _receipt(self, used: Settings) -> None:
+        conflict = "" if self._conflict in self._warned else self._conflict
+        if conflict:
+            self._once(conflict)
+        decided = self._next_step - 1 if self._wanted is None else self._decided
+        self._session.receipt(self._next_step, decided, used, self._late, conflict, 1)
+
+    def _number(self, name: str, value: Any, may_pend: bool) -> Any:
+        """`value` as a float (or a Pending one, where that may be); None where it is none."""
+        if value is None:
+            return None
+        try:
+            return self._optimizer.number(value() if callable(value) else value, may_pend)
+        except Exception as error:
+            message = f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element"
+            if self._first_call:
+                raise TypeError(message) from error
+            self._bad_values += 1
+            self._once(f"recorded as not measured: {message}")
+            return None
+
+    def _once(self, message: str) -> None:
+        if message not in self._warned and len(self._warned) < 1000:
+            self._warned.add(message)
+            log.warning("flyball: %s", message)
+
+
+def plain_number(value: Any) -> float:
+    """A Python or NumPy number as a float. Raises TypeError or ValueError where it is none."""
+    if isinstance(value, bool | str | bytes | bytearray):
+        raise TypeError(f"a {type(value).__name__} is no number")
+    return float(value)
+
+
+_governors: weakref.WeakSet[Governor] = weakref.WeakSet()
+
+
+def _at_exit() -> None:
+    """A script that forgot to close: give the last reports a moment, and leave the run open."""
+    for governor in list(_governors):
+        if governor._link.is_ours:
+            governor._close_s = min(governor._close_s, limits.EXIT_S)
+            governor.close("")
+
+
+atexit.register(_at_exit)
