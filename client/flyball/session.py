@@ -21,6 +21,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from flyball import limits
@@ -185,14 +186,17 @@ class Session:
             )
             if not due or self.drained:
                 return None
-            steps, signals = self._take()
-            receipts = tuple(r for _, r in zip(range(limits.RECEIPTS_BATCH_MAX), self._receipts, strict=False))
+            head = list(islice(self._observations, limits.BATCH_MAX))
+            receipts = tuple(islice(self._receipts, limits.RECEIPTS_BATCH_MAX))
+            all_receipts = len(receipts) == len(self._receipts)
             answers = tuple(self._answers)
-            self._took_all = len(steps) == waiting
-            end = self._end if self._took_all and len(receipts) == len(self._receipts) else ""
-            if not (steps or receipts or answers or end):
-                return None
-            self._urgent = False
+        # Columns are built without the lock: the training thread may go on appending meanwhile.
+        steps, signals = _columns(head)
+        self._took_all = len(steps) == waiting
+        end = self._end if self._took_all and all_receipts else ""
+        if not (steps or receipts or answers or end):
+            return None
+        self._urgent = False
         self._last_sent = now
         self._in_flight = Report(
             attached.run, self.attach.session, attached.attempt, steps, signals, receipts, answers, end
@@ -336,31 +340,6 @@ class Session:
         attached = self.attached
         return -1 if attached is None else attached.from_step - 1
 
-    def _take(self) -> tuple[list[int], dict[str, list[float | None]]]:
-        """The oldest observations that are ready, as columns; they stay in the buffer until acknowledged."""
-        steps: list[int] = []
-        rows: list[Signals] = []
-        for step, row in self._observations:
-            loss = row[0]
-            if len(steps) >= limits.BATCH_MAX:
-                break
-            if loss is not None and not isinstance(loss, float) and not loss.ready():
-                break
-            steps.append(step)
-            rows.append(row)
-        columns: dict[str, list[float | None]] = {}
-        losses = [loss if (loss := row[0]) is None or isinstance(loss, float) else loss.value() for row in rows]
-        for name, column in (
-            ("loss", losses),
-            ("reward", [row[1] for row in rows]),
-            ("grad_norm", [row[2] for row in rows]),
-        ):
-            if any(value is not None for value in column):
-                columns[name] = column
-        for name in dict.fromkeys(name for row in rows if row[3] for name in row[3]):
-            columns[name] = [None if row[3] is None else row[3].get(name) for row in rows]
-        return steps, columns
-
     def _learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> None:
         for decided, settings in changes:
             bounded = self._bounds.within(settings)
@@ -396,3 +375,24 @@ class Session:
         settings = Settings(tuple(lr), None if newest is None else newest.settings.momentum, None)
         bounded = self._bounds.within(settings)
         return Target(settings if bounded is None else bounded, step - 1, False)
+
+
+def _columns(head: list[tuple[int, Signals]]) -> tuple[list[int], dict[str, list[float | None]]]:
+    """The oldest observations as columns, up to the first whose loss has not arrived."""
+    steps: list[int] = []
+    losses: list[float | None] = []
+    rows: list[Signals] = []
+    for step, row in head:
+        loss = row[0]
+        if loss is not None and not isinstance(loss, float):
+            if not loss.ready():
+                break
+            loss = loss.value()
+        steps.append(step)
+        losses.append(loss)
+        rows.append(row)
+    known = {"loss": losses, "reward": [row[1] for row in rows], "grad_norm": [row[2] for row in rows]}
+    columns = {name: column for name, column in known.items() if any(value is not None for value in column)}
+    for name in dict.fromkeys(name for row in rows if row[3] for name in row[3]):
+        columns[name] = [None if row[3] is None else row[3].get(name) for row in rows]
+    return steps, columns
