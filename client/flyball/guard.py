@@ -14,7 +14,10 @@ from flyball.wire import Group, Settings
 
 
 class Bounds:
-    """The bounds in a `guard` mapping: min_lr, max_lr, min_factor, max_factor, and the bounds by group."""
+    """The bounds in a `guard` mapping: min_lr, max_lr, min_factor, max_factor, and the bounds by group.
+
+    Raises ValueError for a bound that is no number; everything else about the mapping the service checks.
+    """
 
     def __init__(self, guard: Mapping[str, Any], groups: tuple[Group, ...]) -> None:
         self._lr = [_range(guard, guard.get("groups", {}).get(group.name, {}), group.lr) for group in groups]
@@ -34,10 +37,15 @@ class Bounds:
 
 
 def _range(guard: Mapping[str, Any], own: Mapping[str, Any], reference: float) -> tuple[float, float]:
-    lows = [guard.get("min_lr"), own.get("min_lr"), _times(guard.get("min_factor"), reference)]
-    highs = [guard.get("max_lr"), own.get("max_lr"), _times(guard.get("max_factor"), reference)]
+    lows = [_bound(guard, "min_lr"), _bound(own, "min_lr"), _bound(guard, "min_factor", reference)]
+    highs = [_bound(guard, "max_lr"), _bound(own, "max_lr"), _bound(guard, "max_factor", reference)]
     return max((x for x in lows if x is not None), default=0.0), min((x for x in highs if x is not None), default=inf)
 
 
-def _times(factor: float | None, reference: float) -> float | None:
-    return None if factor is None else factor * reference
+def _bound(given: Mapping[str, Any], name: str, times: float = 1.0) -> float | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"guard: {name} is {value!r}: give a number")
+    return float(value) * times

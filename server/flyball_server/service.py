@@ -16,7 +16,7 @@ from flyball_server import limits, queries
 from flyball_server.core import run as fold
 from flyball_server.core.base import build
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
+from flyball_server.core.events import Applied, Ended, Event, Observed, Receipt, Reported, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
@@ -99,7 +99,7 @@ class Service:
                         f"run {request.run}: another process drives it now (attempt {run.attempt}); this one "
                         f"(attempt {request.attempt}) is not heard any more"
                     )
-                events = _new_events(run, request)
+                events = _new_events(run, request, live.spec.groups)
                 resent: list[tuple[int, Settings]] = []
                 if run.lag is not None and request.steps and request.steps[0] <= run.through:
                     resent = await self._engine.resent(live, request.steps[0], min(run.through, request.steps[-1]))
@@ -243,11 +243,11 @@ def _reason(live: LiveRun) -> str:
     return "" if decision.fields is None else live.rules.policy.explain(live.rules.config, decision)
 
 
-def _new_events(run: Run, request: Report) -> list[Event]:
+def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
     """The part of a report that is not in the run yet."""
     events: list[Event] = []
     observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
-    receipts = tuple(r for r in request.receipts if r.number > run.receipts_through)
+    receipts = tuple(_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
     if observed is not None:
         events.append(observed)
     if receipts:
@@ -256,6 +256,19 @@ def _new_events(run: Run, request: Report) -> list[Event]:
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
+
+
+def _receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
+    """A receipt in the fold's form: no momentum for a group without one, whatever filled its place on the wire."""
+    settings = receipt.settings
+    for name, row in settings._asdict().items():
+        if row is not None and len(row) != len(groups):
+            raise Invalid(f"receipts: {name} has {len(row)} values, but the run has {len(groups)} groups")
+    if settings.momentum is None:
+        return receipt
+    has = (g.momentum is not None or g.betas is not None for g in groups)
+    momentum = tuple(m if h else None for m, h in zip(settings.momentum, has, strict=True))
+    return receipt._replace(settings=settings._replace(momentum=momentum))
 
 
 def _spec(request: Attach) -> Spec:
@@ -331,6 +344,8 @@ def _check_report(request: Report) -> None:
         raise Invalid(f"step: {n} observations in one report are too many; at most {limits.BATCH_MAX}")
     if len(request.receipts) > limits.RECEIPTS_MAX:
         raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
+    if any(a.number >= b.number for a, b in pairwise(request.receipts)):
+        raise Invalid("receipts: their numbers must rise strictly")
     steps = request.steps
     if n and (steps[0] < 0 or any(a >= b for a, b in pairwise(steps))):
         raise Invalid("step: the steps of a report must be 0 or more and rise strictly")

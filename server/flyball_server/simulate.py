@@ -15,8 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flyball_server.core import guard
 from flyball_server.core.errors import Invalid
-from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation
+from flyball_server.core.guard import Limits
+from flyball_server.core.run import Rules, settle
+from flyball_server.core.types import KNOWN_SIGNALS, Group, Observation, Settings
 from flyball_server.policy_files import Resolved, load_data, resolve
 
 #: The LR of the single group `default` where nobody names one: the published default of the policy, else this.
@@ -44,27 +47,29 @@ def simulate(
     else:
         declared = tuple(one if isinstance(one, Group) else _group(one, str(i)) for i, one in enumerate(groups))
     _check_groups(declared)
+    rules = Rules(*resolved, Limits(), declared, seed)
     try:
-        state, _ = resolved.policy.init(resolved.config, declared, seed)
+        state, _ = rules.policy.init(rules.config, declared, seed)
     except ValueError as error:
         raise Invalid(str(error)) from error
-    return _answers(resolved, declared, state, read_trace(trace))
+    return _answers(rules, state, read_trace(trace))
 
 
-def _answers(
-    resolved: Resolved, groups: tuple[Group, ...], state: Any, trace: Iterable[tuple[int, Observation]]
-) -> Iterator[dict[str, Any]]:
-    policy, config, _ = resolved
+def _answers(rules: Rules, state: Any, trace: Iterable[tuple[int, Observation]]) -> Iterator[dict[str, Any]]:
+    policy, config = rules.policy, rules.config
+    held = guard.begin(rules.groups, on_base=rules.base is not None)
     newest, answer = -1, None
     for number, seen in trace:
         if seen.step < newest:
             raise Invalid(f"stale_step: line {number}: step {seen.step} comes after step {newest}; steps only grow")
         if answer is None or seen.step > newest:
             state, decision = policy.step(config, state, seen)
+            # Through the fold's own way, so that a live run on these signals gives the same bits.
+            held, now = settle(rules, held, seen.step, decision)
             newest = seen.step
             answer = {
                 "step": newest,
-                "settings": settings(resolved, groups, decision, newest + 1),
+                "settings": _rows(rules.groups, now),
                 "phase": decision.phase,
                 "decision": decision.code,
                 "reason": policy.explain(config, decision),
@@ -73,22 +78,16 @@ def _answers(
         yield answer
 
 
-def settings(resolved: Resolved, groups: tuple[Group, ...], decision: Decision, step: int) -> list[dict[str, Any]]:
-    """The settings in force at `step`: the decision's, on top of the base schedule if there is one."""
-    base = resolved.base
-    cycled = None if base is None else base.momentum(step)
-    rows = []
-    for i, group in enumerate(groups):
-        lr, momentum = decision.lr[i], group.momentum
-        if base is not None:
-            lr = base.lr(step, group.lr) * (lr / group.lr if group.lr else 1.0)
-        if momentum is not None and decision.momentum is not None:
-            momentum = decision.momentum[i]
-        elif momentum is not None and cycled is not None:
-            momentum = cycled
-        noise = 0.0 if decision.noise_std is None else decision.noise_std[i]
-        rows.append({"group": group.name, "lr": lr, "momentum": momentum, "noise_std": noise})
-    return rows
+def _rows(groups: tuple[Group, ...], now: Settings) -> list[dict[str, Any]]:
+    return [
+        {
+            "group": group.name,
+            "lr": now.lr[i],
+            "momentum": group.momentum if now.momentum is None else now.momentum[i],
+            "noise_std": 0.0 if now.noise_std is None else now.noise_std[i],
+        }
+        for i, group in enumerate(groups)
+    ]
 
 
 def default_lr(resolved: Resolved) -> float:

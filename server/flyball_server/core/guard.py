@@ -75,9 +75,10 @@ class Limits:
 
 
 class GuardState(NamedTuple):
-    """What the guard remembers. factors: the policy's factors in force, per group; changed: the step of their
-    last change; window: the step its window began at; window_factors: the factors at that moment;
-    note: what it last did ("" for nothing)."""
+    """What the guard remembers. factors: the policy's factors in force, per group (under a base schedule its
+    learning rate divided by the group's reference, else the learning rate itself, so that it leaves to the last
+    bit as the policy said it); changed: the step of their last change; window: the step its window began at;
+    window_factors: the factors at that moment; note: what it last did ("" for nothing)."""
 
     factors: tuple[float, ...]
     changed: int | None
@@ -86,10 +87,10 @@ class GuardState(NamedTuple):
     note: str
 
 
-def begin(groups: tuple[Group, ...]) -> GuardState:
+def begin(groups: tuple[Group, ...], *, on_base: bool) -> GuardState:
     """The guard's state before the first decision: every group at its own reference."""
-    ones = (1.0,) * len(groups)
-    return GuardState(ones, None, 0, ones, "")
+    factors = tuple(1.0 if on_base else g.lr for g in groups)
+    return GuardState(factors, None, 0, factors, "")
 
 
 def is_quiet(limits: Limits, step: int) -> bool:
@@ -98,7 +99,7 @@ def is_quiet(limits: Limits, step: int) -> bool:
         step + 2 > limits.warmup_steps
         and not limits.cooldown_steps
         and limits.max_change is None
-        and (limits.max_change_per_window is None)
+        and limits.max_change_per_window is None
     )
 
 
@@ -106,16 +107,15 @@ def settle(
     limits: Limits,
     state: GuardState,
     groups: tuple[Group, ...],
-    base: tuple[float, ...],
+    base: tuple[float, ...] | None,
     step: int,
     decision: Decision,
 ) -> tuple[GuardState, Settings]:
     """Turn a decision taken after `step` into the settings of step + 1.
 
-    base: the learning rate per group that the decision's factors multiply: the base schedule's value of
-    step + 1, or the group's own reference where the run has no base schedule.
+    base: the base schedule's learning rate of step + 1 per group, or None where the run has none.
     """
-    factors, note = _factors(state, groups, decision)
+    factors, note = _factors(state, groups, decision, base is not None)
     window, window_factors = state.window, state.window_factors
     # Only where it is used: otherwise the state would depend on how often an unchanged decision is settled.
     if limits.max_change_per_window is not None and step + 1 >= window + limits.window_steps:
@@ -128,7 +128,7 @@ def settle(
             # The first decision (step -1) is where a run starts, not a change of it.
             if step >= 0:
                 factors, note = _slowed(limits, state.factors, window_factors, factors, note)
-                changed = step
+                changed = step if factors != state.factors else changed
             else:
                 window_factors = factors
     lr, bounded = _bounded(limits, groups, base, step, factors)
@@ -140,12 +140,17 @@ def settle(
     return GuardState(factors, changed, window, window_factors, note), Settings(lr, momentum, noise)
 
 
-def _factors(state: GuardState, groups: tuple[Group, ...], decision: Decision) -> tuple[tuple[float, ...], str]:
-    """The decision as factors on the references; the last good ones where a number is unusable."""
+def _factors(
+    state: GuardState, groups: tuple[Group, ...], decision: Decision, on_base: bool
+) -> tuple[tuple[float, ...], str]:
+    """The decision as factors; the last good ones where a number is unusable."""
     if not all(isfinite(lr) and lr >= 0 for lr in decision.lr):
         return state.factors, "guard_nonfinite"
     # A group registered with learning rate 0 is frozen by its owner and stays so.
-    return tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in zip(decision.lr, groups, strict=True)), ""
+    pairs = zip(decision.lr, groups, strict=True)
+    if on_base:
+        return tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in pairs), ""
+    return tuple(lr if g.lr > 0 else 0.0 for lr, g in pairs), ""
 
 
 def _slowed(
@@ -163,15 +168,16 @@ def _slowed(
 
 
 def _bounded(
-    limits: Limits, groups: tuple[Group, ...], base: tuple[float, ...], step: int, factors: tuple[float, ...]
+    limits: Limits, groups: tuple[Group, ...], base: tuple[float, ...] | None, step: int, factors: tuple[float, ...]
 ) -> tuple[tuple[float, ...], str]:
     """base x factor x scale, ramped during warm-up, inside every bound of its group."""
     ramp = (step + 2) / limits.warmup_steps if step + 2 <= limits.warmup_steps else 1.0
     note = ""
     out = []
-    for group, b, factor in zip(groups, base, factors, strict=True):
+    for i, (group, factor) in enumerate(zip(groups, factors, strict=True)):
         own = limits.groups.get(group.name)
-        lr = b * factor * ramp if own is None else b * factor * ramp * own.scale
+        lr = factor if base is None else base[i] * factor
+        lr *= ramp if own is None else ramp * own.scale
         low, high = _range(limits, own, group.lr)
         if not isfinite(lr):
             lr, note = group.lr, "guard_nonfinite"

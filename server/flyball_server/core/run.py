@@ -99,7 +99,7 @@ NOTHING = Outcome((), ())
 def create(rules: Rules) -> Run:
     """The run as `Created` leaves it: no attempt yet, settings for step 0 decided by the policy's `init`."""
     state, decision = rules.policy.init(rules.config, rules.groups, rules.seed)
-    guard_state, settings = _settle(rules, guard.begin(rules.groups), -1, decision)
+    guard_state, settings = settle(rules, guard.begin(rules.groups, on_base=rules.base is not None), -1, decision)
     return Run(
         seq=1,
         attempts=(),
@@ -178,7 +178,7 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
     if event.restored is not None:
         run = load(rules, event.restored)
     # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap), so settle anew.
-    guard_state, settings = _settle(rules, run.guard_state, event.from_step - 1, run.decision)
+    guard_state, settings = settle(rules, run.guard_state, event.from_step - 1, run.decision)
     return run._replace(
         seq=seq,
         attempts=attempts,
@@ -218,7 +218,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         ):
             continue
         step, note = seen.step, guard_state.note
-        guard_state, now = _settle(rules, guard_state, step, decision)
+        guard_state, now = settle(rules, guard_state, step, decision)
         moved = decision.lr != before.lr or decision.momentum != before.momentum
         if moved or decision.noise_std != before.noise_std or guard_state.note not in ("", note):
             marks.append(
@@ -253,11 +253,11 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     return run, Outcome(tuple(changes), tuple(marks))
 
 
-def _settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
+def settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
     """guard(policy(base)) for the step after `step`."""
     groups, base = rules.groups, rules.base
     if base is None:
-        return guard.settle(rules.limits, state, groups, tuple(g.lr for g in groups), step, decision)
+        return guard.settle(rules.limits, state, groups, None, step, decision)
     values = tuple(base.lr(step + 1, g.lr) for g in groups)
     momentum = base.momentum(step + 1)
     if momentum is not None and decision.momentum is None:

@@ -1,0 +1,1 @@
+"""What Flyball costs, measured against floors taken in the same run: `make bench`."""

@@ -1,0 +1,92 @@
+"""What the training scripts of the end-to-end tests share; imported inside their processes.
+
+Goal: a script reads like a user's. Method: real torch models on scikit-learn's digits, a fixed loss trace where a test
+compares decisions, and JSON lines to and from the test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+#: Decides every few steps, so that a lost, doubled or late decision shows.
+POLICY = {"type": "windowed", "window_size": 8, "cooldown_steps": 3}
+
+
+def say(**what: Any) -> None:
+    """Tell the test something."""
+    print(json.dumps(what), flush=True)
+
+
+def listen() -> str:
+    """Wait for the test to say something."""
+    return sys.stdin.readline().strip()
+
+
+def digits(lr: float = 0.05) -> tuple[torch.optim.Optimizer, Callable[[int], torch.Tensor]]:
+    """An optimizer, and a function that trains step i of a small network on digits and returns its loss."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    data, target = load_digits(return_X_y=True)
+    x, y = torch.tensor(data / 16, dtype=torch.float32), torch.tensor(target)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+    def train(i: int) -> torch.Tensor:
+        batch = torch.randint(len(x), (32,), generator=torch.Generator().manual_seed(i))
+        loss = torch.nn.functional.cross_entropy(model(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return optimizer, train
+
+
+def tiny(lr: float = 0.1) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    """An optimizer of one number, and a function that steps it and returns a loss that depends on i alone."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([weight], lr=lr)
+
+    def train(i: int) -> float:
+        optimizer.step()
+        return fixed_loss(i)
+
+    return optimizer, train
+
+
+def fixed_loss(i: int) -> float:
+    """A loss trace that falls, wobbles and jumps, so that every kind of decision comes up."""
+    return 2 * math.exp(-i / 150) + 0.1 * math.sin(i) + (1.5 if i % 97 == 60 else 0.0)
+
+
+def run(governor: Any, optimizer: Any, train: Callable[[int], Any], first: int, last: int, pace_s: float = 0) -> Any:
+    """Train steps first to last - 1; the learning rate that each of them used. Says every 25th step."""
+    used = []
+    for i in range(first, last):
+        loss = train(i)
+        used.append(optimizer.param_groups[0]["lr"])
+        governor.step(loss)
+        if i % 25 == 0:
+            say(step=i)
+        if pace_s:
+            time.sleep(pace_s)
+    return used
+
+
+def delivered(governor: Any, within_s: float = 30) -> bool:
+    """Wait until the service has acknowledged everything."""
+    until = time.monotonic() + within_s
+    while governor.status.waiting and time.monotonic() < until:
+        time.sleep(0.01)
+    return governor.status.waiting == 0
