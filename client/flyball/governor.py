@@ -80,7 +80,7 @@ class Governor:
         fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
         """
-        started = time.perf_counter_ns()
+        started = time.monotonic_ns()
         if type(loss) is not float:
             loss = self._number("loss", loss, True)
         if type(reward) is not float:
@@ -99,7 +99,7 @@ class Governor:
             self._reported = step
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
-        self._busy_ns += time.perf_counter_ns() - started
+        self._busy_ns += time.monotonic_ns() - started
 
     @property
     def status(self) -> Status:
@@ -167,9 +167,11 @@ class Governor:
 
     def before_step(self) -> None:
         """Just before the optimizer steps: wait if the lag asks for it, and write the settings."""
-        started = time.perf_counter_ns()
+        started = time.monotonic_ns()
         session, step = self._session, self._next_step
         try:
+            # Here as well as in the link, which may itself be waiting for an answer that does not come.
+            session.tick(started / 1e9)
             if session.missing(step):
                 started += self._wait(step)
             target = session.target(step)
@@ -183,11 +185,11 @@ class Governor:
                 self._conflict = conflict
         except Exception as error:  # whatever goes wrong here must not end the training job
             self._once(f"settings could not be applied: {error!r}")
-        self._busy_ns += time.perf_counter_ns() - started
+        self._busy_ns += time.monotonic_ns() - started
 
     def after_step(self) -> None:
         """Just after the optimizer stepped: read back, and write a receipt where something changed."""
-        started = time.perf_counter_ns()
+        started = time.monotonic_ns()
         try:
             used = self._optimizer.read_back()
             seen = (used, self._wanted, self._late)
@@ -198,18 +200,18 @@ class Governor:
             self._once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
-        self._busy_ns += time.perf_counter_ns() - started
+        self._busy_ns += time.monotonic_ns() - started
 
     # -- leaves --------------------------------------------------------------------------------------
 
     def _wait(self, step: int) -> int:
         """Wait for the decision of `step` within the budget; how long that took, in nanoseconds."""
-        started = time.perf_counter_ns()
+        started = time.monotonic_ns()
         session = self._session
         if not self._link.wait(lambda: not session.missing(step), self._wait_s, f"the decision for step {step}"):
             self._missed += 1
             session.missed()
-        waited = time.perf_counter_ns() - started
+        waited = time.monotonic_ns() - started
         self._waited_ns += waited
         return waited
 

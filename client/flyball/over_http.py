@@ -36,6 +36,7 @@ class HttpTransport:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port
         self._path = parts.path.rstrip("/")
+        self._closed = False
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -63,6 +64,7 @@ class HttpTransport:
 
     def close(self) -> None:
         """Close the socket, which also ends a call that waits on it."""
+        self._closed = True
         sock = self._connection.sock
         if sock is not None:
             with contextlib.suppress(OSError):  # the other side may have closed it first
@@ -70,21 +72,32 @@ class HttpTransport:
         self._connection.close()
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        connection = self._connection
+        data = json.dumps(body, separators=(",", ":"), allow_nan=False)
         try:
-            if connection.sock is None:
-                connection.timeout = limits.CONNECT_S
-                connection.connect()
-                if connection.sock is not None:
-                    connection.sock.settimeout(limits.ANSWER_S)
-            data = json.dumps(body, separators=(",", ":"), allow_nan=False)
-            connection.request("POST", self._path + path, data, self._headers)
-            answer = connection.getresponse()
+            try:
+                answer = self._exchange(path, data)
+            except ConnectionError:
+                # A connection that idled between two slow steps may have been closed by the other side. Every
+                # message may be repeated, so one more is tried before this counts as a lost link.
+                if self._closed:
+                    raise
+                self._connection.close()
+                answer = self._exchange(path, data)
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
+            self._connection.close()
             raise LinkError(f"{type(error).__name__}: {error}") from error
         return _checked(answer.status, answer.getheader("Retry-After"), content)
+
+    def _exchange(self, path: str, data: str) -> http.client.HTTPResponse:
+        connection = self._connection
+        if connection.sock is None:
+            connection.timeout = limits.CONNECT_S
+            connection.connect()
+            if connection.sock is not None:
+                connection.sock.settimeout(limits.ANSWER_S)
+        connection.request("POST", self._path + path, data, self._headers)
+        return connection.getresponse()
 
 
 def _checked(status: int, retry_after: str | None, content: bytes) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ import uvicorn
 
 from flyball_server import grpc_api, http_api
 from flyball_server.engine import Engine
-from flyball_server.limits import DRAIN_S
+from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.service import Service, rules_of
 from flyball_server.settings import Settings, split_address
 from flyball_server.storage import open_journal
@@ -51,6 +51,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     app = http_api.build(service, version(), ready.is_set)
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    # Training steps may be a minute apart; a client that finds its connection closed has to come again.
+    config.timeout_keep_alive = KEEP_ALIVE_S
     config.timeout_graceful_shutdown = int(DRAIN_S)
     http_server = _HttpServer(config)
     try:

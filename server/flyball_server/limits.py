@@ -40,3 +40,5 @@ STALE_AFTER_S = 60.0
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.
 DRAIN_S = 10.0
+#: How long an HTTP connection may idle before it is closed.
+KEEP_ALIVE_S = 120

@@ -83,7 +83,9 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
     return {
         "run": spec.run,
         "attempt": attempt,
-        "series": {name: _thinned(parts, request) for name, parts in found.items()},
+        "series": {
+            name: _thinned(parts, request, run.through if ":" in name else None) for name, parts in found.items()
+        },
     }
 
 
@@ -194,12 +196,21 @@ def _absolute(block: Block, column: str, lengths: Ints) -> Ints:
     return absolute
 
 
-def _thinned(parts: list[tuple[Ints, Floats]], request: SeriesRequest) -> dict[str, list[Any]]:
+def _thinned(parts: list[tuple[Ints, Floats]], request: SeriesRequest, held_to: int | None) -> dict[str, list[Any]]:
+    """One series within the asked-for steps, thinned. held_to: for a series of changes, each of which holds until the
+    next, the run's newest step; the series then begins and ends with the value in force there."""
     steps = np.concatenate([s for s, _ in parts]) if parts else np.empty(0, np.int64)
     values = np.concatenate([v for _, v in parts]) if parts else np.empty(0)
     low = 0 if request.from_step is None else int(np.searchsorted(steps, request.from_step, "left"))
     high = len(steps) if request.to_step is None else int(np.searchsorted(steps, request.to_step, "right"))
+    end = held_to if request.to_step is None or held_to is None else min(request.to_step, held_to)
+    start = request.from_step if held_to is not None and low > 0 else None
+    before = values[low - 1 : low]
     steps, values = steps[low:high], values[low:high]
+    if start is not None and (not len(steps) or steps[0] > start):
+        steps, values = np.insert(steps, 0, start), np.concatenate([before, values])
+    if end is not None and len(steps) and steps[-1] < end:
+        steps, values = np.append(steps, end), np.append(values, values[-1])
     keep = thin(steps, values, request.points)
     return {"step": steps[keep].tolist(), "value": [plain(v) for v in values[keep].tolist()]}
 

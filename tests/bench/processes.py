@@ -6,7 +6,6 @@ Rule of this module: a server is started the way users start it, and is gone whe
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -71,16 +70,20 @@ def stop(server: Server) -> None:
 
 @contextmanager
 def _running(command: list[str], store: Path) -> Iterator[Server]:
-    environment = {**os.environ, "GRPC_VERBOSITY": "NONE"}
-    # Its log goes to the console where it complains; what it says at INFO is of no interest here.
-    with subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    # Its log is of interest only where it does not start.
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError(f"{command[0]} did not start (exit code {process.wait()})")
+                code = process.wait()
+                log.seek(0)
+                raise RuntimeError(f"{command[0]} did not start (exit code {code}): {log.read()}")
             addresses = json.loads(line)
             server = Server(addresses.get("http", ""), addresses["grpc"], psutil.Process(process.pid), store)
             yield server

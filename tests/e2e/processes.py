@@ -139,7 +139,7 @@ class Trainer:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         # No pipe for stderr: a child of the script that outlives it would keep the pipe open.
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `_ended`
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
         self.process = subprocess.Popen(
             [sys.executable, *interpreter, "-c", prelude + script],
             stdin=subprocess.PIPE,
@@ -153,17 +153,22 @@ class Trainer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def hear(self, key: str, within_s: float = PATIENCE_S) -> Any:
-        """The value of the next thing said under `key`; what is said before it is passed over."""
+    def hear(self, *keys: str, within_s: float = PATIENCE_S) -> Any:
+        """The value (with several keys: the values) of the next line that has the keys; others are passed over."""
         until = time.monotonic() + within_s
         while True:
             try:
                 line = self._said.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"no {key!r} within {within_s:g} s; stderr:\n{self.errors()}") from None
-            assert line is not None, f"the script ended without {key!r}; stderr:\n{self.errors()}"
-            if line.startswith("{") and key in (said := json.loads(line)):
-                return said[key]
+                raise AssertionError(f"no {keys} within {within_s:g} s; stderr:\n{self.errors()}") from None
+            assert line is not None, f"the script ended without {keys}; stderr:\n{self.errors()}"
+            if line.startswith("{") and all(key in (said := json.loads(line)) for key in keys):
+                return said[keys[0]] if len(keys) == 1 else tuple(said[key] for key in keys)
+
+    def reach(self, step: int) -> None:
+        """Wait until it has trained so many steps."""
+        while self.hear("step") < step:
+            pass
 
     def tell(self, line: str = "go") -> None:
         """Let `listen` in the script return."""
@@ -189,7 +194,7 @@ class Trainer:
             self.process.kill()
             self.process.wait(10)
         self._reader.join(5)
-        for stream in (self.process.stdin, self.process.stdout):
+        for stream in (self.process.stdin, self.process.stdout, self._errors):
             if stream is not None:
                 stream.close()
 

@@ -1,0 +1,227 @@
+"""Goal: whatever a policy says, what leaves the guard is finite, not negative and inside the limits.
+
+Method: property tests with any float as a decision, then each limit alone, driven by a decision of known factor.
+"""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flyball_server.core.errors import Invalid
+from flyball_server.core.guard import GroupLimits, Limits, begin, is_quiet, settle
+from flyball_server.core.types import Decision, Group
+from flyball_server.guards import limits_of
+
+GROUPS = (Group("a", 0.1, 0.9), Group("b", 0.01, None, (0.9, 0.999)), Group("frozen", 0.0))
+REFERENCE = tuple(g.lr for g in GROUPS)
+
+nasty = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1.0, 0.0, -0.0, 5e-324, 1e-300])
+bound = st.none() | st.floats(0, 1e3)
+ratio = st.none() | st.floats(1.001, 100)
+
+
+def pair(draw):
+    low, high = draw(bound), draw(bound)
+    return (high, low) if None not in (low, high) and low > high else (low, high)
+
+
+@st.composite
+def limits(draw):
+    min_lr, max_lr = pair(draw)
+    min_factor, max_factor = pair(draw)
+    own_min, own_max = pair(draw)
+    own = GroupLimits(scale=draw(st.floats(1e-6, 1e6)), min_lr=own_min, max_lr=own_max)
+    return Limits(
+        min_lr=min_lr,
+        max_lr=max_lr,
+        min_factor=min_factor,
+        max_factor=max_factor,
+        max_change=draw(ratio),
+        max_change_per_window=draw(ratio),
+        window_steps=draw(st.integers(1, 9)),
+        warmup_steps=draw(st.integers(0, 9)),
+        cooldown_steps=draw(st.integers(0, 4)),
+        groups=draw(st.sampled_from([{}, {"b": own}])),
+    )
+
+
+def triples(values):
+    return st.tuples(values, values, values)
+
+
+decisions = st.builds(
+    Decision,
+    lr=triples(nasty),
+    momentum=st.none() | triples(st.none() | nasty),
+    noise_std=st.none() | triples(nasty),
+    phase=st.just("p"),
+    code=st.just("c"),
+)
+
+
+def wanting(*factors):
+    """A decision that wants the references times the factors."""
+    factors = factors * 3 if len(factors) == 1 else factors
+    return Decision(tuple(f * g for f, g in zip(factors, REFERENCE, strict=True)), None, None, "p", "c")
+
+
+def driven(bounds, wanted, base=REFERENCE, first=1.0):
+    """The learning rates of the first group, and the guard's notes, while one decision after another comes in."""
+    state, _ = settle(bounds, begin(GROUPS), GROUPS, base, -1, wanting(first))
+    lrs, notes = [], []
+    for step, factor in enumerate(wanted):
+        state, out = settle(bounds, state, GROUPS, base, step, wanting(factor))
+        lrs.append(out.lr[0])
+        notes.append(state.note)
+    return lrs, notes
+
+
+def range_of(bounds, group):
+    """The upper bounds win where two limits contradict each other."""
+    own = bounds.groups.get(group.name, GroupLimits())
+    lows = [bounds.min_lr, own.min_lr] + [f * group.lr for f in [bounds.min_factor] if f is not None]
+    highs = [bounds.max_lr, own.max_lr] + [f * group.lr for f in [bounds.max_factor] if f is not None]
+    high = min((x for x in highs if x is not None), default=math.inf)
+    return min(max((x for x in lows if x is not None), default=0.0), high), high
+
+
+@settings(max_examples=400, deadline=None)
+@given(bounds=limits(), wanted=st.lists(decisions, min_size=1, max_size=8), base=triples(st.floats(0, 1e100)))
+def test_every_setting_is_finite_not_negative_and_inside_the_limits(bounds, wanted, base):
+    state = begin(GROUPS)
+    for step, decision in enumerate(wanted, -1):
+        state, out = settle(bounds, state, GROUPS, base, step, decision)
+        for lr, group in zip(out.lr, GROUPS, strict=True):
+            low, high = range_of(bounds, group)
+            assert math.isfinite(lr)
+            assert low <= lr <= high
+        assert all(m is None or 0 <= m < 1 for m in out.momentum or ())
+        assert all(math.isfinite(n) and n >= 0 for n in out.noise_std or ())
+        for group, m in zip(GROUPS, out.momentum or (None,) * 3, strict=True):
+            assert m is None or group.momentum is not None or group.betas is not None
+
+
+@settings(max_examples=300, deadline=None)
+@given(bounds=limits(), wanted=st.lists(decisions, min_size=1, max_size=8))
+def test_the_guards_memory_holds_finite_numbers_only(bounds, wanted):
+    state = begin(GROUPS)
+    for step, decision in enumerate(wanted, -1):
+        state, _ = settle(bounds, state, GROUPS, REFERENCE, step, decision)
+        json.dumps(state, allow_nan=False)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bounds=limits(), decision=decisions, step=st.integers(-1, 20))
+def test_what_is_quiet_may_be_skipped(bounds, decision, step):
+    """The fold does not ask again where `is_quiet` says that nothing would come of it."""
+    state, out = settle(bounds, begin(GROUPS), GROUPS, REFERENCE, step, decision)
+    if is_quiet(bounds, step + 1):
+        assert settle(bounds, state, GROUPS, REFERENCE, step + 1, decision) == (state, out)
+
+
+def test_after_an_unusable_decision_a_good_one_is_followed_again():
+    for worst in (math.nan, math.inf, -1.0, 1e308):
+        state = begin(GROUPS)
+        for step, decision in enumerate([wanting(2.0), wanting(2.0)._replace(lr=(worst,) * 3)]):
+            state, out = settle(Limits(max_lr=1.0), state, GROUPS, REFERENCE, step, decision)
+            assert out.lr[0] in (0.2, 0.1, 1.0)
+        state, out = settle(Limits(), state, GROUPS, REFERENCE, 2, wanting(3.0))
+        assert out.lr == pytest.approx((0.3, 0.03, 0.0))
+
+
+def test_max_change_bounds_the_ratio_of_each_decision_and_the_rest_follows():
+    lrs, notes = driven(Limits(max_change=2.0), [10.0] * 5)
+    assert lrs == pytest.approx([0.2, 0.4, 0.8, 1.0, 1.0])
+    assert notes == ["guard_max_change"] * 3 + ["", ""]
+    lrs, _ = driven(Limits(max_change=2.0), [0.1] * 5)
+    assert lrs == pytest.approx([0.05, 0.025, 0.0125, 0.01, 0.01])
+
+
+def test_a_change_is_counted_in_the_policys_factor_not_in_the_base_schedule():
+    state = begin(GROUPS)
+    for step, b in enumerate((1.0, 0.01, 5.0)):
+        base = tuple(b * lr for lr in REFERENCE)
+        state, out = settle(Limits(max_change=1.5), state, GROUPS, base, step, wanting(1.0))
+        assert out.lr == pytest.approx(base)
+        assert state.note == ""
+
+
+def test_per_window_the_whole_change_is_bounded_and_the_next_window_goes_on():
+    lrs, _ = driven(Limits(max_change_per_window=2.0, window_steps=4), [10.0] * 12)
+    # Step t is decided after step t - 1, so the second window begins with the decision after step 3.
+    assert lrs == pytest.approx([0.2] * 3 + [0.4] * 4 + [0.8] * 4 + [1.0])
+
+
+def test_the_first_decision_is_where_a_run_starts_not_a_change():
+    lrs, _ = driven(Limits(max_change=1.1, max_change_per_window=1.2), [5.0] * 3, first=5.0)
+    assert lrs == pytest.approx([0.5] * 3)
+
+
+def test_in_a_cooldown_changes_wait_and_are_made_up_for_behind_it():
+    lrs, notes = driven(Limits(cooldown_steps=3), [2.0, 3.0, 3.0, 3.0, 4.0, 4.0, 4.0])
+    assert lrs == pytest.approx([0.2, 0.2, 0.2, 0.3, 0.3, 0.3, 0.4])
+    assert notes == ["", "guard_cooldown", "guard_cooldown", "", "guard_cooldown", "guard_cooldown", ""]
+
+
+def test_warm_up_ramps_from_the_first_step_to_the_full_value():
+    state, out = settle(Limits(warmup_steps=4), begin(GROUPS), GROUPS, REFERENCE, -1, wanting(1.0))
+    seen = [out.lr[0]]
+    for step in range(5):
+        state, out = settle(Limits(warmup_steps=4), state, GROUPS, REFERENCE, step, wanting(1.0))
+        seen.append(out.lr[0])
+    assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+
+
+@given(factor=st.floats(1e-3, 1e3), rate=st.floats(1.01, 3))
+def test_the_ratio_between_groups_survives_everything_but_bounds(factor, rate):
+    state, bounds = begin(GROUPS), Limits(max_change=rate, warmup_steps=2, cooldown_steps=1)
+    for step in range(-1, 6):
+        state, out = settle(bounds, state, GROUPS, REFERENCE, step, wanting(factor))
+        assert out.lr[0] / out.lr[1] == pytest.approx(10.0)
+
+
+def test_a_group_has_its_own_scale_and_bounds_on_top_of_the_runs():
+    bounds = Limits(max_lr=0.3, groups={"b": GroupLimits(scale=0.1, max_lr=5e-3, min_lr=2e-3)})
+    state, out = settle(bounds, begin(GROUPS), GROUPS, REFERENCE, -1, wanting(1.0))
+    assert out.lr == pytest.approx((0.1, 2e-3, 0.0))
+    state, out = settle(bounds, state, GROUPS, REFERENCE, 0, wanting(20.0))
+    assert out.lr == pytest.approx((0.3, 5e-3, 0.0))
+    assert state.note == "guard_max"
+
+
+@pytest.mark.parametrize("bounds", [Limits(min_lr=1e-4), Limits(min_factor=0.1), Limits(groups={}), Limits()])
+def test_a_frozen_group_stays_frozen(bounds):
+    for step, factor in enumerate((1.0, 5.0, 0.0), -1):
+        _, out = settle(bounds, begin(GROUPS), GROUPS, REFERENCE, step, wanting(factor))
+        assert out.lr[2] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("guard", "words"),
+    [
+        ({"max_lr": -1.0}, ["guard", "max_lr", "-1.0", "0 or more"]),
+        ({"min_lr": math.nan}, ["min_lr", "nan", "finite"]),
+        ({"max_lr": "0.1"}, ["guard.max_lr", "'0.1'"]),
+        ({"max_lr": True}, ["guard.max_lr", "True"]),
+        ({"min_lr": 2.0, "max_lr": 1.0}, ["min_lr", "2.0", "max_lr", "1.0", "swap"]),
+        ({"max_change": 1.0}, ["max_change", "1.0", "greater than 1"]),
+        ({"max_change_per_window": math.inf}, ["max_change_per_window", "inf", "ratio"]),
+        ({"window_steps": 0}, ["window_steps", "0", "at least 1"]),
+        ({"window_steps": 1.5}, ["guard.window_steps", "1.5"]),
+        ({"warmup_steps": -1}, ["warmup_steps", "-1", "0 or more"]),
+        ({"cooldown_steps": -3}, ["cooldown_steps", "-3", "0 or more"]),
+        ({"maxlr": 1.0}, ["guard.maxlr", "no such limit", "max_lr"]),
+        ({"groups": {"b": {"scale": 0.0}}}, ["guard.groups.b", "scale", "0.0", "greater than 0"]),
+        ({"groups": {"b": {"sclae": 1.0}}}, ["guard.groups.b.sclae", "no such limit", "scale"]),
+        ({"groups": ["b"]}, ["guard.groups"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_limit_is_refused_with_field_value_and_remedy(guard, words):
+    with pytest.raises(Invalid) as caught:
+        limits_of(guard)
+    for word in words:
+        assert word in str(caught.value)

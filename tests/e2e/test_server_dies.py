@@ -1,0 +1,241 @@
+"""The server is killed, stopped or frozen in mid-training, and comes back on the same file and ports.
+
+Goal: training never notices beyond its budget, nothing acknowledged is lost, nothing is recorded twice. Method: real
+trainings over both transports, signals to the server's process, then the journal itself.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.processes import TRANSPORTS, Server, Trainer, story_of
+
+FREE_RUNNING = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = digits()
+governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
+used, held, states = [], [], []
+for i in range(100_000):
+    loss = train(i)
+    governor.step(loss)
+    if i % 25 == 0:
+        say(step=i)
+    if i % 500 == 0:
+        say(status=governor.status.state)
+    if governor.status.state == "away":
+        held.append(optimizer.param_groups[0]["lr"])
+    if len(used) == 0 and governor.status.state == "steering" and held:
+        used = [i]
+        say(back=i)
+    if used and i >= used[0] + 300:
+        break
+    time.sleep(0.0005)
+governor.close()
+say(steps=i + 1, held=len(set(held)), away=len(held), status=governor.status._asdict())
+"""
+
+
+def test_a_killed_server_leaves_training_alone_and_the_journal_has_every_step_once(
+    server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    server.start()
+    trainers = {t: trainer(FREE_RUNNING, run_name=t, url=server.url(t)) for t in TRANSPORTS}
+    for each in trainers.values():
+        each.reach(300)
+    server.kill()
+    time.sleep(1)
+    server.start()
+    ended = {}
+    for transport, each in trainers.items():
+        each.hear("back", within_s=20)
+        steps = each.hear("steps")
+        ended[transport] = steps
+        each.finish()
+    assert server.stop() == 0
+    for transport, steps in ended.items():
+        story = story_of(server, transport)
+        assert story.steps == {1: list(range(steps))}
+        assert story.problem == ""
+    command = [sys.executable, "-m", "flyball_server.cli", "verify", "--store", server.store]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("matches bit for bit") == len(TRANSPORTS)
+
+
+def test_settings_are_held_while_the_server_is_dead(server: Server, trainer: Callable[..., Trainer]) -> None:
+    server.start()
+    script = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+governor = flyball.attach(optimizer, run="held", policy=POLICY, server=url)
+steered = run(governor, optimizer, train, 0, 400, 0.001)
+say(steered=steered)
+listen()
+while governor.status.state == "steering":
+    time.sleep(0.01)
+say(held=run(governor, optimizer, train, 400, 800, 0.001), status=governor.status._asdict())
+governor.close()
+"""
+    each = trainer(script, url=server.url("grpc"))
+    steered = each.hear("steered")
+    server.kill()
+    each.tell()
+    held = each.hear("held")
+    assert len(set(steered)) > 5
+    assert len(set(held)) == 1
+    each.finish()
+
+
+LOCKSTEP = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = digits()
+governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, wait_s=None)
+used = run(governor, optimizer, train, 0, 900, pace_s)
+governor.close()
+say(used=used, missed=governor.status.missed, waiting=governor.status.waiting)
+"""
+
+
+def test_lockstep_survives_kills_at_random_moments_bit_for_bit(
+    server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    server.start()
+    calm = trainer(LOCKSTEP, run_name="calm", url=server.url("http"), pace_s=0)
+    undisturbed = calm.hear("used")
+    calm.finish()
+    assert len(set(undisturbed)) > 10
+    trainers = [trainer(LOCKSTEP, run_name=t, url=server.url(t), pace_s=0.001) for t in TRANSPORTS]
+    chance = random.Random(1788)
+    for at in (50, 300, 550):
+        for each in trainers:
+            each.reach(at)
+        time.sleep(chance.uniform(0, 0.2))
+        server.kill()
+        server.start()
+    for each in trainers:
+        assert each.hear("used") == undisturbed
+        each.finish()
+    assert server.stop() == 0
+    for transport in TRANSPORTS:
+        story = story_of(server, transport)
+        assert story.steps == {1: list(range(900))}
+        assert story.problem == ""
+
+
+BUSY = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
+seen, until = -1, None
+for i in range(1_000_000):
+    governor.step(train(i))
+    if i % 25 == 0:
+        say(step=i)
+    status = governor.status
+    assert status.through >= seen
+    seen = status.through
+    if status.state == "away":
+        until = None
+    elif status.last_error == "" and until is None and away:
+        until = i + 500
+    away = away or status.state == "away"
+    if until is not None and i >= until:
+        break
+    time.sleep(0.0002)
+governor.close()
+say(steps=i + 1, dropped=governor.status.dropped, waiting=governor.status.waiting)
+"""
+
+
+def test_sigterm_under_load_exits_0_soon_and_loses_nothing(server: Server, trainer: Callable[..., Trainer]) -> None:
+    server.start()
+    trainers = {
+        f"{t}{n}": trainer(BUSY, run_name=f"{t}{n}", url=server.url(t), away=False) for t in TRANSPORTS for n in (1, 2)
+    }
+    for each in trainers.values():
+        each.reach(500)
+    started = time.monotonic()
+    assert server.stop() == 0, server.log.read_text()[-3000:]
+    assert time.monotonic() - started < 5
+    acknowledged = {name: len(story_of(server, name).steps[1]) for name in trainers}
+    server.start()
+    for name, each in trainers.items():
+        steps = each.hear("steps")
+        each.finish()
+        story = story_of(server, name)
+        assert story.steps == {1: list(range(steps))}
+        assert acknowledged[name] > 300
+        assert story.problem == ""
+
+
+FROZEN = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, close_s=2)
+times, changed, i = [], set(), 0
+frozen = after = None
+while after is None or i < after + 500:
+    started = time.perf_counter()
+    loss = train(i)
+    governor.step(loss)
+    times.append(time.perf_counter() - started)
+    status = governor.status
+    if status.circuit_open and frozen is None:
+        frozen = i
+        say(frozen=i)
+    if frozen is not None and not status.circuit_open and status.through >= i - 2:
+        after = after or i
+        changed.add(optimizer.param_groups[0]["lr"])
+    i += 1
+    if i % 25 == 0:
+        say(step=i)
+    time.sleep(0.002)
+status = governor.status
+say(times=times, waited_s=status.waited_s, missed=status.missed, changed=len(changed))
+listen()
+run(governor, optimizer, train, i, i + 100)
+started = time.monotonic()
+governor.close()
+say(closed_s=time.monotonic() - started)
+"""
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_frozen_server_costs_no_step_more_than_its_budget(
+    server: Server, trainer: Callable[..., Trainer], transport: str
+) -> None:
+    server.start()
+    each = trainer(FROZEN, run_name="frozen", url=server.url(transport))
+    each.reach(200)
+    server.send(signal.SIGSTOP)
+    each.hear("frozen")
+    time.sleep(6)
+    server.send(signal.SIGCONT)
+    times, missed, waited_s, changed = each.hear("times", "missed", "waited_s", "changed", within_s=30)
+    assert max(times) < 0.05 + 0.15, "one step waited longer than its budget of 50 ms"
+    assert 1 <= missed <= 10
+    assert waited_s < 2
+    assert changed > 2, "it steers again"
+    server.send(signal.SIGSTOP)
+    each.tell()
+    closed_s = each.hear("closed_s")
+    server.send(signal.SIGCONT)
+    assert closed_s < 2.5
+    each.finish()
