@@ -28,6 +28,7 @@ Odd cases
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -205,25 +206,24 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     steps = new.steps
     policy_step, config = rules.policy.step, rules.config
     state, decision, settings = run.policy_state, run.decision, run.settings
+    lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
-    moving = rules.base is not None or not guard.is_quiet(rules.limits, steps[0])
+    quiet = rules.base is None and guard.is_quiet(rules.limits, steps[0])
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
-    for seen in _observations(steps, new.signals, run.side):
-        before = decision
+    for seen in _observations(steps, new.signals, run.side, rules.policy.reads(config)):
         state, decision = policy_step(config, state, seen)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
-        if not moving and (
-            decision.lr is before.lr and decision.momentum is before.momentum and decision.noise_std is before.noise_std
-        ):
+        if quiet and decision.lr is lr and decision.momentum is momentum and decision.noise_std is noise_std:
             continue
         step, note = seen.step, guard_state.note
         guard_state, now = settle(rules, guard_state, step, decision)
-        moved = decision.lr != before.lr or decision.momentum != before.momentum
-        if moved or decision.noise_std != before.noise_std or guard_state.note not in ("", note):
+        moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
+        if moved or guard_state.note not in ("", note):
             marks.append(
                 Mark(step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, decision.fields)
             )
+        lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
         if now != settings:
             settings, decided = now, step
             changes.append((step, now))
@@ -268,7 +268,10 @@ def settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision)
 
 
 def _observations(
-    steps: Sequence[int], signals: Mapping[str, Sequence[float | None]], side: Mapping[str, float]
+    steps: Sequence[int],
+    signals: Mapping[str, Sequence[float | None]],
+    side: Mapping[str, float],
+    reads: frozenset[str],
 ) -> Iterator[Observation]:
     """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
     if side:
@@ -279,13 +282,14 @@ def _observations(
                 column[0] = value
             signals[name] = column
     known = [signals.get(name) or repeat(None) for name in KNOWN_SIGNALS]
-    names = [name for name in signals if name not in KNOWN_SIGNALS]
+    names = [name for name in signals if name in reads]
     others: Iterator[Mapping[str, float] | None] = repeat(None)
     if names:
         rows = zip(*(signals[name] for name in names), strict=True)
         others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
-    build: Callable[..., Observation] = Observation
-    return map(build, steps, *known, others)
+    # The NamedTuple's own constructor is a Python function; tuple's is not, and this runs once per observation.
+    build: Callable[[Any], Observation] = partial(tuple.__new__, Observation)
+    return map(build, zip(steps, *known, others, strict=False))
 
 
 def _newest(

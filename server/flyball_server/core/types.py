@@ -80,6 +80,7 @@ class Policy(NamedTuple):
     init(config, groups, seed) -> (state, decision for step 0).
     step(config, state, seen) -> (state, decision for the step after `seen.step`).
     explain(config, decision) -> one sentence for people, built from the decision's code and fields.
+    reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run).
     """
 
     name: str
@@ -89,6 +90,7 @@ class Policy(NamedTuple):
     init: Callable[[Any, tuple[Group, ...], int], tuple[Any, Decision]]
     step: Callable[[Any, Any, Observation], tuple[Any, Decision]]
     explain: Callable[[Any, Decision], str]
+    reads: Callable[[Any], frozenset[str]] = lambda _: frozenset()
 
     @property
     def tag(self) -> str:

@@ -154,4 +154,9 @@ def explain(config: Config, decision: Decision) -> str:
     return _SENTENCES[decision.code].format(name=config.metric, patience=config.patience, **(decision.fields or {}))
 
 
-POLICY = Policy("plateau", 1, Config, State, init, step, explain)
+def reads(config: Config) -> frozenset[str]:
+    """The one signal it watches."""
+    return frozenset((config.metric,))
+
+
+POLICY = Policy("plateau", 1, Config, State, init, step, explain, reads)
