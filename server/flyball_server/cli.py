@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,9 +21,9 @@ from pydantic import ValidationError
 
 from flyball_server import app as application
 from flyball_server.core.base import SCHEDULES
-from flyball_server.core.errors import SteeringError
+from flyball_server.core.errors import Invalid, SteeringError
 from flyball_server.core.policies import POLICIES
-from flyball_server.policy_files import json_schema, load_policy
+from flyball_server.policy_files import json_schema, load_policy, summary
 from flyball_server.settings import Settings
 from flyball_server.simulate import read_groups, simulate
 from flyball_server.storage import open_journal
@@ -40,10 +41,10 @@ cli = typer.Typer(
 
 @cli.command()
 def serve(
-    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST  [default: 127.0.0.1:1788]")] = None,
-    grpc: Annotated[str | None, typer.Option(help="HOST:PORT of gRPC  [default: 127.0.0.1:1789]")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of REST; default: 127.0.0.1:1788.")] = None,
+    grpc: Annotated[str | None, typer.Option(help="HOST:PORT of gRPC; default: 127.0.0.1:1789.")] = None,
     store: Annotated[
-        str | None, typer.Option(help="sqlite:///FILE, or memory:  [default: sqlite:///flyball.db]")
+        str | None, typer.Option(help="sqlite:///FILE, or memory:; default: sqlite:///flyball.db.")
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
@@ -55,7 +56,7 @@ def serve(
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {"http": http, "grpc": grpc, "store": store, "insecure": insecure or None}
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_in_utc()
     with _errors():
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
 
@@ -66,6 +67,15 @@ def serve(
 
         with asyncio.Runner(loop_factory=application.loop_factory()) as runner:
             runner.run(_serve(settings, started))
+
+
+def _log_in_utc() -> None:
+    handler = logging.StreamHandler()
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 async def _serve(settings: Settings, started: Any) -> None:
@@ -106,15 +116,17 @@ def policies(
     with _errors():
         if name is None:
             for policy in POLICIES.values():
-                print(f"policy  {policy.tag:<16} {_summary(policy.config)}")
+                print(f"policy  {policy.tag:<16} {summary(policy.name)}")
             for schedule in SCHEDULES.values():
-                print(f"base    {schedule.name:<16} {_summary(schedule.config)}")
+                print(f"base    {schedule.name:<16} {summary(schedule.name, base=True)}")
             return
         described = json_schema(name)
         if schema:
             print(json.dumps(described, indent=2))
             return
         for field, facts in described["properties"].items():
+            if field == "type":
+                continue
             print(f"{field:<22} {facts.get('default')!s:<12} {facts.get('description', '')}")
 
 
@@ -130,6 +142,9 @@ def verify_command(
     """
     with _errors():
         journal = open_journal(store)
+        # Opening would create the file, and "nothing to verify" is no good news about a mistyped name.
+        if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+            raise Invalid(f"{store} does not exist: name the file the service was started with")
         journal.start(lambda _: None)
         try:
             names = runs or [r.run for r in journal.records(RunFilter(), after=None, limit=1_000_000)]
@@ -144,10 +159,6 @@ def verify_command(
             print(f"{verdict.run}: {verdict.observations} observations, {verdict.decisions} decisions: {result}")
     if any(verdict.problem for verdict in verdicts):
         raise typer.Exit(1)
-
-
-def _summary(config: type[Any]) -> str:
-    return (config.__doc__ or "").strip().splitlines()[0]
 
 
 @contextlib.contextmanager

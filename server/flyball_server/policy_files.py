@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -129,6 +130,12 @@ def json_schema(name: str, *, base: bool = False) -> dict[str, Any]:
     if policy is not None:
         properties["base"] = {"type": ["object", "null"], "description": "A base schedule the policy multiplies."}
     return {**schema, "title": name, "properties": properties, "required": ["type", *schema.get("required", [])]}
+
+
+def summary(name: str, *, base: bool = False) -> str:
+    """What a policy (or base schedule) does, in one line: the head of its module (or of its parameters)."""
+    text = SCHEDULES[name].config.__doc__ if base else sys.modules[POLICIES[name].config.__module__].__doc__
+    return (text or "").strip().splitlines()[0].removeprefix(f"Policy `{name}`: ")
 
 
 @cache

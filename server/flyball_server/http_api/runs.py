@@ -14,7 +14,7 @@ from flyball_server import records
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
-from flyball_server.policy_files import json_schema
+from flyball_server.policy_files import json_schema, summary
 from flyball_server.queries import SeriesRequest, plain
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
@@ -121,19 +121,15 @@ def router(service: Service) -> APIRouter:
         """Every policy and base schedule with the JSON Schema of its parameters."""
         return {
             "policies": [
-                {"name": p.name, "version": p.version, "summary": _summary_line(p.config), "schema": json_schema(n)}
+                {"name": p.name, "version": p.version, "summary": summary(n), "schema": json_schema(n)}
                 for n, p in POLICIES.items()
             ],
             "base_schedules": [
-                {"name": n, "summary": _summary_line(s.config), "schema": json_schema(n)} for n, s in SCHEDULES.items()
+                {"name": n, "summary": summary(n, base=True), "schema": json_schema(n, base=True)} for n in SCHEDULES
             ],
         }
 
     return routes
-
-
-def _summary_line(config: type[Any]) -> str:
-    return (config.__doc__ or "").strip().splitlines()[0]
 
 
 def _labels(pairs: list[str]) -> dict[str, str] | None:
