@@ -166,6 +166,8 @@ def _errors() -> Iterator[None]:
     """Errors of the user's making end in one line on stderr, not in a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever read the output has enough: no error, typer ends quietly
     except (SteeringError, OSError) as error:
         _fail(str(error))
     except ValidationError as error:

@@ -152,18 +152,19 @@ class Engine:
             live.stale = True
             raise
         live.run, live.record = run, record
+        live.snapshot_at = min(live.snapshot_at, run.observations)  # a rewind takes observations back
         if snapshot is not None:
             live.snapshot_at = run.observations
         for event, outcome in zip(events, outcomes, strict=True):
+            if isinstance(event, Attached):
+                live.recent.clear()  # those decisions belong to the line that was left
             if isinstance(event, Observed) and run.lag is not None:
                 live.recent.append((event.steps[0], event.steps[-1], outcome.changes))
         return outcomes
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
-        """The run as it was before it observed `step`, on the line of `attempt`.
-
-        Raises NotFound where that line never reached the step.
-        """
+        """The run as it was before it observed `step`, on the line of `attempt`; as it last was on that line, where
+        the line ends before the step (what the job did in between never arrived: a gap)."""
         return await asyncio.to_thread(self._fold_until, live, attempt, step)
 
     async def resent(self, live: LiveRun, first: int, last: int) -> list[tuple[int, Settings]]:
@@ -240,8 +241,8 @@ class Engine:
     def _fold_until(self, live: LiveRun, attempt: int, step: int) -> Run:
         attempts = live.run.attempts
         # Before its first step an attempt shares the line of the one it came from.
-        while attempt > 1 and attempts[attempt - 1][0] > step:
-            attempt -= 1
+        while attempts[attempt - 1][0] > step and attempts[attempt - 1][2] > 0:
+            attempt = attempts[attempt - 1][2]
         opened = attempts[attempt - 1][1]
         snapshot = self._journal.snapshot(live.spec.run)
         while snapshot is not None and not (
@@ -261,10 +262,6 @@ class Engine:
                     break
                 event = earlier
             run, _ = fold.apply(rules, run, event)
-        if run.through < step - 1:
-            raise NotFound(
-                f"run {live.spec.run}: attempt {attempt} ends at step {run.through}; it never reached {step}"
-            )
         return run
 
     def _recent_rows(self, live: LiveRun) -> list[tuple[int, int, Sequence[tuple[int, Settings]]]]:
@@ -301,10 +298,10 @@ def _before(event: Observed, step: int) -> Observed | None:
 
 
 def next_attempt(
-    live: LiveRun, from_step: int, session: str, client: str, lag: int | None, restored: Run | None
+    live: LiveRun, parent: int, from_step: int, session: str, client: str, lag: int | None, restored: Run | None
 ) -> Attached:
     """The event that opens the run's next attempt."""
     if from_step < 0:
         raise Invalid(f"from_step is {from_step}: steps are counted from 0")
     state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, from_step, session, client, lag, state)
+    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state)

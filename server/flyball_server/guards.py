@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from flyball_server.core.errors import Invalid
-from flyball_server.core.guard import Limits
+from flyball_server.core.guard import GroupLimits, Limits
 
 _ADAPTER = TypeAdapter(Limits)
 
@@ -37,5 +38,6 @@ def json_schema() -> dict[str, Any]:
 def _problem(found: Any) -> str:
     path = ".".join(("guard", *(str(part) for part in found["loc"])))
     if found["type"] == "unexpected_keyword_argument":
-        return f"{path}: there is no such limit; allowed are {', '.join(Limits.__dataclass_fields__)}"
+        limits = GroupLimits if len(found["loc"]) > 2 else Limits
+        return f"{path}: there is no such limit; allowed are {', '.join(field.name for field in fields(limits))}"
     return f"{path}: {found['msg'].removeprefix('Value error, ')} (got {found['input']!r:.80})"

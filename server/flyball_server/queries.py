@@ -70,7 +70,7 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
     wanted = {name: _wanted(name, spec) for name in request.names}
     cutoffs = _cutoffs(run, attempt)
     found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
-    columns = {"step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
+    columns = {"step", "=step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
     for block in journal.blocks(spec.run, columns):
         if block.kind not in ("observed", "applied") or block.attempt not in cutoffs:
             continue
@@ -147,21 +147,28 @@ def _cutoffs(run: Run, attempt: int) -> Mapping[int, float]:
     """For each attempt on the line of `attempt`: its steps from this one on were overtaken by a later attempt."""
     out: dict[int, float] = {}
     cutoff = float("inf")
-    for number in range(attempt, 0, -1):
-        out[number] = cutoff
-        cutoff = min(cutoff, run.attempts[number - 1][0])
+    while attempt > 0:
+        out[attempt] = cutoff
+        from_step, _, attempt_before = run.attempts[attempt - 1]
+        cutoff, attempt = min(cutoff, from_step), attempt_before
     return out
 
 
 def _steps(block: Block) -> Ints:
     """The step of every entry of a block."""
-    if "step" in block.arrays:
-        stored: Ints = block.arrays["step"]
+    name = _step_column(block)
+    if name in block.arrays:
+        stored: Ints = block.arrays[name]
         return stored
     counts = block.last_step - block.first_step + 1
     starts = np.cumsum(counts) - counts
     steps: Ints = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(block.first_step - starts, counts)
     return steps
+
+
+def _step_column(block: Block) -> str:
+    """Where a block keeps its steps, if it does: a signal may be called step, so there it is =step."""
+    return "=step" if block.kind == "observed" else "step"
 
 
 def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
@@ -181,8 +188,9 @@ def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
 
 
 def _row_lengths(block: Block) -> Ints:
-    if "step" in block.counts:
-        stored: Ints = block.counts["step"]
+    name = _step_column(block)
+    if name in block.counts:
+        stored: Ints = block.counts[name]
         return stored
     lengths: Ints = block.last_step - block.first_step + 1
     return lengths

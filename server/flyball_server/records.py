@@ -4,7 +4,7 @@ Rule of this module: one canonical form. The same event and outcome always give 
 give back equal values, bit for bit; that is what lets an auditor compare a stored row with a fold made today.
 
 Layout of an Observed row (n observations, G groups, K changes):
-    step    q[n]    only where the steps are not consecutive
+    =step   q[n]    only where the steps are not consecutive
     NAME    f[n]|d[n] one per signal; float32 where every value survives the trip, which torch's losses do
     NAME?   I[m]    the indices at which NAME was not measured (its values there are 0)
     =at     I[K]    the observation that decided change k;   =lr d[K*G]   =momentum d[K*G]   =noise_std d[K*G]
@@ -110,7 +110,7 @@ def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
     first, last, n = steps[0], steps[-1], len(steps)
     columns = []
     if last - first + 1 != n:
-        columns.append(Column("step", "q", array("q", steps).tobytes()))
+        columns.append(Column("=step", "q", array("q", steps).tobytes()))
     for name in sorted(event.signals):
         columns += _signal(name, event.signals[name])
     at = array("I", [steps.index(step) if n > 1 else 0 for step, _ in outcome.changes])
@@ -123,7 +123,7 @@ def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
 def _observed(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
     columns = {c.name: _values(c) for c in row.columns}
     assert row.first_step is not None and row.last_step is not None
-    steps = columns.pop("step", None) or list(range(row.first_step, row.last_step + 1))
+    steps = columns.pop("=step", None) or list(range(row.first_step, row.last_step + 1))
     at = columns.pop("=at")
     settings = _read_settings("=", columns, groups, len(at))
     marks = tuple(_mark(m) for m in row.meta.get("marks", ()))

@@ -17,7 +17,7 @@ from flyball_server.core import run as fold
 from flyball_server.core.base import build
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
 from flyball_server.core.events import Applied, Ended, Event, Observed, Receipt, Reported, Spec
-from flyball_server.core.run import Rules, Run
+from flyball_server.core.run import ANSWERS_KEPT, Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of
@@ -186,7 +186,7 @@ class Service:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
             restored = await self._engine.restored(live, attempt, from_step)
-        event = next_attempt(live, from_step, request.session, request.client, request.lag, restored)
+        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored)
         await self._engine.commit(live, [event], actor)
 
 
@@ -252,7 +252,7 @@ def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Even
         events.append(observed)
     if receipts:
         events.append(Applied(request.attempt, receipts))
-    events += request.answers
+    events += [answer for answer in request.answers if answer.directive not in run.answered]
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
@@ -346,6 +346,8 @@ def _check_report(request: Report) -> None:
         raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
     if any(a.number >= b.number for a, b in pairwise(request.receipts)):
         raise Invalid("receipts: their numbers must rise strictly")
+    if len(request.answers) > ANSWERS_KEPT:
+        raise Invalid(f"answers: {len(request.answers)} are too many; at most {ANSWERS_KEPT}")
     steps = request.steps
     # Consecutive steps are the rule, and comparing whole lists is the cheap way to see it.
     consecutive = not n or steps == list(range(steps[0], steps[0] + n))

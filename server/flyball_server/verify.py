@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from flyball_server import records
 from flyball_server.core import run as fold
-from flyball_server.core.errors import SteeringError
 from flyball_server.core.run import NOTHING
 from flyball_server.service import rules_of
 from flyball_server.storage.journal import GENESIS, Column, Journal, Row, chained, header
@@ -51,10 +50,20 @@ def verify(journal: Journal, run_id: str) -> Verdict:
                 return Verdict(run_id, rows, observations, decisions, previous.hex(), f"{where}: the decisions differ")
             observations = state.observations
             decisions += len(stored.marks) if stored is not NOTHING else 0
-    except (SteeringError, ValueError, KeyError, OSError) as error:
-        return Verdict(run_id, rows, observations, decisions, previous.hex(), f"behind row {rows}: {error}")
-    problem = "" if rows else "no such run"
+        problem = _cut_off(journal, run_id, rows, previous)
+    except Exception as error:  # there is no telling what a damaged row does to whoever reads it
+        problem = f"behind row {rows}: {type(error).__name__}: {error}"
     return Verdict(run_id, rows, observations, decisions, previous.hex(), problem)
+
+
+def _cut_off(journal: Journal, run_id: str, rows: int, head: bytes) -> str:
+    """Whether the newest rows are missing, which the chain alone cannot tell."""
+    record = journal.record(run_id)
+    if record is None:
+        return "no such run" if rows == 0 else "the run's record is missing"
+    if record.seq > rows:
+        return f"row {rows + 1} is missing: the newest was row {record.seq}"
+    return "" if record.hash == head else "the newest row's hash is not the recorded one"
 
 
 def _same(row: Row, entry: records.Entry) -> bool:

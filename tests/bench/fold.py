@@ -76,7 +76,7 @@ def measure(quick: bool) -> list[Row]:
 def _begin(policy: Mapping[str, Any], base: Mapping[str, Any] | None) -> tuple[Rules, Run]:
     groups = (Group("default", 0.1, 0.9),)
     rules = rules_of(Spec("r", "default", "r", {}, groups, policy, base, {}, "absolute", 0))
-    run, _ = fold.apply(rules, fold.create(rules), Attached(1, 0, "s", "bench", None, None))
+    run, _ = fold.apply(rules, fold.create(rules), Attached(1, 0, 0, "s", "bench", None, None))
     return rules, run
 
 

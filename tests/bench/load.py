@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 SIGNALS = ("loss", "grad_norm", "update_norm", "reward")
 WINDOWED = '{"type": "windowed"}'
-#: Different reports of a run before their values come again.
+#: Different reports of a run before their values come again. (Storage asks for more: repetition compresses.)
 VARIETY = 16
 #: A connection of its own for each run, as for users.
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
@@ -52,9 +52,11 @@ def values(count: int, seed: int) -> np.ndarray:
 
 
 class Stream:
-    """One attached run. signals: how many of SIGNALS it reports; per_report: observations in a report."""
+    """One attached run. per_report: observations in a report; signals: how many of SIGNALS it has."""
 
-    def __init__(self, server: Server, run: str, *, per_report: int, signals: int, lag: int | None, seed: int) -> None:
+    def __init__(
+        self, server: Server, run: str, seed: int, *, per_report: int, signals: int, lag: int | None, variety: int
+    ) -> None:
         self.run = run
         self._per_report = per_report
         self._step = 0
@@ -63,7 +65,7 @@ class Stream:
         self._attach = pb.Attach(
             run=run, session=run, groups=[pb.Group(name="default", lr=0.1)], policy_json=WINDOWED, lag=lag
         )
-        self._reports = list(_reports(run, per_report, signals, seed))
+        self._reports = list(_reports(run, seed, per_report, signals, variety))
 
     async def attach(self) -> None:
         """Open the conversation."""
@@ -71,7 +73,7 @@ class Stream:
 
     async def report(self) -> None:
         """Send the next report and wait for its answer."""
-        message = self._reports[self._step // self._per_report % VARIETY]
+        message = self._reports[self._step // self._per_report % len(self._reports)]
         if self._per_report == 1:
             message.report.step[0] = self._step
         else:
@@ -90,9 +92,9 @@ class Stream:
             raise RuntimeError(f"run {self.run}: {await self._call.code()}: {await self._call.details()}")
 
 
-def _reports(run: str, per_report: int, signals: int, seed: int) -> Iterator[pb.ClientMessage]:
-    columns = values(per_report * VARIETY, seed)
-    for i in range(VARIETY):
+def _reports(run: str, seed: int, per_report: int, signals: int, variety: int) -> Iterator[pb.ClientMessage]:
+    columns = values(per_report * variety, seed)
+    for i in range(variety):
         part = columns[:signals, i * per_report : (i + 1) * per_report].tolist()
         yield pb.ClientMessage(
             report=pb.Report(
@@ -107,11 +109,19 @@ def _reports(run: str, per_report: int, signals: int, seed: int) -> Iterator[pb.
 
 @asynccontextmanager
 async def streams(
-    server: Server, prefix: str, count: int, *, per_report: int = 1, signals: int = 1, lag: int | None = 0
+    server: Server,
+    prefix: str,
+    count: int,
+    *,
+    per_report: int = 1,
+    signals: int = 1,
+    lag: int | None = 0,
+    variety: int = VARIETY,
 ) -> AsyncIterator[list[Stream]]:
     """That many attached runs."""
     opened = [
-        Stream(server, f"{prefix}-{i}", per_report=per_report, signals=signals, lag=lag, seed=i) for i in range(count)
+        Stream(server, f"{prefix}-{i}", i, per_report=per_report, signals=signals, lag=lag, variety=variety)
+        for i in range(count)
     ]
     try:
         for start in range(0, count, 50):

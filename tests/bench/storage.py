@@ -24,14 +24,15 @@ def measure(quick: bool) -> list[Row]:
     """Reports of 64 observations, and lockstep's reports of one."""
     return [
         _stored("64-observation reports", runs=4, reports=256 if quick else 1024, per_report=64),
-        _stored("lockstep reports", runs=16, reports=1024 if quick else 2560, per_report=1),
+        _stored("lockstep reports", runs=16, reports=2048 if quick else 8192, per_report=1),
     ]
 
 
 def _stored(what: str, *, runs: int, reports: int, per_report: int) -> Row:
     async def load(server: Server) -> None:
         lag = None if per_report > 1 else 0
-        async with streams(server, "s", runs, per_report=per_report, signals=len(SIGNALS), lag=lag) as opened:
+        size = {"per_report": per_report, "signals": len(SIGNALS), "variety": reports}
+        async with streams(server, "s", runs, lag=lag, **size) as opened:
             await send(opened, reports)
 
     with service() as server:

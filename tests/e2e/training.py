@@ -6,11 +6,14 @@ compares decisions, and JSON lines to and from the test.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +36,9 @@ def listen() -> str:
 
 def digits(lr: float = 0.05) -> tuple[torch.optim.Optimizer, Callable[[int], torch.Tensor]]:
     """An optimizer, and a function that trains step i of a small network on digits and returns its loss."""
-    from sklearn.datasets import load_digits
-
     torch.manual_seed(0)
-    data, target = load_digits(return_X_y=True)
-    x, y = torch.tensor(data / 16, dtype=torch.float32), torch.tensor(target)
+    table = _digits_table()
+    x, y = table[:, :-1].float() / 16, table[:, -1].long()
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
@@ -50,6 +51,15 @@ def digits(lr: float = 0.05) -> tuple[torch.optim.Optimizer, Callable[[int], tor
         return loss
 
     return optimizer, train
+
+
+def _digits_table() -> torch.Tensor:
+    """scikit-learn's digits without its import, which takes longer than most of these trainings."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as lines:
+        return torch.tensor([[float(cell) for cell in line.split(",")] for line in lines])
 
 
 def tiny(lr: float = 0.1) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:

@@ -135,7 +135,7 @@ class Cosine(_Warmed):
     """torch CosineAnnealingLR. transformers' cosine schedule is T_max=N-warmup, eta_min=0."""
 
     T_max: int = field(metadata=about("Steps from the LR down to eta_min; then it climbs back, and so on.", ge=1))
-    eta_min: float = field(default=0.0, metadata=about("Lowest LR, absolute.", ge=0))
+    eta_min: float = field(default=0.0, metadata=about("Lowest LR, absolute.", ge=0, le=LARGEST_LR))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +171,7 @@ class Polynomial(_Warmed):
 
     total_iters: int = field(default=5, metadata=about("Steps down to lr_end.", ge=1))
     power: float = field(default=1.0, metadata=about("Power of the polynomial.", ge=0))
-    lr_end: float = field(default=0.0, metadata=about("Last LR, absolute.", ge=0))
+    lr_end: float = field(default=0.0, metadata=about("Last LR, absolute.", ge=0, le=LARGEST_LR))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,9 @@ class OneCycle(_Checked):
     """torch OneCycleLR: up to max_lr, down to far below the start; momentum the other way round."""
 
     total_steps: int = field(metadata=about("Steps of the whole cycle; the last value holds after it.", ge=1))
-    max_lr: float | None = field(default=None, metadata=about("Peak LR; null: the group's own LR.", gt=0))
+    max_lr: float | None = field(
+        default=None, metadata=about("Peak LR; null: the group's own LR.", gt=0, le=LARGEST_LR)
+    )
     pct_start: float = field(default=0.3, metadata=about("Fraction of the cycle spent going up.", ge=0, le=1))
     anneal_strategy: Literal["cos", "linear"] = field(default="cos", metadata=about("Shape of each phase."))
     cycle_momentum: bool = field(default=True, metadata=about("Cycle the momentum inversely to the LR."))
@@ -196,7 +198,7 @@ class CosineRestarts(_Warmed):
 
     T_0: int = field(metadata=about("Steps until the first restart.", ge=1))
     T_mult: int = field(default=1, metadata=about("Factor on the period at every restart.", ge=1))
-    eta_min: float = field(default=0.0, metadata=about("Lowest LR, absolute.", ge=0))
+    eta_min: float = field(default=0.0, metadata=about("Lowest LR, absolute.", ge=0, le=LARGEST_LR))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +231,7 @@ class WarmupStableDecay(_Warmed):
     )
     decay_type: Literal["linear", "cosine", "1-sqrt"] = field(default="cosine", metadata=about("Shape of the decay."))
     min_lr_ratio: float = field(default=0.0, metadata=about("Lowest LR as a part of the reference LR.", ge=0, le=1))
-    num_cycles: float = field(default=0.5, metadata=about("Waves of the cosine decay.", ge=0))
+    num_cycles: float = field(default=0.5, metadata=about("Waves of the cosine decay.", ge=0, le=1e6))
 
     def __post_init__(self) -> None:
         check(self)
@@ -411,7 +413,9 @@ class Base(NamedTuple):
             value = SCHEDULES[self.name].lr(self.config, step, reference_lr)
         except OverflowError:  # gamma > 1 for very long
             return LARGEST_LR if reference_lr > 0 else 0.0
-        return value if value <= LARGEST_LR else LARGEST_LR
+        if value > LARGEST_LR:
+            return LARGEST_LR
+        return value if value >= 0 else 0.0  # extreme parameters may overflow on the way, to NaN even
 
     def momentum(self, step: int) -> float | None:
         """The momentum at optimizer step `step`, or None where the schedule leaves momentum alone."""

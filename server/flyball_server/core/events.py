@@ -36,11 +36,12 @@ class Created(NamedTuple):
 class Attached(NamedTuple):
     """A driver opens attempt `attempt`, whose first step is `from_step`.
 
-    session: the id of the attached process. restored: the run's dumped state as of from_step when the
-    attempt goes back behind the newest step, else None (the state simply goes on).
+    parent: the attempt whose line it continues (0: none). session: the id of the attached process. restored:
+    the run's dumped state as of from_step on the parent's line where that is not simply the newest state, else None.
     """
 
     attempt: int
+    parent: int
     from_step: int
     session: str
     client: str

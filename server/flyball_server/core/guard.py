@@ -93,10 +93,11 @@ def begin(groups: tuple[Group, ...], *, on_base: bool) -> GuardState:
     return GuardState(factors, None, 0, factors, "")
 
 
-def is_quiet(limits: Limits, step: int) -> bool:
-    """Whether an unchanged decision at `step` leaves the settings unchanged, so that `settle` may be skipped."""
+def is_quiet(limits: Limits, settled: int) -> bool:
+    """Whether an unchanged decision after the step `settled` leaves the settings as they were settled then, so that
+    settling may be skipped."""
     return (
-        step + 2 > limits.warmup_steps
+        settled + 2 >= limits.warmup_steps
         and not limits.cooldown_steps
         and limits.max_change is None
         and limits.max_change_per_window is None
@@ -140,6 +141,13 @@ def settle(
     return GuardState(factors, changed, window, window_factors, note), Settings(lr, momentum, noise)
 
 
+def held(
+    limits: Limits, state: GuardState, groups: tuple[Group, ...], base: tuple[float, ...] | None, step: int
+) -> tuple[float, ...]:
+    """The learning rates of step + 1 under the factors in force: what `settle` gives where nothing is decided."""
+    return _bounded(limits, groups, base, step, state.factors)[0]
+
+
 def _factors(
     state: GuardState, groups: tuple[Group, ...], decision: Decision, on_base: bool
 ) -> tuple[tuple[float, ...], str]:
@@ -149,7 +157,9 @@ def _factors(
     # A group registered with learning rate 0 is frozen by its owner and stays so.
     pairs = zip(decision.lr, groups, strict=True)
     if on_base:
-        return tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in pairs), ""
+        factors = tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in pairs)
+        # The quotient of two good numbers may still be too large for one.
+        return (factors, "") if all(map(isfinite, factors)) else (state.factors, "guard_nonfinite")
     return tuple(lr if g.lr > 0 else 0.0 for lr, g in pairs), ""
 
 
@@ -178,6 +188,9 @@ def _bounded(
         own = limits.groups.get(group.name)
         lr = factor if base is None else base[i] * factor
         lr *= ramp if own is None else ramp * own.scale
+        if group.lr == 0:  # frozen: no bound may wake it
+            out.append(0.0)
+            continue
         low, high = _range(limits, own, group.lr)
         if not isfinite(lr):
             lr, note = group.lr, "guard_nonfinite"

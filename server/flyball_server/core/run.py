@@ -65,16 +65,17 @@ class Rules(NamedTuple):
 class Run(NamedTuple):
     """The state of a run. Every field is a finite number, a string, None, or a tuple or mapping of such.
 
-    seq: how many events were folded, which is the newest row's number in the journal. attempts: from_step and
-    seq of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
+    seq: how many events were folded, which is the newest row's number in the journal. attempts: from_step,
+    seq and parent of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
     (from_step - 1 at an attempt's start). settings: what is in force from step through + 1 on; decided: the step
     that decided it.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
-    infinities as strings). applied: the newest receipt's settings, None before the first.
+    infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
+    settings, None before the first.
     """
 
     seq: int
-    attempts: tuple[tuple[int, int], ...]
+    attempts: tuple[tuple[int, int, int], ...]
     attempt: int
     status: str
     session: str
@@ -90,11 +91,14 @@ class Run(NamedTuple):
     last: Mapping[str, float]
     observations: int
     receipts_through: int
+    answered: tuple[str, ...]
     applied: Settings | None
     applied_step: int | None
 
 
 NOTHING = Outcome((), ())
+#: How many answers to directives a run remembers, to know a repeated one; a report holds fewer.
+ANSWERS_KEPT = 64
 
 
 def create(rules: Rules) -> Run:
@@ -119,6 +123,7 @@ def create(rules: Rules) -> Run:
         last={},
         observations=0,
         receipts_through=0,
+        answered=(),
         applied=None,
         applied_step=None,
     )
@@ -146,7 +151,7 @@ def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
             seq=seq, receipts_through=last.number, applied=last.settings, applied_step=last.step
         ), NOTHING
     if isinstance(event, DirectiveAnswered):
-        return run._replace(seq=seq), NOTHING
+        return run._replace(seq=seq, answered=(*run.answered, event.directive)[-ANSWERS_KEPT:]), NOTHING
     return run._replace(seq=seq, status=event.outcome), NOTHING
 
 
@@ -175,11 +180,14 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         raise Conflict(f"the next attempt is {run.attempt + 1}, not {event.attempt}: read the run again")
     if event.from_step <= run.through and event.restored is None:
         raise Invalid(f"from_step {event.from_step} lies behind step {run.through} and no state was restored")
-    seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1))
+    seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1, event.parent))
     if event.restored is not None:
         run = load(rules, event.restored)
-    # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap), so settle anew.
-    guard_state, settings = settle(rules, run.guard_state, event.from_step - 1, run.decision)
+    # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap). Nothing is decided
+    # here, so the rate limits do not move.
+    base, momentum = _base(rules, event.from_step)
+    lr = guard.held(rules.limits, run.guard_state, rules.groups, base, event.from_step - 1)
+    settings = Settings(lr, run.settings.momentum if momentum is None else momentum, run.settings.noise_std)
     return run._replace(
         seq=seq,
         attempts=attempts,
@@ -189,10 +197,10 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         from_step=event.from_step,
         through=event.from_step - 1,
         lag=event.lag,
-        guard_state=guard_state,
         settings=settings,
         decided=event.from_step - 1,
         receipts_through=0,
+        answered=(),
         applied=None,
         applied_step=None,
     )
@@ -208,7 +216,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     state, decision, settings = run.policy_state, run.decision, run.settings
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
-    quiet = rules.base is None and guard.is_quiet(rules.limits, steps[0])
+    quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
     for seen in _observations(steps, new.signals, run.side, rules.policy.reads(config)):
@@ -247,6 +255,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         _newest(run.last, new.signals, run.side),
         run.observations + len(steps),
         run.receipts_through,
+        run.answered,
         run.applied,
         run.applied_step,
     )
@@ -255,16 +264,23 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
 
 def settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
     """guard(policy(base)) for the step after `step`."""
-    groups, base = rules.groups, rules.base
-    if base is None:
-        return guard.settle(rules.limits, state, groups, None, step, decision)
-    values = tuple(base.lr(step + 1, g.lr) for g in groups)
-    momentum = base.momentum(step + 1)
+    base, momentum = _base(rules, step + 1)
     if momentum is not None and decision.momentum is None:
-        # A schedule that cycles momentum drives it wherever the optimizer has one.
-        of_groups = tuple(None if g.momentum is None and g.betas is None else momentum for g in groups)
-        decision = decision._replace(momentum=of_groups)
-    return guard.settle(rules.limits, state, groups, values, step, decision)
+        decision = decision._replace(momentum=momentum)
+    return guard.settle(rules.limits, state, rules.groups, base, step, decision)
+
+
+def _base(rules: Rules, step: int) -> tuple[tuple[float, ...] | None, tuple[float | None, ...] | None]:
+    """The base schedule's learning rates and momenta of `step`; None where it says nothing."""
+    base = rules.base
+    if base is None:
+        return None, None
+    momentum = base.momentum(step)
+    lr = tuple(base.lr(step, g.lr) for g in rules.groups)
+    if momentum is None:
+        return lr, None
+    # A schedule that cycles momentum drives it wherever the optimizer has one.
+    return lr, tuple(None if g.momentum is None and g.betas is None else momentum for g in rules.groups)
 
 
 def _observations(
@@ -314,8 +330,8 @@ def dump(run: Run) -> dict[str, Any]:
     data["decision"] = list(run.decision)
     data["guard_state"] = list(run.guard_state)
     data["settings"] = list(run.settings)
-    data["applied"] = None if run.applied is None else list(run.applied)
-    # JSON has no NaN; the newest signals may well be one.
+    # JSON has no NaN; the newest signals and what was read back from an optimizer may well be one.
+    data["applied"] = None if run.applied is None else [_texts(row) for row in run.applied]
     data["last"] = {name: repr(value) for name, value in run.last.items()}
     data["side"] = {name: repr(value) for name, value in run.side.items()}
     return data
@@ -328,12 +344,13 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
     return Run(
         **{
             **data,
-            "attempts": tuple((from_step, seq) for from_step, seq in data["attempts"]),
+            "answered": tuple(data["answered"]),
+            "attempts": tuple((from_step, seq, parent) for from_step, seq, parent in data["attempts"]),
             "policy_state": load_state(rules.policy, data["policy_state"]),
             "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields),
             "guard_state": guard.GuardState(tuple(factors), changed, window, tuple(window_factors), note),
             "settings": _settings_of(data["settings"]),
-            "applied": None if data["applied"] is None else _settings_of(data["applied"]),
+            "applied": None if data["applied"] is None else _numbers_of(data["applied"]),
             "last": {name: float(value) for name, value in data["last"].items()},
             "side": {name: float(value) for name, value in data["side"].items()},
         }
@@ -343,6 +360,19 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
 def _settings_of(data: Sequence[Any]) -> Settings:
     lr, momentum, noise_std = data
     return Settings(tuple(lr), _tuple(momentum), _tuple(noise_std))
+
+
+def _texts(row: Sequence[float | None] | None) -> list[str | None] | None:
+    return None if row is None else [None if value is None else repr(value) for value in row]
+
+
+def _numbers(row: Sequence[str | None] | None) -> tuple[Any, ...] | None:
+    return None if row is None else tuple(None if value is None else float(value) for value in row)
+
+
+def _numbers_of(data: Sequence[Any]) -> Settings:
+    lr, momentum, noise_std = map(_numbers, data)
+    return Settings(lr or (), momentum, noise_std)
 
 
 def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:

@@ -1,0 +1,204 @@
+"""The REST SDK: what the service knows about runs, from any Python program.
+
+    with flyball.api.Client() as client:
+        for run in client.runs(status="active"):
+            print(run["run"], run["step"])
+
+Rule of this module: one method per route and no state but the connection. What comes back is the service's own JSON, as
+dicts and lists; only the numbers in it that JSON cannot carry (NaN, the infinities) are made floats again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from flyball.connect import DEFAULT_SERVER
+from flyball.errors import FlyballError, LinkError, Refused
+
+if TYPE_CHECKING:
+    import httpx
+
+#: Runs and decisions asked for in one request; more come in further ones.
+RUNS_PAGE = 200
+DECISIONS_PAGE = 1000
+
+
+class Client:
+    """The routes of one service.
+
+    server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
+    token; default: FLYBALL_TOKEN. timeout_s: how long connecting and each wait for data may take. Proxies that the
+    environment names are not used, as they are not by a training job.
+
+    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied) and LinkError
+    where it cannot be reached or answers no sense. Making one raises FlyballError for an address that is none, and
+    where httpx is missing.
+    """
+
+    def __init__(self, server: str | None = None, token: str | None = None, timeout_s: float = 10.0) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise FlyballError(f"httpx is not installed ({error}): pip install 'flyball[cli]'") from error
+        self.server = rest_address(server)
+        token = token or os.environ.get("FLYBALL_TOKEN")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._unreachable = httpx.TransportError
+        # With a transport of its own httpx asks the environment for no proxy, which would stand between this
+        # machine and itself.
+        self._http = httpx.Client(
+            base_url=self.server, headers=headers, timeout=timeout_s, transport=httpx.HTTPTransport(retries=1)
+        )
+
+    def runs(
+        self,
+        *,
+        project: str | None = None,
+        status: str | None = None,
+        policy: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """All runs that match, newest first. status: created, active, stale, finished or failed; policy: a name
+        (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
+        where: dict[str, Any] = {"project": project, "status": status, "policy": policy, "limit": RUNS_PAGE}
+        where["label"] = [f"{key}={value}" for key, value in (labels or {}).items()]
+        while True:
+            page = self._get("/v1/runs", where)
+            yield from page["runs"]
+            if not page["cursor"]:
+                return
+            where["cursor"] = page["cursor"]
+
+    def run(self, run: str) -> dict[str, Any]:
+        """One run: status, attempt, step, settings now, newest signals, policy, staleness."""
+        found = self._get(_path(run))
+        found["signals"] = {name: _number(value) for name, value in found["signals"].items()}
+        for group in found["settings"]:
+            group["applied_lr"] = _number(group["applied_lr"])
+        return found
+
+    def series(
+        self,
+        run: str,
+        signals: Iterable[str] = ("loss",),
+        *,
+        points: int = 2000,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        attempt: int | None = None,
+    ) -> dict[str, Any]:
+        """{"run", "attempt", "series": {name: {"step": [...], "value": [...]}}}, each of at most `points` points.
+
+        signals: `loss` and the like by name; `lr:GROUP`, `momentum:GROUP` as applied, `decided_lr:GROUP` as decided.
+        from_step, to_step: both included. attempt: whose line of steps; the newest without it.
+        """
+        names = [signals] if isinstance(signals, str) else signals
+        asked = {"signals": ",".join(names), "points": points, "from": from_step, "to": to_step, "attempt": attempt}
+        found = self._get(_path(run, "series"), asked)
+        for one in found["series"].values():
+            one["value"] = [_number(value) for value in one["value"]]
+        return found
+
+    def decisions(self, run: str) -> Iterator[dict[str, Any]]:
+        """The decisions that moved something, oldest first, with code, reason and the numbers they rest on."""
+        after: int | None = 0
+        while after is not None:
+            page = self._get(_path(run, "decisions"), {"after": after, "limit": DECISIONS_PAGE})
+            yield from page["decisions"]
+            after = page["next"]
+
+    def policies(self) -> dict[str, Any]:
+        """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
+        return self._get("/v1/policies")
+
+    def report(self, run: str, /, **signals: float) -> int:
+        """Give a run signals from here, such as `val_loss=0.31` of an evaluation job; its policy sees them with the
+        next step. Returns the number of the journal's row. A name that is no Python name: `**{"val/loss": 0.31}`."""
+        values = {name: _jsonable(float(value)) for name, value in signals.items()}
+        return int(self._answer("POST", _path(run, "signals"), body={"signals": values})["seq"])
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        asked = {name: value for name, value in (parameters or {}).items() if value is not None}
+        return self._answer("GET", path, parameters=asked)
+
+    def _answer(self, method: str, path: str, *, parameters: Any = None, body: Any = None) -> dict[str, Any]:
+        try:
+            answer = self._http.request(method, path, params=parameters, json=body)
+        except self._unreachable as error:
+            raise LinkError(
+                f"no answer from {self.server} ({error or type(error).__name__}): is the service running there? "
+                "`flyball-server serve` starts one; --server or FLYBALL_SERVER names another address"
+            ) from error
+        return _checked(answer, self.server)
+
+
+def rest_address(server: str | None) -> str:
+    """The service's HTTP address: the given one, else FLYBALL_SERVER's, else the default.
+
+    Raises FlyballError for a gRPC address, which a training job may use but REST cannot, and for what is none.
+    """
+    given = server or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER
+    name = "server" if server else "FLYBALL_SERVER"
+    parts = urlsplit(given)
+    if parts.scheme in ("grpc", "grpcs"):
+        raise FlyballError(
+            f"{name} is {given!r}, which training jobs may use, but queries need the service's REST address, "
+            f"http://{parts.hostname or 'HOST'}:1788 where it has the default port: give that one with --server"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise FlyballError(f"{name} is {given!r}: give http://HOST:PORT (https:// for TLS)")
+    return given.rstrip("/")
+
+
+def _path(run: str, what: str = "") -> str:
+    """A run's path; its id may hold a ':', and whatever else somebody types."""
+    if not run:
+        raise FlyballError("the run is '': give its id, as `flyball runs` shows it")
+    return f"/v1/runs/{quote(run, safe='')}" + (f"/{what}" if what else "")
+
+
+def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:
+    """The answer's JSON. Only the service itself says no with a code; a proxy's bare 404 is no refusal."""
+    try:
+        data = json.loads(answer.content)
+    except ValueError:
+        data = None
+    if answer.is_success and isinstance(data, dict):
+        return data
+    status = answer.status_code
+    if not isinstance(data, dict) or "code" not in data:
+        raise LinkError(f"{server} answered with HTTP status {status}, and not as the service does: check the address")
+    detail = str(data.get("detail") or data.get("title"))
+    if status >= 500:
+        wait = answer.headers.get("Retry-After", "")
+        raise LinkError(f"{server}: {detail}", float(wait) if wait.isdigit() else 0.0)
+    raise Refused(str(data["code"]), f"{server}: {detail}")
+
+
+def _number(value: float | str | None) -> float | None:
+    return float(value) if isinstance(value, str) else value
+
+
+def _jsonable(value: float) -> float | str:
+    """JSON has no NaN: non-finite numbers travel as strings."""
+    if isfinite(value):
+        return value
+    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,280 @@
+"""The command `flyball`: runs, one run, series, from a terminal or a script.
+
+Rule of this module: ask the REST SDK, print. Tables are for terminals; piped output is plain, and --json and --csv are
+for programs. Errors go to stderr in one line with exit code 1 (2 for a wrong command line).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import islice
+from math import isfinite
+from typing import Annotated, Any
+
+from flyball.api import Client
+from flyball.errors import FlyballError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"flyball: {error.name or error} is not installed: pip install 'flyball[cli]'") from error
+
+#: Decisions that `show` prints.
+DECISIONS_SHOWN = 5
+#: What `show` prints of a parameter group.
+_SETTINGS = ("lr", "applied_lr", "reference_lr", "momentum", "noise_std")
+
+cli = typer.Typer(
+    name="flyball",
+    help="Look at training runs that Flyball steers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class RunStatus(StrEnum):
+    """What a run's status can be."""
+
+    CREATED = "created"
+    ACTIVE = "active"
+    STALE = "stale"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+Server = Annotated[
+    str | None, typer.Option(help="http://HOST:PORT; without it FLYBALL_SERVER, then http://127.0.0.1:1788.")
+]
+Token = Annotated[str | None, typer.Option(help="The bearer token; without it FLYBALL_TOKEN.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `flyball runs` shows it.")]
+
+
+@cli.command()
+def runs(
+    project: Annotated[str | None, typer.Option(help="Only runs of this project.")] = None,
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs of this status.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Only runs under this policy: NAME or NAME@VERSION.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only runs with this label; may be repeated.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many, the newest first.")] = 50,
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """List runs, newest first."""
+    labels = _labels(label or [])
+    with _errors(), Client(server, token) as client:
+        matching = client.runs(project=project, status=status, policy=policy, labels=labels)
+        found = list(islice(matching, limit + 1))
+    more, found = found[limit:], found[:limit]
+    if json_output:
+        _print_json(found)
+        return
+    _table(
+        ("run", "status", "policy", "attempt", "step", "last news", "labels"),
+        [
+            (
+                run["run"],
+                run["status"],
+                run["policy"],
+                run["attempt"],
+                _step(run["step"]),
+                _ago(run["stale_s"]),
+                ",".join(f"{key}={value}" for key, value in sorted(run["labels"].items())),
+            )
+            for run in found
+        ],
+    )
+    if more:
+        print(f"flyball: there are more than {limit}: --limit shows them", file=sys.stderr)
+
+
+@cli.command()
+def show(run: RunId, json_output: Json = False, server: Server = None, token: Token = None) -> None:
+    """Show one run: where it stands, its settings, its newest signals and decisions."""
+    with _errors(), Client(server, token) as client:
+        found = client.run(run)
+        newest = list(deque(client.decisions(run), DECISIONS_SHOWN))
+    newest.reverse()
+    if json_output:
+        _print_json({**found, "newest_decisions": newest})
+        return
+    _print_run(found)
+    _section(
+        "settings",
+        ("group", "lr decided", "lr applied", "lr at attach", "momentum", "noise_std"),
+        [[group["group"], *(_short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
+    )
+    _section("signals", ("signal", "newest"), [(n, _short(value)) for n, value in sorted(found["signals"].items())])
+    _section(
+        "newest decisions",
+        ("step", "group", "lr", "decision", "reason"),
+        [
+            (one["step"], group, f"{_short(before)} -> {_short(one['lr_after'][group])}", _decided(one), one["reason"])
+            for one in newest
+            for group, before in one["lr_before"].items()
+        ],
+    )
+
+
+@cli.command()
+def series(
+    run: RunId,
+    signals: Annotated[
+        str, typer.Option(help="Comma-separated: loss, lr:GROUP (as applied), decided_lr:GROUP ...")
+    ] = "loss",
+    points: Annotated[int, typer.Option(min=2, help="At most so many points of each; minima and maxima stay.")] = 2000,
+    from_step: Annotated[int | None, typer.Option("--from", help="First step.")] = None,
+    to_step: Annotated[int | None, typer.Option("--to", help="Last step.")] = None,
+    attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
+    csv_output: Annotated[bool, typer.Option("--csv", help="CSV: step, then a column for each signal.")] = False,
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Print signals and settings over the steps.
+
+    A step of which a signal has no point is left empty there; lr:GROUP has a point wherever it changed.
+    """
+    if csv_output and json_output:
+        raise typer.BadParameter("give --csv or --json, not both")
+    names = [name.strip() for name in signals.split(",") if name.strip()]
+    with _errors(), Client(server, token) as client:
+        found = client.series(run, names, points=points, from_step=from_step, to_step=to_step, attempt=attempt)
+    if json_output:
+        _print_json(found)
+        return
+    header, rows = _joined(found["series"])
+    if csv_output:
+        out = csv.writer(sys.stdout, lineterminator="\n")
+        out.writerow(header)
+        out.writerows(rows)
+    else:
+        _table(header, rows)
+
+
+# Leaves
+
+
+def _joined(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> tuple[list[str], list[list[Any]]]:
+    """Series side by side: one row for every step any of them has; "" where one has no point."""
+    columns = {name: dict(zip(one["step"], one["value"], strict=True)) for name, one in found.items()}
+    steps = sorted(set().union(*columns.values()))
+    rows = [[step, *(_full(column.get(step)) for column in columns.values())] for step in steps]
+    return ["step", *columns], rows
+
+
+def _print_run(run: Mapping[str, Any]) -> None:
+    base = "" if run["base"] is None else f" on base {run['base']['type']}"
+    labels = "".join(f" {key}={value}" for key, value in sorted(run["labels"].items()))
+    facts = {
+        "run": run["run"] + labels,
+        "status": f"{run['status']}, last news {_ago(run['stale_s'])} ago",
+        "attempt": run["attempt"],
+        "step": f"{_step(run['step'])} ({run['observations']} observations)",
+        "policy": f"{run['policy']}{base}, {run['mode']} mode, lag {'none' if run['lag'] is None else run['lag']}",
+        "phase": f"{run['phase']}, {run['decision']}" + (f": {run['reason']}" if run["reason"] else ""),
+        "guard": json.dumps(run["guard"]) if run["guard"] else "only finite, not negative",
+    }
+    for name, fact in facts.items():
+        print(f"{name:<8} {fact}")
+
+
+def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if rows:
+        print(f"\n{title}")
+        _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on a terminal; elsewhere plain columns, nothing cut off."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in header:
+            table.add_column(title, overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    for row in [list(header), *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _decided(decision: Mapping[str, Any]) -> str:
+    return f"{decision['decision']} ({decision['guard']})" if decision["guard"] else str(decision["decision"])
+
+
+def _step(step: int | None) -> str:
+    return "-" if step is None or step < 0 else str(step)
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _short(value: float | None) -> str:
+    """Six digits: for people."""
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _full(value: float | None) -> str:
+    """Every digit: for programs. NaN as such, nothing where there is no value."""
+    return "" if value is None else str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """The SDK's answer as JSON can carry it: what is not finite as the words that the service uses."""
+    if isinstance(value, float) and not isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _labels(pairs: list[str]) -> dict[str, str]:
+    labels = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not key or not sign:
+            raise typer.BadParameter(f"{pair!r} is no label: give KEY=VALUE", param_hint="--label")
+        labels[key] = value
+    return labels
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What the service or the address is to blame for ends in one line on stderr, not in a traceback."""
+    try:
+        yield
+    except FlyballError as error:
+        print(f"flyball: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def main() -> None:
+    """The entry point."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Goal: one contract in four places: steering.proto, the client's tuples, the service's messages and the HTTP bodies.
+
+Method: each place is read as {field: (class of type, may it be absent)} and compared; what differs on purpose is listed
+here, with its reason. Then values: a message through every place comes back equal.
+"""
+
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flyball import over_grpc, wire
+from flyball_proto.v1 import steering_pb2 as pb
+from flyball_server import grpc_api, messages
+from flyball_server.core import events
+from flyball_server.core import types as core
+from flyball_server.http_api import steer
+
+KINDS = {
+    F.CPPTYPE_INT32: "int", F.CPPTYPE_INT64: "int", F.CPPTYPE_UINT32: "int", F.CPPTYPE_DOUBLE: "number",
+    F.CPPTYPE_STRING: "text", F.CPPTYPE_BOOL: "bool",
+}  # fmt: skip
+
+
+def of_proto(message, *, renamed=None, own=()):
+    """A proto message. `renamed`: JSON text that stands for a mapping; `own`: fields that only proto has."""
+    out = {}
+    for field in message.DESCRIPTOR.fields:
+        name = (renamed or {}).get(field.name, field.name)
+        if field.name in own:
+            continue
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            kind = "mapping"
+        elif field.message_type is not None:
+            kind = "list" if field.is_repeated else "message"
+        elif name != field.name:
+            kind = "mapping"
+        else:
+            kind = "list" if field.is_repeated else KINDS[field.cpp_type]
+        out[name] = (kind, field.has_presence and field.message_type is None)
+    return out
+
+
+def of_hints(kind):
+    """A NamedTuple or a pydantic model."""
+    return {name: of_hint(hint) for name, hint in typing.get_type_hints(kind).items() if name != "model_config"}
+
+
+def of_hint(hint):
+    absent = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [m for m in typing.get_args(hint) if m is not type(None)]
+        absent, hint = len(members) < len(typing.get_args(hint)), members[0]
+    origin = typing.get_origin(hint) or hint
+    if origin is typing.Literal:
+        return "text", absent
+    simple = {int: "int", float: "number", str: "text", bool: "bool"}
+    if origin in simple:
+        return simple[origin], absent
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "mapping", absent
+    if isinstance(origin, type) and (issubclass(origin, Sequence)) and not hasattr(origin, "_fields"):
+        return "list", absent
+    return "message", absent
+
+
+def without(fields, *names):
+    return {name: kind for name, kind in fields.items() if name not in names}
+
+
+JSON_TEXTS = {"policy_json": "policy", "base_json": "base", "guard_json": "guard"}
+#: An empty text stands for "none" in proto, which has no absent message inside a text.
+EMPTY_IS_NONE = {"base": ("mapping", True)}
+#: proto says "none" with an empty list.
+EMPTY_LISTS = {"betas": ("list", True), "momentum": ("list", True), "noise_std": ("list", True)}
+
+
+def test_attach_agrees():
+    proto = of_proto(pb.Attach, renamed=JSON_TEXTS) | EMPTY_IS_NONE
+    assert proto == of_hints(wire.Attach) == of_hints(messages.Attach) == of_hints(steer.AttachBody)
+
+
+def test_groups_agree():
+    proto = of_proto(pb.Group) | {"betas": EMPTY_LISTS["betas"]}
+    assert proto == of_hints(wire.Group) == of_hints(core.Group) == of_hints(steer.GroupBody)
+
+
+def test_attached_agrees():
+    proto = of_proto(pb.Attached)
+    assert proto["changes"] == ("message", False)
+    # Tuples hold the rows of Changes as pairs; the service says its one pair in two fields.
+    assert of_hints(wire.Attached) == proto | {"changes": ("list", False)}
+    assert of_hints(steer.AttachedBody) == proto
+    service = of_hints(messages.Attached)
+    assert (service.pop("decided"), service.pop("settings")) == (("int", False), ("message", False))
+    assert service == without(proto, "changes")
+
+
+def test_report_agrees():
+    proto = of_proto(pb.Report)
+    assert proto["signals"] == proto["step"] == ("list", False)
+    # Columns are a mapping by name everywhere but in proto; the tuples call the column of steps by its plural.
+    tuples = without(proto, "step") | {"steps": ("list", False), "signals": ("mapping", False)}
+    assert of_hints(wire.Report) == of_hints(messages.Report) == tuples
+    # Over HTTP the run stands in the path.
+    assert of_hints(steer.ReportBody) == without(proto, "run") | {"signals": ("mapping", False)}
+
+
+def test_receipts_agree():
+    proto = of_proto(pb.Receipt)
+    flat = {"lr", "momentum", "noise_std"}
+    # The three rows are one field, Settings, in the tuples.
+    tuples = without(proto, *flat) | {"settings": ("message", False)}
+    assert of_hints(wire.Receipt) == of_hints(events.Receipt) == tuples
+    assert of_hints(steer.ReceiptBody) == proto | without(EMPTY_LISTS, "betas")
+    assert wire.Settings._fields == core.Settings._fields == ("lr", "momentum", "noise_std")
+    assert of_hints(wire.Settings) == of_hints(core.Settings)
+
+
+def test_advice_agrees():
+    proto = of_proto(pb.Advice)
+    assert of_hints(wire.Advice) == proto | {"changes": ("list", False)}
+    assert of_hints(steer.AdviceBody) == proto
+    # The service has no directives to give yet.
+    assert of_hints(messages.Advice) == without(proto, "directives") | {"changes": ("list", False)}
+
+
+def test_changes_answers_directives_and_side_signals_agree():
+    assert of_hints(steer.ChangesBody) == of_proto(pb.Changes) | without(EMPTY_LISTS, "betas")
+    assert of_proto(pb.DirectiveAnswer) == of_hints(wire.Answer) == of_hints(steer.AnswerBody)
+    assert without(of_hints(events.DirectiveAnswered), "attempt") == of_hints(wire.Answer)
+    assert of_proto(pb.Directive, renamed={"args_json": "args"}) == of_hints(wire.Directive)
+    # HTTP: the run is in the path, the actor is who calls.
+    assert without(of_proto(pb.AddSignalsRequest), "run", "actor") == of_hints(steer.SignalsBody)
+    assert of_proto(pb.AddSignalsReply) == of_hints(steer.SignalsReply)
+
+
+def test_tuples_are_in_the_same_order_so_that_they_may_be_handed_over_by_place():
+    for mine, theirs in (
+        (wire.Attach, messages.Attach),
+        (wire.Report, messages.Report),
+        (wire.Group, core.Group),
+        (wire.Settings, core.Settings),
+        (wire.Receipt, events.Receipt),
+    ):
+        assert mine._fields == theirs._fields
+
+
+def test_what_an_http_body_leaves_out_means_what_proto_leaves_out_means():
+    body = steer.AttachBody(run="r", session="s", groups=[])
+    empty = grpc_api.read_attach(pb.Attach(run="r", session="s"))
+    for name in messages.Attach._fields:
+        told = getattr(empty, name)
+        assert (getattr(body, name) if name != "groups" else ()) == (told or "default" if name == "project" else told)
+    told = grpc_api.read_report(pb.Report(receipts=[pb.Receipt(number=1)])).receipts[0]
+    default = steer.ReceiptBody(number=1, step=0, decided=0, lr=[])
+    assert (told.late, told.conflict) == (default.late, default.conflict)
+
+
+# -- values ------------------------------------------------------------------------------------------------------
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+ints = st.integers(-(2**63), 2**63 - 1)
+numbers = st.floats()
+plain = st.dictionaries(words, st.none() | st.booleans() | st.integers(-(2**53), 2**53) | words, max_size=2)
+
+
+@st.composite
+def reports(draw):
+    n = draw(st.integers(0, 4))
+    g = draw(st.integers(1, 3))
+    column = st.lists(st.none() | numbers, min_size=n, max_size=n)
+    row = st.tuples(*[numbers] * g)
+    rows = st.builds(wire.Settings, row, st.none() | row, st.none() | row)
+    receipt = st.builds(wire.Receipt, ints, ints, ints, rows, st.booleans(), words, ints)
+    return wire.Report(
+        draw(words), draw(words), draw(ints), draw(st.lists(ints, min_size=n, max_size=n)),
+        draw(st.dictionaries(words, column, max_size=3)), tuple(draw(st.lists(receipt, max_size=2))),
+        tuple(draw(st.lists(st.builds(wire.Answer, words, st.sampled_from(["done", "declined"]), words), max_size=2))),
+        draw(st.sampled_from(["", "finished", "failed"])),
+    )  # fmt: skip
+
+
+def in_words(value):
+    """As text, tuples and lists alike, NaN equal to NaN, of whatever class a tuple is."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k!r}:{in_words(v)}" for k, v in sorted(value.items())) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(map(in_words, value)) + "]"
+    return repr(value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(message=reports())
+def test_a_report_arrives_as_it_was_sent_over_both_wires(message):
+    over_proto = grpc_api.read_report(pb.Report.FromString(over_grpc._report(message).SerializeToString()))
+    body = steer.ReportBody.model_validate(json.loads(json.dumps(wire.report_json(message), allow_nan=False)))
+    told = [in_words(tuple(r)) for r in over_proto.receipts]
+    assert told == [in_words(tuple(steer._receipt(r))) for r in body.receipts]
+    assert told == [in_words(tuple(r)) for r in message.receipts]
+    for name in ("session", "attempt", "signals", "end"):
+        assert in_words(getattr(over_proto, name)) == in_words(getattr(message, name)) == in_words(getattr(body, name))
+    assert in_words(over_proto.steps) == in_words(message.steps) == in_words(body.step)
+    assert [a[1:] for a in over_proto.answers] == [tuple(a) for a in message.answers]
+    assert [tuple(a.model_dump().values()) for a in body.answers] == [tuple(a) for a in message.answers]
+
+
+@given(
+    groups=st.lists(
+        st.builds(
+            wire.Group,
+            words,
+            st.floats(0, 1e9),
+            st.none() | st.floats(0, 1),
+            st.none() | st.tuples(*[st.floats(0, 1)] * 2),
+        ),
+        max_size=3,
+    ),
+    texts=st.tuples(*[words] * 5),
+    maps=st.tuples(st.dictionaries(words, words, max_size=2), plain, st.none() | plain, plain),
+    optional=st.tuples(*[st.none() | ints] * 3),
+    seed=ints,
+    resume=st.booleans(),
+)
+def test_an_attach_arrives_as_it_was_sent_over_both_wires(groups, texts, maps, optional, seed, resume):
+    project, run, session, digest, client = texts
+    message = wire.Attach(
+        project, run, session, maps[0], tuple(groups), maps[1], maps[2], maps[3], "absolute", seed, optional[0], resume,
+        optional[1], optional[2], digest, client,
+    )  # fmt: skip
+    over_proto = grpc_api.read_attach(pb.Attach.FromString(over_grpc._attach(message).SerializeToString()))
+    body = steer.AttachBody.model_validate(json.loads(json.dumps(wire.attach_json(message), allow_nan=False)))
+    for name in messages.Attach._fields:
+        told = getattr(body, name) if name != "groups" else [tuple(g.model_dump().values()) for g in body.groups]
+        assert in_words(getattr(over_proto, name)) == in_words(getattr(message, name)) == in_words(told)
+
+
+finite = st.floats(0, 1e9)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            ints,
+            st.builds(
+                core.Settings,
+                st.tuples(finite, finite),
+                st.none() | st.tuples(st.floats(0, 0.99), st.none() | st.floats(0, 0.99)),
+                st.none() | st.tuples(finite, finite),
+            ),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_settings_come_back_alike_over_both_wires(rows):
+    message = messages.Advice(1, 2, 3, 4, "d", rows, "p", "c", "r")
+    over_proto = over_grpc._advice(pb.Advice.FromString(grpc_api.write_advice(message).SerializeToString()))
+    over_http = wire.advice_of(json.loads(steer._advice(message).model_dump_json()))
+    assert over_http == over_proto
+    assert in_words(over_http.changes) == in_words(rows)
+
+
+@pytest.mark.parametrize("broken", [{}, {"attempt": 1}, []])
+def test_an_answer_that_is_none_is_noticed(broken):
+    for read in (wire.attached_of, wire.advice_of):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            read(broken)
