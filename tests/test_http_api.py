@@ -27,10 +27,9 @@ PLATEAU = {"type": "plateau", "patience": 0, "factor": 0.5}
 def quiet():
     """Two threads that format tracebacks at once can end the interpreter's parser (CPython 3.11): what a service says
     of its own failures is left out, every test looks at the answer."""
-    log = logging.getLogger("uvicorn.error")
-    log.disabled = True
+    logging.disable(logging.CRITICAL)
     yield
-    log.disabled = False
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

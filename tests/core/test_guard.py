@@ -86,7 +86,9 @@ def driven(bounds, wanted, base=None, first=1.0):
 
 
 def range_of(bounds, group):
-    """The upper bounds win where two limits contradict each other."""
+    """The upper bounds win where two limits contradict each other; a frozen group stays so, whatever they say."""
+    if group.lr == 0:
+        return 0.0, 0.0
     own = bounds.groups.get(group.name, GroupLimits())
     lows = [bounds.min_lr, own.min_lr] + [f * group.lr for f in [bounds.min_factor] if f is not None]
     highs = [bounds.max_lr, own.max_lr] + [f * group.lr for f in [bounds.max_factor] if f is not None]
