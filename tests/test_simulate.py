@@ -47,7 +47,11 @@ def test_one_cycle_moves_momentum_or_beta1_where_the_optimizer_has_one_like_torc
     spec = {"type": "one_cycle", "total_steps": 10, "max_lr": 0.5}
     groups = [Group("sgd", 0.1, 0.9), Group("plain", 0.1), {"name": "adam", "lr": 0.1, "betas": [0.9, 0.99]}]
     answers = list(simulate(spec, lines(1.0, 1.0), groups))
-    assert [row["momentum"] for row in answers[1]["settings"]] == [build(spec).momentum(2), None, build(spec).momentum(2)]
+    assert [row["momentum"] for row in answers[1]["settings"]] == [
+        build(spec).momentum(2),
+        None,
+        build(spec).momentum(2),
+    ]
     assert {row["lr"] for row in answers[1]["settings"]} == {build(spec).lr(2, 0.1)}
     still = next(simulate({"type": "cosine", "T_max": 9}, lines(1.0), groups))
     assert [row["momentum"] for row in still["settings"]] == [0.9, None, None]

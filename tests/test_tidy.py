@@ -88,7 +88,10 @@ CLOCK_CALLS = {f"{kind}.{call}" for kind in ("datetime", "date") for call in ("n
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 MAY_READ_THE_WORLD = {
     "flyball",
+    "flyball.api",
     "flyball.cli",
+    "flyball.connect",
+    "flyball.governor",
     "flyball.link",
     "flyball_server",
     "flyball_server.app",

@@ -113,6 +113,11 @@ class Client:
             yield from page["decisions"]
             after = page["next"]
 
+    def newest_decisions(self, run: str, limit: int) -> list[dict[str, Any]]:
+        """The last `limit` of them, oldest first."""
+        page = self._get(_path(run, "decisions"), {"newest": True, "limit": limit})
+        return list(page["decisions"])
+
     def policies(self) -> dict[str, Any]:
         """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
         return self._get("/v1/policies")

@@ -10,7 +10,6 @@ import contextlib
 import csv
 import json
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
@@ -105,7 +104,7 @@ def show(run: RunId, json_output: Json = False, server: Server = None, token: To
     """Show one run: where it stands, its settings, its newest signals and decisions."""
     with _errors(), Client(server, token) as client:
         found = client.run(run)
-        newest = list(deque(client.decisions(run), DECISIONS_SHOWN))
+        newest = client.newest_decisions(run, DECISIONS_SHOWN)
     newest.reverse()
     if json_output:
         _print_json({**found, "newest_decisions": newest})

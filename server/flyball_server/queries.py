@@ -10,6 +10,7 @@ decided them.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -21,7 +22,7 @@ from flyball_server.core.errors import Invalid, NotFound
 from flyball_server.core.events import Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
-from flyball_server.storage.journal import Block, Journal
+from flyball_server.storage.journal import Block, Journal, Row
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,9 +41,9 @@ class SeriesRequest(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Where a series is stored: which kind of row, which column, which of its `width` values per entry."""
+    """Where a series is stored: which kinds of rows, which column, which of its `width` values per entry."""
 
-    kind: str
+    kinds: tuple[str, ...]
     column: str
     position: int
     width: int
@@ -72,13 +73,14 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
     found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
     columns = {"step", "=step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
     for block in journal.blocks(spec.run, columns):
-        if block.kind not in ("observed", "applied") or block.attempt not in cutoffs:
+        cutoff = cutoffs.get(block.attempt)
+        if block.kind not in ("observed", "applied", "reported") or cutoff is None:
             continue
         steps = _steps(block)
         for name, want in wanted.items():
-            if want.kind == block.kind and want.column in block.arrays:
+            if block.kind in want.kinds and want.column in block.arrays:
                 s, v = _values(block, want, steps)
-                keep = s < cutoffs[block.attempt]
+                keep = s < cutoff
                 found[name].append((s[keep], v[keep]))
     return {
         "run": spec.run,
@@ -89,40 +91,54 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
     }
 
 
-def decisions(journal: Journal, spec: Spec, rules: Rules, *, after: int, limit: int) -> dict[str, Any]:
+def decisions(journal: Journal, spec: Spec, rules: Rules, after: int, limit: int) -> dict[str, Any]:
     """The decisions that moved something, in journal order, behind the row `after`.
 
     `next` is the value of `after` for the page behind this one, None at the end. A page ends with a whole row.
     Raises Invalid for a limit out of range.
     """
-    if not 1 <= limit <= limits.DECISIONS_MAX:
-        raise Invalid(f"limit is {limit}: give 1 to {limits.DECISIONS_MAX}")
-    names = [g.name for g in spec.groups]
+    _check_limit(limit)
     out: list[dict[str, Any]] = []
     for row in journal.rows(spec.run, after=after):
-        if row.kind != "observed" or "marks" not in row.meta:
-            continue
-        if len(out) >= limit:
-            return {"run": spec.run, "decisions": out, "next": after}
-        after = row.seq
-        for step, phase, code, note, before, now, fields in row.meta["marks"]:
-            decision = Decision(tuple(now), None, None, phase, code, fields)
-            out.append(
-                {
-                    "seq": row.seq,
-                    "attempt": row.attempt,
-                    "step": step,
-                    "at": records.utc(row.at),
-                    "phase": phase,
-                    "decision": code,
-                    "guard": note,
-                    "reason": rules.policy.explain(rules.config, decision),
-                    "lr_before": dict(zip(names, before, strict=True)),
-                    "lr_after": dict(zip(names, now, strict=True)),
-                    "fields": fields,
-                }
-            )
+        if "marks" in row.meta:
+            if len(out) >= limit:
+                return {"run": spec.run, "decisions": out, "next": after}
+            after = row.seq
+            out += _decisions(row, spec, rules)
     return {"run": spec.run, "decisions": out, "next": None}
+
+
+def newest_decisions(journal: Journal, spec: Spec, rules: Rules, _: int, limit: int) -> dict[str, Any]:
+    """The newest decisions that moved something, oldest of them first. Raises Invalid for a limit out of range."""
+    _check_limit(limit)
+    rows = deque((row for row in journal.rows(spec.run) if "marks" in row.meta), limit)
+    out = [decision for row in rows for decision in _decisions(row, spec, rules)]
+    return {"run": spec.run, "decisions": out[-limit:], "next": None}
+
+
+def _check_limit(limit: int) -> None:
+    if not 1 <= limit <= limits.DECISIONS_MAX:
+        raise Invalid(f"limit is {limit}: give 1 to {limits.DECISIONS_MAX}")
+
+
+def _decisions(row: Row, spec: Spec, rules: Rules) -> list[dict[str, Any]]:
+    names = [g.name for g in spec.groups]
+    return [
+        {
+            "seq": row.seq,
+            "attempt": row.attempt,
+            "step": step,
+            "at": records.utc(row.at),
+            "phase": phase,
+            "decision": code,
+            "guard": note,
+            "reason": rules.policy.explain(rules.config, Decision(tuple(now), None, None, phase, code, fields)),
+            "lr_before": dict(zip(names, before, strict=True)),
+            "lr_after": dict(zip(names, now, strict=True)),
+            "fields": fields,
+        }
+        for step, phase, code, note, before, now, fields in row.meta["marks"]
+    ]
 
 
 _SETTINGS = ("lr", "momentum", "noise_std")
@@ -132,20 +148,21 @@ def _wanted(name: str, spec: Spec) -> _Wanted:
     kind, _, group = name.partition(":")
     decided = kind.removeprefix("decided_")
     if not group:
-        return _Wanted("observed", name, 0, 1)
+        return _Wanted(("observed", "reported"), name, 0, 1)
     if decided not in _SETTINGS:
         raise Invalid(f"signals: {name!r} is no series; before the ':' stands lr, momentum or noise_std")
     names = [g.name for g in spec.groups]
     if group not in names:
         raise Invalid(f"signals: run {spec.run} has no group {group!r}; it has {', '.join(names)}")
     if decided != kind:
-        return _Wanted("observed", "=" + decided, names.index(group), len(names))
-    return _Wanted("applied", decided, names.index(group), len(names))
+        return _Wanted(("observed",), "=" + decided, names.index(group), len(names))
+    return _Wanted(("applied",), decided, names.index(group), len(names))
 
 
 def _cutoffs(run: Run, attempt: int) -> Mapping[int, float]:
     """For each attempt on the line of `attempt`: its steps from this one on were overtaken by a later attempt."""
-    out: dict[int, float] = {}
+    # Side signals are journaled under attempt 0: they belong to whatever line the run is on.
+    out: dict[int, float] = {0: float("inf")}
     cutoff = float("inf")
     while attempt > 0:
         out[attempt] = cutoff
@@ -168,7 +185,7 @@ def _steps(block: Block) -> Ints:
 
 def _step_column(block: Block) -> str:
     """Where a block keeps its steps, if it does: a signal may be called step, so there it is =step."""
-    return "=step" if block.kind == "observed" else "step"
+    return "step" if block.kind == "applied" else "=step"
 
 
 def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
@@ -209,6 +226,9 @@ def _thinned(parts: list[tuple[Ints, Floats]], request: SeriesRequest, held_to: 
     next, the run's newest step; the series then begins and ends with the value in force there."""
     steps = np.concatenate([s for s, _ in parts]) if parts else np.empty(0, np.int64)
     values = np.concatenate([v for _, v in parts]) if parts else np.empty(0)
+    if (steps[1:] < steps[:-1]).any():  # side signals come in between
+        order = np.argsort(steps, kind="stable")
+        steps, values = steps[order], values[order]
     low = 0 if request.from_step is None else int(np.searchsorted(steps, request.from_step, "left"))
     high = len(steps) if request.to_step is None else int(np.searchsorted(steps, request.to_step, "right"))
     end = held_to if request.to_step is None or held_to is None else min(request.to_step, held_to)

@@ -66,8 +66,8 @@ def to_entry(event: Event, outcome: Outcome) -> Entry:
     if isinstance(event, Created):
         return Entry("created", 0, None, None, {"spec": _spec_json(event.spec)}, ())
     if isinstance(event, Reported):
-        signals = {name: repr(value) for name, value in event.signals.items()}
-        return Entry("reported", 0, None, None, {"signals": signals}, ())
+        columns = [Column(name, "d", array("d", [event.signals[name]]).tobytes()) for name in sorted(event.signals)]
+        return Entry("reported", 0, event.step, event.step, {}, tuple(columns))
     meta = event._asdict()
     attempt = meta.pop("attempt")
     return Entry(_KINDS[type(event)], attempt, None, None, meta, ())
@@ -82,7 +82,8 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
     if row.kind == "created":
         return Created(spec_of(row)), NOTHING
     if row.kind == "reported":
-        return Reported({name: float(value) for name, value in row.meta["signals"].items()}), NOTHING
+        assert row.first_step is not None
+        return Reported(row.first_step, {c.name: _values(c)[0] for c in row.columns}), NOTHING
     return _CLASSES[row.kind](attempt=row.attempt, **row.meta), NOTHING
 
 

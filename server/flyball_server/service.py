@@ -26,6 +26,8 @@ from flyball_server.policy_files import resolve
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 T = TypeVar("T")
+#: What a run may be; stale: active, but without news for STALE_AFTER_S.
+STATUSES = ("created", "active", "stale", "finished", "failed")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -120,7 +122,8 @@ class Service:
         async def once() -> int:
             live = await self._engine.find(run)
             async with self._engine.turn(live):
-                await self._engine.commit(live, [Reported(dict(signals))], actor)
+                # Before the first step there is none to stand behind; the first one it is then.
+                await self._engine.commit(live, [Reported(max(live.run.through, 0), dict(signals))], actor)
                 return live.run.seq
 
         return await _retried(once)
@@ -135,6 +138,8 @@ class Service:
         if not 1 <= limit <= limits.PAGE_MAX:
             raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
         if where.status is not None:
+            if where.status not in STATUSES:
+                raise Invalid(f"status is {where.status!r}: give one of {', '.join(STATUSES)}")
             where = where._replace(stale_before=self._stale_before())
         after = _parse_cursor(cursor)
         records = await queries.in_thread(self._journal.records, where, after=after, limit=limit + 1)
@@ -147,12 +152,11 @@ class Service:
         live = await self._engine.find(run)
         return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
 
-    async def decisions(self, run: str, *, after: int, limit: int) -> dict[str, Any]:
-        """The decisions that moved something, in journal order."""
+    async def decisions(self, run: str, *, after: int, limit: int, newest: bool) -> dict[str, Any]:
+        """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then."""
         live = await self._engine.find(run)
-        return await queries.in_thread(
-            queries.decisions, self._journal, live.spec, live.rules, after=after, limit=limit
-        )
+        read = queries.newest_decisions if newest else queries.decisions
+        return await queries.in_thread(read, self._journal, live.spec, live.rules, after, limit)
 
     def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from tests.bench.table import Row, about, render
+from tests.bench.table import Row, about, load, render
 
 #: In the order of the table. Each is a module here with `measure(quick) -> list[Row]`.
 FAMILIES = ("steps", "slowdown", "fold", "lockstep", "batches", "storage", "memory", "series")
@@ -31,6 +31,7 @@ def main() -> int:
     names = [name.strip() for name in args.only.split(",") if name.strip()]
     if unknown := sorted(set(names) - set(FAMILIES)):
         parser.error(f"--only: {unknown[0]!r} is not known; there are {', '.join(FAMILIES)}")
+    where = about(load())
     rows: list[Row] = []
     failed = []
     for name in names:
@@ -44,11 +45,11 @@ def main() -> int:
             traceback.print_exc()
             failed.append(name)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    print(f"{about()}\n\n{render(rows)}")
+    print(f"{where}\n\n{render(rows)}")
     if failed:
         print(f"\ncould not be measured: {', '.join(failed)} (see above)")
     if args.json:
-        data = {"about": about(), "quick": args.quick, "rows": [row._asdict() for row in rows], "failed": failed}
+        data = {"about": where, "quick": args.quick, "rows": [row._asdict() for row in rows], "failed": failed}
         args.json.write_text(json.dumps(data, indent=1))
     return 1 if failed else 0
 

@@ -83,8 +83,8 @@ def _width() -> int:
     width = 32
     while width < 4096:
         step, _ = _job(width)
-        _seconds(step, 50)
-        if _seconds(step, 100) >= 0.9 * WANTED_S:
+        # The fastest of some: a machine that is busy elsewhere must not make the network smaller.
+        if min(_seconds(step, 40) for _ in range(6)) >= 0.9 * WANTED_S:
             break
         width = int(width * 1.3)
     return width

@@ -79,9 +79,13 @@ def _budget(row: Row) -> str:
     return f"{'>=' if row.at_least else '<='} {number(row.budget)}{unit}"
 
 
-def about() -> str:
-    """Where this was measured."""
+def load() -> str:
+    """How busy the machine is: the load average of the last minute."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
+
+
+def about(load_before: str) -> str:
+    """Where this was measured, and how busy it was before: with a load near the cores, trust only ratios."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "numpy", "torch"))
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "?"
     system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
-    return f"Python {platform.python_version()}, {system}, {os.cpu_count()} cores (load {load} at the end); {libraries}"
+    return f"Python {platform.python_version()}, {system}, {os.cpu_count()} cores (load before: {load_before}); {libraries}"

@@ -167,7 +167,7 @@ def test_what_is_folded_already_changes_nothing_and_an_overlap_folds_only_what_i
 def test_a_run_loaded_from_text_at_any_step_goes_on_bit_for_bit(rules, event, cut):
     cut = 1 + cut % (len(event.steps) - 1)
     run, _ = fold.apply(rules, begun(rules), part(event, 0, cut))
-    run, _ = fold.apply(rules, run, Reported({"val_loss": math.nan, "reward": 2.0}))
+    run, _ = fold.apply(rules, run, Reported(0, {"val_loss": math.nan, "reward": 2.0}))
     loaded = fold.load(rules, json.loads(text(run)))
     assert text(loaded) == text(run)
     assert loaded.settings == run.settings
@@ -245,15 +245,15 @@ def test_side_signals_are_seen_by_the_next_observation_and_yield_to_what_the_dri
     rules = rules_of(spec({"type": "plateau", "metric": "val_loss", "patience": 0, "factor": 0.5}))
     run = begun(rules)
     for step, value in enumerate((1.0, 2.0)):
-        run, _ = fold.apply(rules, run, Reported({"val_loss": 9.0}))
-        run, outcome = fold.apply(rules, run, Reported({"val_loss": value}))
+        run, _ = fold.apply(rules, run, Reported(0, {"val_loss": 9.0}))
+        run, outcome = fold.apply(rules, run, Reported(0, {"val_loss": value}))
         assert outcome is NOTHING
         assert run.side == {"val_loss": value}
         run, _ = fold.apply(rules, run, observed([step], {"loss": [1.0]}))
         assert run.side == {}
     assert run.settings.lr[0] == 5e-4, "2.0 is no improvement on 1.0"
     assert run.last == {"loss": 1.0, "val_loss": 2.0}
-    run, _ = fold.apply(rules, run, Reported({"val_loss": 9.0, "mine": 3.0}))
+    run, _ = fold.apply(rules, run, Reported(0, {"val_loss": 9.0, "mine": 3.0}))
     run, _ = fold.apply(rules, run, observed([2, 3], {"val_loss": [0.5, None], "mine": [None, None]}))
     assert run.settings.lr[0] == 5e-4, "the driver's own 0.5 counts"
     assert run.last == {"loss": 1.0, "val_loss": 0.5, "mine": 3.0}

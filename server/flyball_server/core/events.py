@@ -58,8 +58,9 @@ class Observed(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """Signals from another process; the policy sees them with the next observation."""
+    """Signals from another process; the policy sees them with the next observation. step: the newest step then."""
 
+    step: int
     signals: Mapping[str, float]
 
 

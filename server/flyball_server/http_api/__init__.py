@@ -14,7 +14,14 @@ from flyball_server.service import Service
 
 def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastAPI:
     """The FastAPI application over one service. `is_ready`: false while starting up and while draining."""
-    app = FastAPI(title="Flyball", version=version, summary="Steers and audits the learning rates of training jobs")
+    app = FastAPI(
+        title="Flyball",
+        version=version,
+        summary="Steers and audits the learning rates of training jobs",
+        # Those pages load scripts from other people's servers; /openapi.json says the same.
+        docs_url=None,
+        redoc_url=None,
+    )
     problems.install(app)
     app.include_router(steer.router(service))
     app.include_router(runs.router(service))

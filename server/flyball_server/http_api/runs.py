@@ -112,9 +112,12 @@ def router(service: Service) -> APIRouter:
         return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
 
     @routes.get("/runs/{run}/decisions")
-    async def decisions(run: str, after: int = 0, limit: int = 1000) -> dict[str, Any]:
-        """The decisions that moved something, with code, reason and numbers; `after` is a journal seq."""
-        return await service.decisions(run, after=after, limit=limit)
+    async def decisions(run: str, after: int = 0, limit: int = 1000, newest: bool = False) -> dict[str, Any]:
+        """The decisions that moved something, with code, reason and numbers, in journal order.
+
+        `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead.
+        """
+        return await service.decisions(run, after=after, limit=limit, newest=newest)
 
     @routes.get("/policies")
     async def policies() -> dict[str, Any]:

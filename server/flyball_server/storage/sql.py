@@ -227,7 +227,10 @@ def _lock(path: str) -> IO[str]:
             lock.seek(0)
             owner = lock.read().strip()
             lock.close()
-            raise Busy(f"{path} is in use by another Flyball server (process {owner or 'unknown'})") from error
+            raise Busy(
+                f"{path} is in use by another Flyball server (process {owner or 'unknown'}): stop that one first, or "
+                "name another file"
+            ) from error
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
