@@ -27,7 +27,7 @@ GROUPS = (Group("a", 0.1, 0.9), Group("b", 0.01))
 
 def attach_message(session="s1", **fields):
     blank = Attach(
-        "default", "r", session, {}, GROUPS, POLICY, None, {}, "absolute", 0, None, False, None, None, "", "test"
+        "default", "r", session, {}, GROUPS, POLICY, None, {}, "absolute", 0, None, False, None, None, 0, "", "test"
     )
     return blank._replace(**fields)
 

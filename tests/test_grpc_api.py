@@ -58,7 +58,23 @@ def skins(service):
 
 def attach_message(run, session="s1", **fields):
     blank = Attach(
-        "default", run, session, {"k": "v"}, GROUPS, PLATEAU, None, {}, "absolute", 0, None, False, None, None, "", "t"
+        "default",
+        run,
+        session,
+        {"k": "v"},
+        GROUPS,
+        PLATEAU,
+        None,
+        {},
+        "absolute",
+        0,
+        None,
+        False,
+        None,
+        None,
+        0,
+        "",
+        "t",
     )
     return blank._replace(**fields)
 

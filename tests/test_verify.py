@@ -37,7 +37,7 @@ async def a_run(journal, run="r", policy=None, base=None, guard=None):
     service = Service(engine, journal)
     attach = Attach(
         "default", run, "s1", {"k": "v"}, GROUPS, policy or POLICIES[1], base, guard or {}, "absolute", 3, None, False,
-        None, None, "", "test",
+        None, None, 0, "", "test",
     )  # fmt: skip
     await service.attach(attach, "a")
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flyball.base import Base, build
@@ -60,7 +60,7 @@ def connect(
     declared = _declared_base(spec, base)
     if on_outage == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
-    step, attempt, digest = _resumption(resume, run)
+    token_of = None if isinstance(resume, bool) else check_token(resume, run)
     message = Attach(
         project=project,
         run=run,
@@ -74,9 +74,10 @@ def connect(
         seed=seed,
         lag=lag,
         resume=bool(resume),
-        from_step=step,
-        from_attempt=attempt,
-        digest=digest,
+        from_step=None if token_of is None else token_of.step,
+        from_attempt=None if token_of is None else token_of.attempt,
+        seq=0 if token_of is None else token_of.seq,
+        digest="" if token_of is None else token_of.digest,
         client=f"flyball/{_version()}",
     )
     make = transport(server or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, token)
@@ -123,20 +124,22 @@ def new_session() -> str:
     return uuid.uuid4().hex
 
 
-def _resumption(resume: bool | Mapping[str, Any], run: str) -> tuple[int | None, int | None, str]:
-    """from_step, from_attempt and digest of `resume=`."""
-    if isinstance(resume, bool):
-        return None, None, ""
-    return check_token(resume, run)
+class Token(NamedTuple):
+    """A checkpoint token, checked: the next optimizer step, its attempt, and the journal's newest row then."""
+
+    step: int
+    attempt: int | None
+    seq: int
+    digest: str
 
 
-def check_token(token: Mapping[str, Any], run: str) -> tuple[int, int | None, str]:
-    """Step, attempt and digest of a checkpoint token. Raises ValueError where it is none, or another run's."""
+def check_token(token: Mapping[str, Any], run: str) -> Token:
+    """The token in what `state_dict` returned. Raises ValueError where it is none, or another run's."""
     if not isinstance(token, Mapping) or not isinstance(token.get("step"), int):
         raise ValueError(f"{token!r:.80} is no checkpoint token: give what governor.state_dict() returned")
     if token.get("run") != run:
         raise ValueError(f"the checkpoint token is of run {token.get('run')!r}, but this is run {run!r}")
-    return token["step"], token.get("attempt"), str(token.get("digest", ""))
+    return Token(token["step"], token.get("attempt"), int(token.get("seq", 0)), str(token.get("digest", "")))
 
 
 def _declared_base(spec: Mapping[str, Any], base: Mapping[str, Any] | None) -> Base | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import re
 import time
 import weakref
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ from flyball.status import Status
 from flyball.wire import Settings
 
 log = logging.getLogger("flyball")
+
+#: What a signal may be called.
+SIGNAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
 
 
 class Optimizer(Protocol):
@@ -56,15 +60,16 @@ class Governor:
         self._link = link
         self._wait_s = wait_s
         self._close_s = close_s
-        attached = session.attached
-        self._next_step = 0 if attached is None else attached.from_step
-        self._reported = self._next_step - 1
-        self._decided = -1
+        #: Optimizer steps of this process, from 0; the session knows where the run's own count stood then.
+        self._next_step = 0
+        self._reported = -1
+        self._decided: int | None = None
         self._late = False
         self._conflict = ""
         self._receipted: tuple[Settings, Settings | None, bool] | None = None
         self._wanted: Settings | None = None
         self._warned: set[str] = set()
+        self._names: set[str] = set()
         self._first_call = True
         self._closed = False
         self._bad_values = self._skipped = self._missed = self._conflicts = 0
@@ -89,7 +94,12 @@ class Governor:
             grad_norm = self._number("grad_norm", grad_norm, False)
         others = None
         if signals:
-            others = {n: v for n, value in signals.items() if (v := self._number(n, value, False)) is not None}
+            others = {
+                name: number
+                for name, value in signals.items()
+                if (name in self._names or self._is_name(name))
+                and (number := self._number(name, value, False)) is not None
+            }
         self._first_call = False
         step = self._next_step - 1
         if step == self._reported:
@@ -129,10 +139,10 @@ class Governor:
 
         Waits up to `wait_s` for the service's answer, not longer. Raises ValueError where it is no token of this run.
         """
-        step, attempt, digest = check_token(token, self._session.attach.run)
-        self._session.reattach(new_session(), attempt, step, digest)
-        self._next_step, self._reported = step, step - 1
-        self._receipted = self._wanted = None
+        step, attempt, seq, digest = check_token(token, self._session.attach.run)
+        self._session.reattach(new_session(), attempt, step, seq, digest)
+        self._next_step, self._reported = 0, -1
+        self._receipted = self._wanted = self._decided = None
         self._link.restart()
         self._link.wait(lambda: self._session.attached is not None, self._wait_s, "the new attempt")
 
@@ -145,6 +155,8 @@ class Governor:
             return
         self._closed = True
         self._optimizer.detach()
+        if not self._link.is_ours:  # a forked child: the run is its parent's
+            return
         self._session.end(outcome)
         if not self._link.close(self._close_s):
             status = self.status
@@ -219,8 +231,7 @@ class Governor:
         conflict = "" if self._conflict in self._warned else self._conflict
         if conflict:
             self._once(conflict)
-        decided = self._next_step - 1 if self._wanted is None else self._decided
-        self._session.receipt(self._next_step, decided, used, self._late, conflict, 1)
+        self._session.receipt(self._next_step, self._decided, used, self._late, conflict, 1)
 
     def _number(self, name: str, value: Any, may_pend: bool) -> Any:
         """`value` as a float (or a Pending one, where that may be); None where it is none."""
@@ -235,6 +246,21 @@ class Governor:
             self._bad_values += 1
             self._once(f"recorded as not measured: {message}")
             return None
+
+    def _is_name(self, name: str) -> bool:
+        """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""
+        if len(name) <= limits.NAME_MAX and SIGNAL_NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
+            self._names.add(name)
+            return True
+        message = (
+            f"signal {name!r} is not reported: a run has at most {limits.SIGNALS_MAX} signals, whose names are "
+            "letters, digits and any of _ . / @ % + -"
+        )
+        if self._first_call:
+            raise ValueError(message)
+        self._bad_values += 1
+        self._once(message)
+        return False
 
     def _once(self, message: str) -> None:
         if message not in self._warned and len(self._warned) < 1000:

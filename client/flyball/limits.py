@@ -28,3 +28,6 @@ ANSWER_S = 15.0
 WAIT_LOG_S = 10.0
 #: How long a script that forgot to close its governor is held up at its exit.
 EXIT_S = 2.0
+#: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
+SIGNALS_MAX = 60
+NAME_MAX = 128

@@ -118,34 +118,40 @@ class Link:
             session = self._session
             attach = session.attach
             try:
-                self._transport = self._connect()
-                attached = self._transport.attach(attach)
-                if session.attach is attach:
-                    session.on_attached(attached, time.monotonic())
-                    self._tell()
-                    pause = limits.BACKOFF_FIRST_S
-                    self._talk(self._transport, attach)
-                continue
-            except Refused as error:
-                session.on_refused(error.code, str(error), time.monotonic())
-                log.error("flyball: the service refused run %r: %s", attach.run, error)
+                transport = self._transport = self._connect()
+                attached = transport.attach(attach)
+                session.on_attached(attached, attach, time.monotonic())
                 self._tell()
-                return
-            except LinkError as error:
-                self._lost(str(error))
-                pause = max(pause, error.retry_after_s)
-            except Exception as error:  # a bug here must never end the training job
-                self._lost(f"{type(error).__name__}: {error}")
+                pause = limits.BACKOFF_FIRST_S
+                self._talk(transport, attach)
+                continue
+            except Exception as error:
+                if session.attach.session != attach.session:
+                    continue  # the session was re-attached, and the connection cut under this call
+                if self._is_final(error):
+                    return
+                pause = max(pause, getattr(error, "retry_after_s", 0.0))
             finally:
                 self._drop_transport()
             # Jitter, so that a thousand jobs do not come back in the same moment.
             self._pause(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, limits.BACKOFF_LAST_S)
 
+    def _is_final(self, error: Exception) -> bool:
+        """Tell the session; whether trying again makes no sense. A bug here must never end the training job."""
+        session = self._session
+        if isinstance(error, Refused):
+            session.on_refused(error.code, str(error), time.monotonic())
+            log.error("flyball: the service refused run %r: %s", session.attach.run, error)
+        else:
+            self._lost(str(error) if isinstance(error, LinkError) else f"{type(error).__name__}: {error}")
+        self._tell()
+        return isinstance(error, Refused)
+
     def _talk(self, transport: Transport, attach: Attach) -> None:
         """Send reports until the connection fails, the session is re-attached, or the link closes."""
         session = self._session
-        while not self._closing and session.attach is attach:
+        while not self._closing and session.attach.session == attach.session:
             report = session.report(time.monotonic())
             if report is None:
                 self._wake.wait(session.pause(time.monotonic()))
@@ -160,9 +166,8 @@ class Link:
                     raise
                 log.error("flyball: the service dropped a report of run %r: %s", attach.run, error)
                 session.on_rejected(str(error))
-                continue
-            if session.attach is attach:
-                session.on_advice(advice, time.monotonic())
+                return  # a refusal ends a gRPC stream: on to a new one
+            session.on_advice(advice, time.monotonic())
             self._tell()
 
     def _lost(self, error: str) -> None:
@@ -170,7 +175,6 @@ class Link:
         if session.state == "steering" or not session.last_error:
             log.warning("flyball: no link to the service (%s); training goes on, and so do the attempts", error)
         session.on_lost(error, time.monotonic())
-        self._tell()
 
     def _pause(self, seconds: float) -> None:
         """Sleep, but keep the outage clock ticking and end at once on close."""
@@ -192,12 +196,19 @@ class Link:
                 log.debug("flyball: closing the connection failed: %s", error)
 
     def _after_fork(self) -> None:
-        """In the child: forget the thread (it was not copied) and the connection (it is the parent's)."""
+        """In the child: forget the thread, which was not copied, and every lock it may have held. The connection is
+        the parent's: it is neither used nor let go of (destroying a gRPC channel here can crash the child)."""
+        _parents.append(self._transport)
         self._thread = None
         self._transport = None
         self._closing = True
+        self._wake = threading.Event()
+        self._changed = threading.Condition()
+        self._session.after_fork()
 
 
+#: In a forked child: the parent's connections.
+_parents: list[Transport | None] = []
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 

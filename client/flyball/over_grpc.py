@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ _REFUSALS = {
 _OPTIONS = (
     ("grpc.keepalive_time_ms", int(limits.ANSWER_S * 1000 / 2)),
     ("grpc.keepalive_timeout_ms", int(limits.ANSWER_S * 1000 / 2)),
+    ("grpc.http2.ping_timeout_ms", int(limits.ANSWER_S * 1000 / 2)),
     ("grpc.http2.max_pings_without_data", 0),
     # A connection per run: a shared one would let a stalled run hold up its neighbours.
     ("grpc.use_local_subchannel_pool", 1),
@@ -52,13 +54,30 @@ class GrpcTransport:
 
     def attach(self, message: wire.Attach) -> wire.Attached:
         """Open the stream and say Attach."""
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=limits.CONNECT_S)
-        except grpc.FutureTimeoutError:
-            raise LinkError(f"no connection within {limits.CONNECT_S:g} s") from None
+        self._connect()
         stub = pb_grpc.SteeringStub(self._channel)
         self._call = stub.Steer(iter(self._outgoing.get, None), metadata=self._metadata)
         return _attached(self._exchange(pb.ClientMessage(attach=_attach(message))).attached)
+
+    def _connect(self) -> None:
+        """Wait for the connection; a refused one is known at once, and not only when the time is up."""
+        known = threading.Event()
+        state = grpc.ChannelConnectivity.IDLE
+
+        def changed(now: grpc.ChannelConnectivity) -> None:
+            nonlocal state
+            state = now
+            if now not in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
+                known.set()
+
+        self._channel.subscribe(changed, try_to_connect=True)
+        try:
+            if not known.wait(limits.CONNECT_S):
+                raise LinkError(f"no connection within {limits.CONNECT_S:g} s")
+            if state is not grpc.ChannelConnectivity.READY:
+                raise LinkError("cannot connect: is the service running there?")
+        finally:
+            self._channel.unsubscribe(changed)
 
     def report(self, message: wire.Report) -> wire.Advice:
         """Send a report and wait for its advice."""
@@ -104,6 +123,7 @@ def _attach(m: wire.Attach) -> pb.Attach:
         resume=m.resume,
         from_step=m.from_step,
         from_attempt=m.from_attempt,
+        seq=m.seq,
         digest=m.digest,
         client=m.client,
     )
@@ -183,9 +203,12 @@ def _changes(m: pb.Changes) -> Iterator[tuple[int, wire.Settings]]:
     lr, momentum, noise = list(m.lr), list(m.momentum), list(m.noise_std)
     for i, decided in enumerate(m.decided):
         part = slice(i * groups, (i + 1) * groups)
-        yield decided, wire.Settings(tuple(lr[part]), _row(momentum[part]), _row(noise[part]))
+        noises = _row(noise[part])
+        std = None if noises is None else tuple(n or 0.0 for n in noises)
+        yield decided, wire.Settings(tuple(lr[part]), _row(momentum[part]), std)
 
 
-def _row(values: list[float]) -> tuple[float, ...] | None:
-    """A row of NaN says nothing."""
-    return None if not values or values[0] != values[0] else tuple(values)
+def _row(values: list[float]) -> tuple[float | None, ...] | None:
+    """NaN says nothing about its group; a row of them about none."""
+    row = tuple(None if value != value else value for value in values)
+    return row if any(value is not None for value in row) else None

@@ -18,29 +18,20 @@ process drives the run now). While `away` is an outage, `on_outage` says which s
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from flyball import limits
 from flyball.base import Base
-from flyball.guard import Bounds
+from flyball.decisions import Decisions, Target
 from flyball.pending import Pending
 from flyball.status import Status
 from flyball.wire import Advice, Answer, Attach, Attached, Receipt, Report, Settings
 
 #: loss, reward, grad_norm and all other signals of one step. A loss may be a `Pending` one.
 Signals = tuple[float | Pending | None, float | None, float | None, Mapping[str, float] | None]
-
-
-class Target(NamedTuple):
-    """Settings for one optimizer step: from which observation they were decided, and whether they come late."""
-
-    settings: Settings
-    decided: int
-    late: bool
 
 
 class Session:
@@ -54,21 +45,19 @@ class Session:
         self.circuit_open = False
         self.last_error = ""
         self.attached: Attached | None = None
-        self.newest: Target | None = None
-        self._base = base
+        self._decisions = Decisions(attach, base)
         self._on_outage = on_outage
-        self._bounds = Bounds(attach.guard, attach.groups)
         self._lock = threading.Lock()
         self._observations: deque[tuple[int, Signals]] = deque()
         self._receipts: deque[Receipt] = deque()
         self._answers: deque[Answer] = deque(maxlen=64)
+        #: The job counts its steps from 0; the run counts on from here. Not known before the first Attached where a
+        #: run is resumed "behind its newest step".
+        self._offset = attach.from_step or 0
         self._dropped = 0
         self._in_flight: Report | None = None
         self._took_all = False
         self._urgent = False
-        self._decided: list[int] = []
-        self._changes: list[Settings] = []
-        self._through = -1
         self._receipt_number = 0
         self._end = ""
         self._ended = False
@@ -86,7 +75,7 @@ class Session:
             if len(buffer) >= limits.BUFFER_MAX:
                 buffer.popleft()
                 self._dropped += 1
-            buffer.append((step, signals))
+            buffer.append((step + self._offset, signals))
             return len(buffer) % limits.FLUSH_OBSERVATIONS == 0 or (self.lag is not None and not self.outage)
 
     def target(self, step: int) -> Target | None:
@@ -94,26 +83,19 @@ class Session:
 
         With lag = k and a decision that has not come, this is the newest one, late; `missing` tells beforehand.
         """
-        if self.outage and self._on_outage == "base" and self._base is not None:
-            return self._from_base(step)
-        newest = self.newest
-        if self.lag is None or newest is None:
-            return newest
+        step += self._offset
+        if self.outage and self._on_outage == "base":
+            return self._decisions.on_base(step)
+        if self.lag is None:
+            return self._decisions.newest
         with self._lock:
-            need = max(step - 1 - self.lag, self._first_decision())
-            found = bisect_right(self._decided, min(need, self._through)) - 1
-            late = need > self._through
-            if found < 0:
-                return newest
-            return Target(self._changes[found], self._decided[found], late)
+            return self._decisions.at(step)
 
     def missing(self, step: int) -> bool:
         """Whether optimizer `step` ought to wait: lag = k, its decision is not here, and waiting makes sense."""
         if self.lag is None or self.circuit_open or self.state in ("refused", "superseded", "closed"):
             return False
-        if self.attached is None:
-            return True
-        return max(step - 1 - self.lag, self._first_decision()) > self._through
+        return self.attached is None or self._decisions.missing(step + self._offset)
 
     def missed(self) -> None:
         """A step waited in vain: no further step waits until the link is healthy."""
@@ -123,9 +105,13 @@ class Session:
         """Somebody waits: the next report leaves at once."""
         self._urgent = True
 
-    def receipt(self, step: int, decided: int, settings: Settings, late: bool, conflict: str, ranks: int) -> None:
-        """Record what was really applied at `step`."""
+    def receipt(
+        self, step: int, decided: int | None, settings: Settings, late: bool, conflict: str, ranks: int
+    ) -> None:
+        """Record what was really applied at `step`. decided: a target's; None: nothing was decided yet."""
         with self._lock:
+            step += self._offset
+            decided = step - 1 if decided is None else decided
             self._receipt_number += 1
             if len(self._receipts) >= limits.RECEIPTS_MAX:
                 self._receipts.popleft()
@@ -149,18 +135,23 @@ class Session:
 
     # -- the link thread -----------------------------------------------------------------------------
 
-    def on_attached(self, message: Attached, now: float) -> None:
-        """The service answered Attach."""
+    def on_attached(self, message: Attached, to: Attach, now: float) -> None:
+        """The service answered the Attach `to`; an answer to one that was given up meanwhile says nothing."""
         with self._lock:
+            if self.attach.session != to.session:
+                return
             previous = self.attached
             if previous is None or previous.attempt != message.attempt:
-                self._decided, self._changes = [], []
-                self._through = message.from_step - 1
+                self._decisions.begin(message.from_step)
+            if previous is None and to.from_step is None:
+                self._shift(message.from_step - self._offset)
+            # From now on this is a reconnect: if another process resumes the run meanwhile, it is not taken back.
+            self.attach = to._replace(resume=False, from_step=None, from_attempt=None, seq=0, digest="")
             self.attached = message
             self._in_flight = None
             if message.through < message.from_step or self.lag is None:
                 # Nothing observed yet, or only the newest counts: these are the settings to go on with.
-                self._learn(message.changes, message.through)
+                self._decisions.learn(message.changes, message.through)
             if self.lag is None:
                 self._acknowledge(message.through, message.receipts_through)
             else:
@@ -212,19 +203,20 @@ class Session:
 
     def on_advice(self, message: Advice, now: float) -> None:
         """The service answered the report in flight: everything in it is in the journal."""
-        report, self._in_flight = self._in_flight, None
         with self._lock:
-            if report is not None:
-                for _ in range(min(len(report.answers), len(self._answers))):
-                    self._answers.popleft()
-                self._ended = self._ended or bool(report.end)
-            self._learn(message.changes, message.through)
+            report, self._in_flight = self._in_flight, None
+            if report is None:  # it belongs to an attempt that was given up meanwhile
+                return
+            self._drop_answers(report)
+            self._ended = self._ended or bool(report.end)
+            error = self._decisions.learn(message.changes, message.through)
             self._acknowledge(message.through, message.receipts_through)
             for directive in message.directives:
                 note = f"this client has no handler for {directive.kind}"
                 self._answers.append(Answer(directive.id, "declined", note))
         self._advice = message
         self._heard("steering", now)
+        self.last_error = error
         if self._took_all:
             self.circuit_open = False
 
@@ -240,16 +232,21 @@ class Session:
 
     def on_rejected(self, error: str) -> None:
         """The service calls the report in flight invalid: sending it again would never end, so it is dropped."""
-        report, self._in_flight = self._in_flight, None
-        self.last_error = error
-        if report is not None:
-            with self._lock:
-                if report.steps:
-                    self._dropped += len(report.steps)
-                    self._acknowledge(report.steps[-1], -1)
-                if report.receipts:
-                    self._dropped += len(report.receipts)
-                    self._acknowledge(-1, report.receipts[-1].number)
+        with self._lock:
+            report, self._in_flight = self._in_flight, None
+            self.last_error = error
+            if report is None:
+                return
+            self._drop_answers(report)
+            if report.steps:
+                self._dropped += len(report.steps)
+                self._acknowledge(report.steps[-1], -1)
+                # No decision will come for these; a step that waits for one goes on with the last there was.
+                self._decisions.learn((), report.steps[-1])
+            if report.receipts:
+                self._dropped += len(report.receipts)
+                self._acknowledge(-1, report.receipts[-1].number)
+            self._ended = self._ended or bool(report.end)
 
     def on_refused(self, code: str, error: str, now: float) -> None:
         """The service said no, for good."""
@@ -269,21 +266,42 @@ class Session:
         elif self._in_flight is not None and now - self._last_sent >= limits.OUTAGE_AFTER_S:
             self.outage = True
 
-    def reattach(self, session: str, from_attempt: int | None, from_step: int, digest: str) -> None:
-        """Go on from a checkpoint: the next Attach opens a new attempt at `from_step`, under a new session id, and
-        what was not acknowledged belongs to a past that did not happen."""
+    def reattach(self, session: str, from_attempt: int | None, step: int, seq: int, digest: str) -> None:
+        """Go back to a checkpoint taken before optimizer `step`, under a new session id: the job counts from there.
+
+        Observations from `step` on belong to a past that did not happen, and are dropped. Those before it that are
+        not acknowledged stay: the new attempt begins with the first of them, so that none is missed.
+        """
         with self._lock:
-            self._observations.clear()
-            self._receipts.clear()
-            self._receipt_number = 0
+            known = self.attached is not None or self.attach.resume
+            if self.attached is None and self.attach.resume:
+                self._observations.clear()  # numbered from 0, as it is not known from where this job resumed
+                self._receipts.clear()
+            kept = [entry for entry in self._observations if entry[0] < step]
+            self._dropped += len(self._observations) - len(kept)
+            self._observations = deque(kept)
+            receipts = [receipt for receipt in self._receipts if receipt.step < step]
+            self._receipts = deque(r._replace(number=i) for i, r in enumerate(receipts, 1))
+            self._receipt_number = len(receipts)
             self._in_flight = None
             self.attached = None
-            self.newest = None
-            self._through = from_step - 1
-        self.attach = self.attach._replace(
-            session=session, resume=True, from_attempt=from_attempt, from_step=from_step, digest=digest
-        )
+            self._decisions.newest = None
+            self._offset = step
+            first = kept[0][0] if kept else step
+            self._decisions.begin(first)
+            self.attach = self.attach._replace(
+                session=session,
+                resume=known,
+                from_attempt=from_attempt if known else None,
+                from_step=first if known else None,
+                seq=seq if known else 0,
+                digest=digest if known else "",
+            )
         self.state = "connecting"
+
+    def after_fork(self) -> None:
+        """In a forked child: the lock may have been held by a thread that is not there."""
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """The conversation is over."""
@@ -299,7 +317,7 @@ class Session:
             "run": self.attach.run,
             "project": self.attach.project,
             "attempt": None if attached is None else attached.attempt,
-            "step": step,
+            "step": step + self._offset,
             "seq": 0 if advice is None else advice.seq,
             "policy": "" if attached is None else attached.policy,
             "digest": "" if advice is None else advice.digest,
@@ -307,13 +325,13 @@ class Session:
 
     def status(self, step: int, now: float, **counters: Any) -> Status:
         """The status, with the counters of the adapter."""
-        advice, newest, attached = self._advice, self.newest, self.attached
+        advice, newest, attached = self._advice, self._decisions.newest, self.attached
         return Status(
             run=self.attach.run if attached is None else attached.run,
             state=self.state,
             attempt=None if attached is None else attached.attempt,
-            step=step,
-            through=self._through,
+            step=step + self._offset,
+            through=self._decisions.through,
             waiting=len(self._observations),
             dropped=self._dropped,
             outage=self.outage,
@@ -336,45 +354,22 @@ class Session:
         self._away_since = None
         self._last_answer = now
 
-    def _first_decision(self) -> int:
-        attached = self.attached
-        return -1 if attached is None else attached.from_step - 1
+    def _shift(self, by: int) -> None:
+        """Number what was recorded before the run's own count was known."""
+        if by:
+            self._offset += by
+            self._observations = deque((step + by, signals) for step, signals in self._observations)
+            self._receipts = deque(r._replace(step=r.step + by, decided=r.decided + by) for r in self._receipts)
 
-    def _learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> None:
-        for decided, settings in changes:
-            bounded = self._bounds.within(settings)
-            if bounded is None:
-                self.last_error = f"unusable settings from the service were ignored: {settings}"
-                continue
-            newest = self.newest
-            # The same object as long as nothing changes: the adapter compares by identity.
-            if newest is None or (decided >= newest.decided and newest.settings != bounded):
-                self.newest = Target(bounded, decided, False)
-            if self.lag is not None and (not self._decided or decided > self._decided[-1]):
-                self._decided.append(decided)
-                self._changes.append(bounded)
-        if len(self._decided) > 2 * limits.CHANGES_MAX:
-            del self._decided[: -limits.CHANGES_MAX], self._changes[: -limits.CHANGES_MAX]
-        self._through = max(self._through, through)
+    def _drop_answers(self, report: Report) -> None:
+        for _ in range(min(len(report.answers), len(self._answers))):
+            self._answers.popleft()
 
     def _acknowledge(self, through: int, receipts_through: int) -> None:
         while self._observations and self._observations[0][0] <= through:
             self._observations.popleft()
         while self._receipts and self._receipts[0].number <= receipts_through:
             self._receipts.popleft()
-
-    def _from_base(self, step: int) -> Target:
-        """The base schedule's value of `step`, under the factor of the last decision (1 before the first)."""
-        assert self._base is not None
-        newest = self.newest
-        lr = []
-        for i, group in enumerate(self.attach.groups):
-            value = self._base.lr(step, group.lr)
-            then = 0.0 if newest is None else self._base.lr(newest.decided + 1, group.lr)
-            lr.append(value * newest.settings.lr[i] / then if newest is not None and then > 0 else value)
-        settings = Settings(tuple(lr), None if newest is None else newest.settings.momentum, None)
-        bounded = self._bounds.within(settings)
-        return Target(settings if bounded is None else bounded, step - 1, False)
 
 
 def _columns(head: list[tuple[int, Signals]]) -> tuple[list[int], dict[str, list[float | None]]]:

@@ -6,7 +6,9 @@ Rule of this module: no decision is taken here; every call is one call of the se
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -21,6 +23,8 @@ from flyball_server.messages import Advice, Attach, Attached, Report
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
+log = logging.getLogger("flyball_server")
+
 STATUS = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
     "not_found": grpc.StatusCode.NOT_FOUND,
@@ -30,6 +34,7 @@ STATUS = {
     "internal": grpc.StatusCode.INTERNAL,
 }
 
+NAN = float("nan")
 _OPTIONS = (
     # At the default a fifth of 5 000 streams opened at once is turned away.
     ("grpc.server.max_pending_requests", limits.STREAMS_MAX),
@@ -55,7 +60,7 @@ class Steering(pb_grpc.SteeringServicer):
     ) -> AsyncIterator[pb.ServerMessage]:
         """One training job's conversation: every message is answered by one message."""
         actor = _actor(context)
-        try:
+        async with _statuses(context):
             async for message in request_iterator:
                 if message.HasField("report"):
                     advice = await self._service.report(read_report(message.report), actor)
@@ -65,35 +70,41 @@ class Steering(pb_grpc.SteeringServicer):
                     yield pb.ServerMessage(attached=write_attached(attached))
                 else:
                     raise Invalid("the message holds neither attach nor report: is the client newer than the service?")
-        except SteeringError as error:
-            await context.abort(STATUS[error.code], str(error))
 
     async def AddSignals(self, request: pb.AddSignalsRequest, context: Any) -> pb.AddSignalsReply:  # noqa: N802
         """Side signals from another process."""
-        try:
+        async with _statuses(context):
             seq = await self._service.add_signals(request.run, dict(request.signals), request.actor or _actor(context))
-        except SteeringError as error:
-            await context.abort(STATUS[error.code], str(error))
         return pb.AddSignalsReply(seq=seq)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunStatus:  # noqa: N802
         """One run."""
-        try:
-            return write_run(await self._service.get_run(request.run))
-        except SteeringError as error:
-            await context.abort(STATUS[error.code], str(error))
-            raise
+        async with _statuses(context):
+            view = await self._service.get_run(request.run)
+        return write_run(view)
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsReply:  # noqa: N802
         """One page of runs."""
         where = RunFilter(
             request.project or None, request.status or None, request.policy or None, dict(request.labels) or None
         )
-        try:
+        async with _statuses(context):
             runs, cursor = await self._service.list_runs(where, request.cursor or None, request.limit or 50)
-        except SteeringError as error:
-            await context.abort(STATUS[error.code], str(error))
         return pb.ListRunsReply(runs=[write_run(run) for run in runs], cursor=cursor)
+
+
+@asynccontextmanager
+async def _statuses(context: Any) -> AsyncIterator[None]:
+    """Every error as its gRPC status; what nobody thought of stands in the log, not in the answer."""
+    try:
+        yield
+    except SteeringError as error:
+        await context.abort(STATUS[error.code], str(error))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("a call failed")
+        await context.abort(STATUS["internal"], "an unexpected error; the service's log has it")
 
 
 def serve(service: Service, address: str) -> tuple[grpc.aio.Server, int]:
@@ -119,10 +130,10 @@ def _actor(context: Any) -> str:
 def _mapping(field: str, text: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Invalid(f"{field} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise Invalid(f"{field} is {text!r}: give a JSON object")
+        raise Invalid(f"{field} is {text!r:.80}: give a JSON object")
     return value
 
 
@@ -143,6 +154,7 @@ def read_attach(m: pb.Attach) -> Attach:
         resume=m.resume,
         from_step=m.from_step if m.HasField("from_step") else None,
         from_attempt=m.from_attempt if m.HasField("from_attempt") else None,
+        seq=m.seq,
         digest=m.digest,
         client=m.client,
     )
@@ -159,6 +171,8 @@ def read_report(m: pb.Report) -> Report:
     """Protobuf to message; columns become lists in one C call each."""
     signals: dict[str, list[float | None]] = {}
     for column in m.signals:
+        if column.name in signals:
+            raise Invalid(f"signals: {column.name} is given twice")
         values: list[float | None] = list(column.value)
         for index in column.missing:
             if index >= len(values):
@@ -186,9 +200,9 @@ def write_changes(changes: Sequence[tuple[int, Settings]]) -> pb.Changes:
         if any(getattr(s, name) is not None for _, s in changes):
             field = getattr(out, name)
             for _, settings in changes:
-                # NaN: this row says nothing (proto has no empty row inside a packed field).
-                row = getattr(settings, name) or (float("nan"),) * groups
-                field.extend(0.0 if v is None else v for v in row)
+                # NaN says nothing: about this group, or, all along the row, about any.
+                row = getattr(settings, name) or (None,) * groups
+                field.extend(NAN if v is None else v for v in row)
     return out
 
 

@@ -16,6 +16,8 @@ GROUPS_MAX = 256
 LABELS_MAX = 32
 #: Characters in a name: project, run, group, signal, label key or value.
 NAME_MAX = 128
+#: Any step, number or seed: what a float, and so every JSON reader, still holds exactly.
+INTEGER_MAX = 2**53
 #: Requests that may wait for one run at a time.
 INBOX_MAX = 64
 #: Runs kept folded in memory; the least recently used leave first and are folded again when asked for.

@@ -29,6 +29,7 @@ class Attach(NamedTuple):
     resume: bool
     from_step: int | None
     from_attempt: int | None
+    seq: int
     digest: str
     client: str
 

@@ -103,7 +103,7 @@ def resolve(spec: Mapping[str, Any]) -> Resolved:
         parameters = {key: value for key, value in spec.items() if key not in ("type", "base")}
         base = spec.get("base")
         return Resolved(policy, _config(policy, parameters), None if base is None else _base(base, "base."))
-    if kind in SCHEDULES and isinstance(kind, str):
+    if isinstance(kind, str) and kind in SCHEDULES:
         if "base" in spec:
             raise Invalid(f"base: {kind!r} is itself a base schedule; give only one of the two")
         constant = POLICIES["constant"]

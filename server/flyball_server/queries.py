@@ -10,6 +10,7 @@ decided them.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -23,6 +24,8 @@ from flyball_server.core.events import Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
 from flyball_server.storage.journal import Block, Journal, Row
+
+_SIGNAL = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +55,17 @@ class _Wanted(NamedTuple):
 async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a read outside the event loop."""
     return await asyncio.to_thread(work, *args, **kwargs)
+
+
+def check_signal_name(name: str) -> None:
+    """Raise Invalid where a signal cannot have this name (`=` and `?` mark a row's own columns)."""
+    if len(name) > limits.NAME_MAX or not _SIGNAL.fullmatch(name):
+        raise Invalid(f"signals: {name!r} is no signal name; use letters, digits and any of _ . / @ % + -")
+
+
+def row(journal: Journal, run: str, seq: int) -> Row | None:
+    """One row of a run, None where there is none."""
+    return next(journal.rows(run, after=seq - 1, until=seq), None) if seq > 0 else None
 
 
 def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
@@ -147,13 +161,14 @@ _SETTINGS = ("lr", "momentum", "noise_std")
 def _wanted(name: str, spec: Spec) -> _Wanted:
     kind, _, group = name.partition(":")
     decided = kind.removeprefix("decided_")
-    if not group:
+    if ":" not in name:
+        check_signal_name(name)
         return _Wanted(("observed", "reported"), name, 0, 1)
     if decided not in _SETTINGS:
         raise Invalid(f"signals: {name!r} is no series; before the ':' stands lr, momentum or noise_std")
     names = [g.name for g in spec.groups]
     if group not in names:
-        raise Invalid(f"signals: run {spec.run} has no group {group!r}; it has {', '.join(names)}")
+        raise Invalid(f"signals: {name!r}: run {spec.run} has no group {group!r}; it has {', '.join(names)}")
     if decided != kind:
         return _Wanted(("observed",), "=" + decided, names.index(group), len(names))
     return _Wanted(("applied",), decided, names.index(group), len(names))
@@ -249,7 +264,7 @@ def thin(steps: Ints, values: Floats, points: int) -> Ints:
     if n <= points:
         return np.arange(n)
     bad = ~np.isfinite(values)
-    per_range = 3 if bad.any() else 2
+    per_range = 3 if bad.any() and points >= 3 else 2
     edges = np.linspace(steps[0], steps[-1] + 1, max(1, points // per_range) + 1)
     starts = np.unique(np.searchsorted(steps, edges[:-1], "left"))
     starts = starts[starts < n]

@@ -114,7 +114,8 @@ def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
         columns.append(Column("=step", "q", array("q", steps).tobytes()))
     for name in sorted(event.signals):
         columns += _signal(name, event.signals[name])
-    at = array("I", [steps.index(step) if n > 1 else 0 for step, _ in outcome.changes])
+    place = dict(zip(steps, range(n), strict=True)) if last - first + 1 != n else None
+    at = array("I", [step - first if place is None else place[step] for step, _ in outcome.changes])
     columns.append(Column("=at", "I", at.tobytes()))
     columns += _settings("=", [settings for _, settings in outcome.changes])
     meta = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
 from typing import Any, NamedTuple, TypeVar
@@ -68,6 +68,7 @@ class Service:
         Raises Conflict where the run exists and the caller did not say that it resumes; Invalid, NotFound, Busy.
         """
         spec = _spec(request)
+        _check_resumption(request)
 
         async def once() -> Attached:
             try:
@@ -122,6 +123,7 @@ class Service:
         async def once() -> int:
             live = await self._engine.find(run)
             async with self._engine.turn(live):
+                _check_room(live.run, live.run.side.keys() | signals.keys())
                 # Before the first step there is none to stand behind; the first one it is then.
                 await self._engine.commit(live, [Reported(max(live.run.through, 0), dict(signals))], actor)
                 return live.run.seq
@@ -188,10 +190,23 @@ class Service:
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
         if not 0 <= attempt <= run.attempt:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+        await self._check_token(live, request)
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
             restored = await self._engine.restored(live, attempt, from_step)
         event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored)
         await self._engine.commit(live, [event], actor)
+
+    async def _check_token(self, live: LiveRun, request: Attach) -> None:
+        """A token names a row of the journal by its hash: one of another run of the same name is found out."""
+        if not request.digest:
+            return
+        row = await queries.in_thread(queries.row, self._journal, live.spec.run, request.seq)
+        if row is None or row.hash.hex() != request.digest:
+            raise Conflict(
+                f"run {live.spec.run}: the checkpoint token names row {request.seq} with the hash "
+                f"{request.digest[:12]}..., which this journal does not hold: it is of another run of this name; "
+                "resume without the token, or begin a run of another name"
+            )
 
 
 async def _retried(once: Callable[[], Awaitable[T]]) -> T:
@@ -249,6 +264,7 @@ def _reason(live: LiveRun) -> str:
 
 def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
     """The part of a report that is not in the run yet."""
+    _check_room(run, request.signals)
     events: list[Event] = []
     observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
     receipts = tuple(_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
@@ -260,6 +276,12 @@ def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Even
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
+
+
+def _check_room(run: Run, signals: Iterable[str]) -> None:
+    """A run has at most SIGNALS_MAX signals, however they come."""
+    if len(run.last.keys() | set(signals)) > limits.SIGNALS_MAX:
+        raise Invalid(f"signals: the run would have more than {limits.SIGNALS_MAX} different ones")
 
 
 def _receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
@@ -290,8 +312,10 @@ def _spec(request: Attach) -> Spec:
         if not key or len(key) > limits.NAME_MAX or len(text) > limits.NAME_MAX:
             raise Invalid(f"labels: {key!r}={text!r} is empty or longer than {limits.NAME_MAX} characters")
     _check_groups(request.groups)
-    if request.lag is not None and request.lag < 0:
+    if request.lag is not None and not 0 <= request.lag <= limits.INTEGER_MAX:
         raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
+    if abs(request.seed) > limits.INTEGER_MAX:
+        raise Invalid(f"seed is {request.seed}: give a number between -{limits.INTEGER_MAX} and {limits.INTEGER_MAX}")
     policy = dict(request.policy)
     if request.base is not None:
         if policy.get("base") is not None:
@@ -300,8 +324,10 @@ def _spec(request: Attach) -> Spec:
     resolved = resolve(policy).spec()
     base = resolved.pop("base", None)
     guard = dict(request.guard)
-    limits_of(guard)
-    return Spec(
+    unknown = limits_of(guard).groups.keys() - {g.name for g in request.groups}
+    if unknown:
+        raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
+    spec = Spec(
         run=run_id(project, request.run),
         project=project,
         name=request.run,
@@ -313,14 +339,38 @@ def _spec(request: Attach) -> Spec:
         mode=request.mode,
         seed=request.seed,
     )
+    _check_text(spec)
+    return spec
+
+
+def _check_resumption(request: Attach) -> None:
+    """Whatever can be wrong about going back is refused before a run is begun."""
+    for field in ("from_step", "from_attempt"):
+        value = getattr(request, field)
+        if value is not None and not request.resume:
+            raise Invalid(f"{field} is {value} without resume: say resume to go on with an existing run")
+        if value is not None and not 0 <= value <= limits.INTEGER_MAX:
+            raise Invalid(f"{field} is {value}: give 0 to {limits.INTEGER_MAX}")
+
+
+def _check_text(spec: Spec) -> None:
+    """Text that is no Unicode (half a surrogate pair) could be stored, and never be told to anybody."""
+    for field, value in spec._asdict().items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Invalid(f"{field} holds text that is no Unicode: {value!r:.80}") from None
 
 
 def _check_groups(groups: Sequence[Group]) -> None:
     if len(groups) > limits.GROUPS_MAX:
         raise Invalid(f"groups: {len(groups)} are too many; at most {limits.GROUPS_MAX}")
     for group in groups:
-        if not group.name or len(group.name) > limits.NAME_MAX:
-            raise Invalid(f"groups: the name {group.name!r} is empty or longer than {limits.NAME_MAX} characters")
+        if not group.name or len(group.name) > limits.NAME_MAX or "," in group.name or not group.name.isprintable():
+            raise Invalid(
+                f"groups: the name {group.name!r} is no good; give 1 to {limits.NAME_MAX} printable characters "
+                "without a comma"
+            )
         if not (isfinite(group.lr) and group.lr >= 0):
             raise Invalid(f"groups: {group.name}.lr is {group.lr!r}: give a finite number, 0 or more")
         for name, value in (("momentum", group.momentum), *(("betas", b) for b in group.betas or ())):
@@ -350,11 +400,21 @@ def _check_report(request: Report) -> None:
         raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
     if any(a.number >= b.number for a, b in pairwise(request.receipts)):
         raise Invalid("receipts: their numbers must rise strictly")
+    for receipt in request.receipts:
+        for name in ("number", "step", "decided", "ranks"):
+            value = getattr(receipt, name)
+            if not -1 <= value <= limits.INTEGER_MAX:
+                raise Invalid(f"receipts: {name} is {value}; give 0 to {limits.INTEGER_MAX}")
+    for answer in request.answers:
+        if answer.outcome not in ("done", "declined"):
+            raise Invalid(f"answers: outcome is {answer.outcome!r}: give 'done' or 'declined'")
     if len(request.answers) > ANSWERS_KEPT:
         raise Invalid(f"answers: {len(request.answers)} are too many; at most {ANSWERS_KEPT}")
     steps = request.steps
     # Consecutive steps are the rule, and comparing whole lists is the cheap way to see it.
     consecutive = not n or steps == list(range(steps[0], steps[0] + n))
+    if n and steps[-1] > limits.INTEGER_MAX:
+        raise Invalid(f"step: {steps[-1]} is too large; at most {limits.INTEGER_MAX}")
     if n and (steps[0] < 0 or (not consecutive and any(a >= b for a, b in pairwise(steps)))):
         raise Invalid("step: the steps of a report must be 0 or more and rise strictly")
     _check_signal_names(request.signals)
@@ -369,17 +429,13 @@ def _check_signal_names(signals: Mapping[str, Any]) -> None:
     if len(signals) > limits.SIGNALS_MAX:
         raise Invalid(f"signals: {len(signals)} are too many; at most {limits.SIGNALS_MAX}")
     for name in signals:
-        if len(name) > limits.NAME_MAX or not _SIGNAL.fullmatch(name):
-            raise Invalid(f"signals: {name!r} is no signal name; use letters, digits, '_', '.', '/' or '-'")
-
-
-_SIGNAL = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+        queries.check_signal_name(name)
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:
     if not cursor:
         return None
     created, _, run = cursor.partition("~")
-    if not created.isdigit() or not run:
+    if not (created.isascii() and created.isdecimal() and int(created) <= limits.INTEGER_MAX) or not run:
         raise Invalid(f"cursor is {cursor!r}: give the one from the page before, unchanged")
     return int(created), run

@@ -88,4 +88,5 @@ def about(load_before: str) -> str:
     """Where this was measured, and how busy it was before: with a load near the cores, trust only ratios."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "numpy", "torch"))
     system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
-    return f"Python {platform.python_version()}, {system}, {os.cpu_count()} cores (load before: {load_before}); {libraries}"
+    cores = f"{os.cpu_count()} cores (load before: {load_before})"
+    return f"Python {platform.python_version()}, {system}, {cores}; {libraries}"

@@ -32,7 +32,7 @@ FLAT = wire.Settings((0.1, 0.01))
 
 def attach_message(lag=None, **fields):
     blank = wire.Attach(
-        "default", "r", "s1", {}, GROUPS, POLICY, None, {}, "absolute", 0, lag, False, None, None, "", "test"
+        "default", "r", "s1", {}, GROUPS, POLICY, None, {}, "absolute", 0, lag, False, None, None, 0, "", "test"
     )
     return blank._replace(**fields)
 
@@ -55,7 +55,7 @@ def advice(through, changes=None, receipts=0, directives=()):
 
 def steering(lag=None, now=0.0, **options):
     session = session_of(lag, now=now, **options)
-    session.on_attached(attached(), now)
+    session.on_attached(attached(), session.attach, now)
     return session
 
 
@@ -145,7 +145,7 @@ def test_every_observation_arrives_once_and_in_order_and_every_decision_at_its_s
         seen = []
 
         def attach():
-            session.on_attached(service.attach(session.attach), now)
+            session.on_attached(service.attach(session.attach), session.attach, now)
 
         def send(report):
             told = service.report(report)
@@ -294,7 +294,7 @@ def test_the_end_rides_in_the_last_report_and_is_sent_until_acknowledged(monkeyp
     assert session.report(1.0).end == "failed"
     session.on_lost("reset", 1.0)
     assert not session.drained
-    session.on_attached(attached(receipts=3), 2.0)
+    session.on_attached(attached(receipts=3), session.attach, 2.0)
     assert session.report(3.0).end == "failed"
     session.on_advice(advice(-1, receipts=3), 3.0)
     assert session.drained
@@ -312,7 +312,7 @@ def test_the_buffers_are_bounded_oldest_first_and_every_loss_is_counted(monkeypa
         session.receipt(step, -1, FLAT, False, "", 1)
     assert session.status(25, 0.0, **COUNTERS).waiting == 10
     assert session.status(25, 0.0, **COUNTERS).dropped == 15 + 2
-    session.on_attached(attached(), 1.0)
+    session.on_attached(attached(), session.attach, 1.0)
     report = session.report(2.0)
     assert report.steps == list(range(15, 25))
     assert [r.number for r in report.receipts] == [3, 4, 5, 6]
@@ -387,7 +387,7 @@ def test_an_outage_begins_at_once_where_nothing_ever_answered_and_after_a_while_
     assert not session.should_stop
     session.on_lost("refused", 0.1)
     assert session.should_stop
-    session.on_attached(attached(), 1.0)
+    session.on_attached(attached(), session.attach, 1.0)
     assert not session.should_stop
     session.on_lost("reset", 2.0)
     session.tick(2.0 + limits.OUTAGE_AFTER_S - 0.01)
@@ -420,7 +420,7 @@ def test_while_the_service_is_away_the_settings_hold_or_follow_the_base():
     base = {"type": "linear", "start_factor": 1.0, "end_factor": 0.0, "total_iters": 100}
     for on_outage, wanted in (("hold", 0.0495), ("base", 0.025), ("stop", 0.0495)):
         session = session_of(on_outage=on_outage, base=base)
-        session.on_attached(attached(), 0.0)
+        session.on_attached(attached(), session.attach, 0.0)
         observe(session, 0)
         session.report(1.0)
         session.on_advice(advice(0, ((0, wire.Settings((0.0495, 0.00495))),)), 1.0)  # half of the base's 0.099
@@ -459,22 +459,22 @@ def test_settings_beyond_the_clients_own_bounds_never_reach_the_optimizer():
 
 def test_a_checkpoint_goes_on_in_a_new_attempt_without_the_steps_behind_it():
     service, session = TheService(), session_of(0)
-    session.on_attached(service.attach(session.attach), 0.0)
+    session.on_attached(service.attach(session.attach), session.attach, 0.0)
     for step in range(10):
         session.observe(step, (loss_of(step), None, None, None))
         if step < 8:
             session.on_advice(service.report(session.report(step)), step)
     token = session.token(5)
     assert (token["run"], token["attempt"], token["step"], token["policy"]) == ("r", 1, 5, "plateau@1")
-    session.reattach("s2", token["attempt"], token["step"], token["digest"])
+    session.reattach("s2", token["attempt"], token["step"], token["seq"], token["digest"])
     assert session.report(20.0) is None
-    assert session.missing(5)
-    session.on_attached(service.attach(session.attach), 21.0)
+    assert session.missing(0)  # the job counts anew from the checkpoint
+    session.on_attached(service.attach(session.attach), session.attach, 21.0)
     assert session.attached.attempt == 2
-    assert session.target(5) == (DECIDED[5], 4, False)
-    session.observe(5, (loss_of(5), None, None, None))
+    assert session.target(0) == (DECIDED[5], 4, False)
+    session.observe(0, (loss_of(5), None, None, None))
     session.on_advice(service.report(session.report(22.0)), 22.0)
-    assert session.target(6).settings == DECIDED[6]
+    assert session.target(1).settings == DECIDED[6]
     with pytest.raises(Conflict):
         service.report(wire.Report("r", "s1", 1, [10], {}, (), (), ""))
     service.close()

@@ -231,7 +231,7 @@ def test_an_attach_arrives_as_it_was_sent_over_both_wires(groups, texts, maps, o
     project, run, session, digest, client = texts
     message = wire.Attach(
         project, run, session, maps[0], tuple(groups), maps[1], maps[2], maps[3], "absolute", seed, optional[0], resume,
-        optional[1], optional[2], digest, client,
+        optional[1], optional[2], seed, digest, client,
     )  # fmt: skip
     over_proto = grpc_api.read_attach(pb.Attach.FromString(over_grpc._attach(message).SerializeToString()))
     body = steer.AttachBody.model_validate(json.loads(json.dumps(wire.attach_json(message), allow_nan=False)))

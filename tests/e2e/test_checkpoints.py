@@ -114,7 +114,7 @@ optimizer, train = tiny()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, on_outage="stop")
 run(governor, optimizer, train, 0, 50)
 token, stops = governor.state_dict(), set()
-for _ in range(40):
+for _ in range(20):
     for i in range(50, 150):  # a report is under way most of the time
         train(i)
         governor.step(1.0)

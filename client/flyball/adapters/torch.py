@@ -114,6 +114,7 @@ class _Groups:
         """Take the hooks off again."""
         for hook in self._hooks:
             hook.remove()
+        self._put_back()
 
     def write(self, settings: Settings | None) -> str:
         """See `governor.Optimizer`."""
@@ -141,10 +142,7 @@ class _Groups:
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
         self._known = None if self._multiplier else lr
         momentum = tuple(_momentum(g, d) for g, d in zip(groups, self._declared, strict=False))
-        if self._restore:
-            restore, self._restore = self._restore, []
-            for group, value in zip(groups, restore, strict=False):
-                _put(group, value)
+        self._put_back()
         n = len(self._declared)
         return Settings(tuple(lr[:n]), momentum if any(m is not None for m in momentum) else None)
 
@@ -187,14 +185,19 @@ class _Groups:
 
     def _multiply(self, settings: Settings | None, groups: list[dict[str, Any]]) -> None:
         """Multiplier mode: the scheduler's value times the policy's factor, until the step is done."""
+        self._put_back()  # a step that failed on the way left its values behind
         if settings is None:
             return
         factors = [lr / d.lr if d.lr > 0 else 1.0 for lr, d in zip(settings.lr, self._declared, strict=True)]
-        self._restore = []
         for i, group in enumerate(groups):
             lr = group["lr"]
             self._restore.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
             _put(group, lr * (factors[i] if i < len(factors) else factors[0]))
+
+    def _put_back(self) -> None:
+        restore, self._restore = self._restore, []
+        for group, value in zip(self._optimizer.param_groups, restore, strict=False):
+            _put(group, value)
 
     def _set_momentum(self, groups: list[dict[str, Any]], momentum: tuple[float | None, ...]) -> None:
         for group, declared, value in zip(groups, self._declared, momentum, strict=False):

@@ -102,8 +102,14 @@ ANSWERS_KEPT = 64
 
 
 def create(rules: Rules) -> Run:
-    """The run as `Created` leaves it: no attempt yet, settings for step 0 decided by the policy's `init`."""
-    state, decision = rules.policy.init(rules.config, rules.groups, rules.seed)
+    """The run as `Created` leaves it: no attempt yet, settings for step 0 decided by the policy's `init`.
+
+    Raises Invalid where the policy's parameters do not fit the groups.
+    """
+    try:
+        state, decision = rules.policy.init(rules.config, rules.groups, rules.seed)
+    except ValueError as error:  # parameters that do not fit these groups
+        raise Invalid(f"policy: {error}") from error
     guard_state, settings = settle(rules, guard.begin(rules.groups, on_base=rules.base is not None), -1, decision)
     return Run(
         seq=1,

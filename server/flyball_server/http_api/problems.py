@@ -45,3 +45,9 @@ def install(app: FastAPI) -> None:
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         code = "not_found" if error.status_code == 404 else "invalid"
         return problem(error.status_code, str(error.detail), str(error.detail), code, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        # What went wrong stands in the log (starlette raises it on), not in the answer.
+        status, title = STATUS["internal"]
+        return problem(status, title, "an unexpected error; the service's log has it", "internal")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from flyball_server import records
+from flyball_server import limits, records
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
@@ -18,6 +18,9 @@ from flyball_server.policy_files import json_schema, summary
 from flyball_server.queries import SeriesRequest, plain
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
+
+#: A step, a row or a number of things.
+Count = Annotated[int, Field(ge=0, le=limits.INTEGER_MAX)]
 
 
 class RunSummary(BaseModel):
@@ -86,7 +89,7 @@ def router(service: Service) -> APIRouter:
         policy: str | None = None,
         label: Annotated[list[str] | None, Query(description="KEY=VALUE, may be repeated; all must match")] = None,
         cursor: str | None = None,
-        limit: int = 50,
+        limit: Count = 50,
     ) -> RunPage:
         """Runs, newest first. status: created, active, stale, finished, failed; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
@@ -102,17 +105,17 @@ def router(service: Service) -> APIRouter:
     async def series(
         run: str,
         signals: Annotated[str, Query(description="comma-separated: loss, lr:GROUP, decided_lr:GROUP ...")] = "loss",
-        points: int = 2000,
-        from_step: Annotated[int | None, Query(alias="from")] = None,
-        to_step: Annotated[int | None, Query(alias="to")] = None,
-        attempt: int | None = None,
+        points: Count = 2000,
+        from_step: Annotated[Count | None, Query(alias="from")] = None,
+        to_step: Annotated[Count | None, Query(alias="to")] = None,
+        attempt: Count | None = None,
     ) -> dict[str, Any]:
         """Signals and settings over the steps, thinned to the smallest and largest of equal step ranges."""
         names = [name.strip() for name in signals.split(",") if name.strip()]
         return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
 
     @routes.get("/runs/{run}/decisions")
-    async def decisions(run: str, after: int = 0, limit: int = 1000, newest: bool = False) -> dict[str, Any]:
+    async def decisions(run: str, after: Count = 0, limit: Count = 1000, newest: bool = False) -> dict[str, Any]:
         """The decisions that moved something, with code, reason and numbers, in journal order.
 
         `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead.

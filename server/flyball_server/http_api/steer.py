@@ -49,6 +49,7 @@ class AttachBody(_Body):
     resume: bool = False
     from_step: int | None = None
     from_attempt: int | None = None
+    seq: int = 0
     digest: str = ""
     client: str = ""
 

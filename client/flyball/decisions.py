@@ -1,0 +1,98 @@
+"""The decisions a job has been told, and which of them belongs to an optimizer step.
+
+Rule of this module: what comes out is inside the job's own bounds, whatever the service or the schedule said.
+Steps are the run's own, counted from 0. The decision of observation t belongs to step t + 1 + lag.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import NamedTuple
+
+from flyball import limits
+from flyball.base import Base
+from flyball.guard import Bounds
+from flyball.wire import Attach, Settings
+
+
+class Target(NamedTuple):
+    """Settings for one optimizer step: from which observation they were decided, and whether they come late."""
+
+    settings: Settings
+    decided: int
+    late: bool
+
+
+class Decisions:
+    """See the module's head. `base`: the declared base schedule, for `on_base`.
+
+    newest: the newest settings, the same object as long as nothing changes. through: the newest step whose
+    decision is known (the one before the attempt's first, before any).
+    """
+
+    def __init__(self, attach: Attach, base: Base | None) -> None:
+        self.newest: Target | None = None
+        self.through = -1
+        self._lag = attach.lag
+        self._groups = attach.groups
+        self._base = base
+        self._bounds = Bounds(attach.guard, attach.groups)
+        self._first = -1
+        self._decided: list[int] = []
+        self._settings: list[Settings] = []
+
+    def begin(self, from_step: int) -> None:
+        """An attempt begins: what was decided before it counts no more, but for the settings in force."""
+        self.through = self._first = from_step - 1
+        self._decided, self._settings = [], []
+
+    def learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> str:
+        """Take in what the service decided; what was wrong with it, or ""."""
+        error = ""
+        for decided, settings in changes:
+            bounded = self._bounds.within(settings)
+            if bounded is None:
+                error = f"unusable settings from the service were ignored: {settings}"
+                continue
+            newest = self.newest
+            if newest is None or (decided >= newest.decided and newest.settings != bounded):
+                self.newest = Target(bounded, decided, False)
+            if self._lag is not None and (not self._decided or decided > self._decided[-1]):
+                self._decided.append(decided)
+                self._settings.append(bounded)
+        if len(self._decided) > 2 * limits.CHANGES_MAX:
+            del self._decided[: -limits.CHANGES_MAX], self._settings[: -limits.CHANGES_MAX]
+        self.through = max(self.through, through)
+        return error
+
+    def missing(self, step: int) -> bool:
+        """Whether the decision that belongs to `step` is not known yet (never, where any will do)."""
+        return self._lag is not None and self._needed(step, self._lag) > self.through
+
+    def at(self, step: int) -> Target | None:
+        """The settings for `step`; the newest known, late, where its own decision is missing; None before any."""
+        if self._lag is None:
+            return self.newest
+        need = self._needed(step, self._lag)
+        found = bisect_right(self._decided, min(need, self.through)) - 1
+        if found < 0:
+            return self.newest
+        return Target(self._settings[found], self._decided[found], need > self.through)
+
+    def on_base(self, step: int) -> Target | None:
+        """The base schedule's values of `step` under the factor of the newest decision (1 before the first)."""
+        if self._base is None:
+            return self.newest
+        newest = self.newest
+        lr = []
+        for i, group in enumerate(self._groups):
+            value = self._base.lr(step, group.lr)
+            then = 0.0 if newest is None else self._base.lr(newest.decided + 1, group.lr)
+            lr.append(value * newest.settings.lr[i] / then if newest is not None and then > 0 else value)
+        settings = Settings(tuple(lr), None if newest is None else newest.settings.momentum, None)
+        bounded = self._bounds.within(settings)
+        return newest if bounded is None else Target(bounded, step - 1, False)
+
+    def _needed(self, step: int, lag: int) -> int:
+        """The step whose decision belongs to `step`; before the attempt's own first, the one it began with."""
+        return max(step - 1 - lag, self._first)
