@@ -5,19 +5,24 @@ Rule of this module: check who asks and what is asked for, then leave the work t
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
-from math import isfinite
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from flyball_server import limits, queries
+from flyball_server.checks import (
+    check_report,
+    check_resumption,
+    check_room,
+    check_same,
+    check_signal_names,
+    checked_receipt,
+    spec_from,
+)
 from flyball_server.core import run as fold
 from flyball_server.core.base import build
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Ended, Event, Observed, Receipt, Reported, Spec
-from flyball_server.core.run import ANSWERS_KEPT, Rules, Run
+from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
+from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of
@@ -28,7 +33,6 @@ from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 T = TypeVar("T")
 #: What a run may be; stale: active, but without news for STALE_AFTER_S.
 STATUSES = ("created", "active", "stale", "finished", "failed")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class RunView(NamedTuple):
@@ -40,11 +44,6 @@ class RunView(NamedTuple):
     spec: Spec | None
     run: Run | None
     reason: str
-
-
-def run_id(project: str, name: str) -> str:
-    """The run's id in paths and on the command line: its name, behind its project unless that is "default"."""
-    return name if project == "default" else f"{project}:{name}"
 
 
 def rules_of(spec: Spec) -> Rules:
@@ -67,8 +66,8 @@ class Service:
 
         Raises Conflict where the run exists and the caller did not say that it resumes; Invalid, NotFound, Busy.
         """
-        spec = _spec(request)
-        _check_resumption(request)
+        spec = spec_from(request)
+        check_resumption(request)
 
         async def once() -> Attached:
             try:
@@ -91,7 +90,7 @@ class Service:
 
         Repeating a report (or any part of one) changes nothing and is answered with the recorded decisions.
         """
-        _check_report(request)
+        check_report(request)
 
         async def once() -> Advice:
             live = await self._engine.find(request.run)
@@ -118,12 +117,12 @@ class Service:
         """Signals from another process; the policy sees them with the next observation. Returns the journal seq."""
         if not signals:
             raise Invalid("signals is empty: name at least one, such as val_loss")
-        _check_signal_names(signals)
+        check_signal_names(signals)
 
         async def once() -> int:
             live = await self._engine.find(run)
             async with self._engine.turn(live):
-                _check_room(live.run, live.run.side.keys() | signals.keys())
+                check_room(live.run, live.run.side.keys() | signals.keys())
                 # Before the first step there is none to stand behind; the first one it is then.
                 await self._engine.commit(live, [Reported(max(live.run.through, 0), dict(signals))], actor)
                 return live.run.seq
@@ -184,7 +183,7 @@ class Service:
                 f"run {spec.run!r} exists already (attempt {run.attempt}, step {run.through}, {run.status}): choose "
                 "another name, or attach with resume=True to open a new attempt of it"
             )
-        _check_same(live.spec, spec, request)
+        check_same(live.spec, spec, request)
         restored = None
         from_step = run.through + 1 if request.from_step is None else request.from_step
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
@@ -264,10 +263,10 @@ def _reason(live: LiveRun) -> str:
 
 def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
     """The part of a report that is not in the run yet."""
-    _check_room(run, request.signals)
+    check_room(run, request.signals)
     events: list[Event] = []
     observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
-    receipts = tuple(_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
+    receipts = tuple(checked_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
     if observed is not None:
         events.append(observed)
     if receipts:
@@ -276,160 +275,6 @@ def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Even
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
-
-
-def _check_room(run: Run, signals: Iterable[str]) -> None:
-    """A run has at most SIGNALS_MAX signals, however they come."""
-    if len(run.last.keys() | set(signals)) > limits.SIGNALS_MAX:
-        raise Invalid(f"signals: the run would have more than {limits.SIGNALS_MAX} different ones")
-
-
-def _receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
-    """A receipt in the fold's form: no momentum for a group without one, whatever filled its place on the wire."""
-    settings = receipt.settings
-    for name, row in settings._asdict().items():
-        if row is not None and len(row) != len(groups):
-            raise Invalid(f"receipts: {name} has {len(row)} values, but the run has {len(groups)} groups")
-    if settings.momentum is None:
-        return receipt
-    has = (g.momentum is not None or g.betas is not None for g in groups)
-    momentum = tuple(m if h else None for m, h in zip(settings.momentum, has, strict=True))
-    return receipt._replace(settings=settings._replace(momentum=momentum))
-
-
-def _spec(request: Attach) -> Spec:
-    """The run's specification as it goes into the journal: checked, with every default filled in."""
-    project = request.project or "default"
-    for field, value in (("project", project), ("run", request.run), ("session", request.session)):
-        if len(value) > limits.NAME_MAX or not _NAME.fullmatch(value):
-            raise Invalid(
-                f"{field} is {value!r}: use 1 to {limits.NAME_MAX} letters, digits, '.', '_' or '-', "
-                "beginning with a letter or digit"
-            )
-    if len(request.labels) > limits.LABELS_MAX:
-        raise Invalid(f"labels: {len(request.labels)} are too many; at most {limits.LABELS_MAX}")
-    for key, text in request.labels.items():
-        if not key or len(key) > limits.NAME_MAX or len(text) > limits.NAME_MAX:
-            raise Invalid(f"labels: {key!r}={text!r} is empty or longer than {limits.NAME_MAX} characters")
-    _check_groups(request.groups)
-    if request.lag is not None and not 0 <= request.lag <= limits.INTEGER_MAX:
-        raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
-    if abs(request.seed) > limits.INTEGER_MAX:
-        raise Invalid(f"seed is {request.seed}: give a number between -{limits.INTEGER_MAX} and {limits.INTEGER_MAX}")
-    policy = dict(request.policy)
-    if request.base is not None:
-        if policy.get("base") is not None:
-            raise Invalid("base is given twice, in the policy and beside it: give it once")
-        policy["base"] = request.base
-    resolved = resolve(policy).spec()
-    base = resolved.pop("base", None)
-    guard = dict(request.guard)
-    unknown = limits_of(guard).groups.keys() - {g.name for g in request.groups}
-    if unknown:
-        raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
-    spec = Spec(
-        run=run_id(project, request.run),
-        project=project,
-        name=request.run,
-        labels=dict(request.labels),
-        groups=request.groups,
-        policy=resolved,
-        base=base,
-        guard=guard,
-        mode=request.mode,
-        seed=request.seed,
-    )
-    _check_text(spec)
-    return spec
-
-
-def _check_resumption(request: Attach) -> None:
-    """Whatever can be wrong about going back is refused before a run is begun."""
-    for field in ("from_step", "from_attempt"):
-        value = getattr(request, field)
-        if value is not None and not request.resume:
-            raise Invalid(f"{field} is {value} without resume: say resume to go on with an existing run")
-        if value is not None and not 0 <= value <= limits.INTEGER_MAX:
-            raise Invalid(f"{field} is {value}: give 0 to {limits.INTEGER_MAX}")
-
-
-def _check_text(spec: Spec) -> None:
-    """Text that is no Unicode (half a surrogate pair) could be stored, and never be told to anybody."""
-    for field, value in spec._asdict().items():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise Invalid(f"{field} holds text that is no Unicode: {value!r:.80}") from None
-
-
-def _check_groups(groups: Sequence[Group]) -> None:
-    if len(groups) > limits.GROUPS_MAX:
-        raise Invalid(f"groups: {len(groups)} are too many; at most {limits.GROUPS_MAX}")
-    for group in groups:
-        if not group.name or len(group.name) > limits.NAME_MAX or "," in group.name or not group.name.isprintable():
-            raise Invalid(
-                f"groups: the name {group.name!r} is no good; give 1 to {limits.NAME_MAX} printable characters "
-                "without a comma"
-            )
-        if not (isfinite(group.lr) and group.lr >= 0):
-            raise Invalid(f"groups: {group.name}.lr is {group.lr!r}: give a finite number, 0 or more")
-        for name, value in (("momentum", group.momentum), *(("betas", b) for b in group.betas or ())):
-            if value is not None and not (isfinite(value) and 0 <= value < 1):
-                raise Invalid(f"groups: {group.name}.{name} is {value!r}: give a number in [0, 1)")
-
-
-def _check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
-    """A resumed run goes on under its recorded rules; a script that asks for others is told so."""
-    names, now = [g.name for g in recorded.groups], [g.name for g in spec.groups]
-    if names != now:
-        raise Invalid(f"groups: the run was begun with {names}, this process has {now}: they must be the same")
-    for field in ("policy", "base", "guard", "mode", "seed"):
-        old, new = getattr(recorded, field), getattr(spec, field)
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-            raise Invalid(
-                f"{field}: the run was begun with {old!r}, this process asks for {new!r}: resume with the "
-                "recorded one, or begin a run of another name"
-            )
-
-
-def _check_report(request: Report) -> None:
-    n = len(request.steps)
-    if n > limits.BATCH_MAX:
-        raise Invalid(f"step: {n} observations in one report are too many; at most {limits.BATCH_MAX}")
-    if len(request.receipts) > limits.RECEIPTS_MAX:
-        raise Invalid(f"receipts: {len(request.receipts)} are too many; at most {limits.RECEIPTS_MAX}")
-    if any(a.number >= b.number for a, b in pairwise(request.receipts)):
-        raise Invalid("receipts: their numbers must rise strictly")
-    for receipt in request.receipts:
-        for name in ("number", "step", "decided", "ranks"):
-            value = getattr(receipt, name)
-            if not -1 <= value <= limits.INTEGER_MAX:
-                raise Invalid(f"receipts: {name} is {value}; give 0 to {limits.INTEGER_MAX}")
-    for answer in request.answers:
-        if answer.outcome not in ("done", "declined"):
-            raise Invalid(f"answers: outcome is {answer.outcome!r}: give 'done' or 'declined'")
-    if len(request.answers) > ANSWERS_KEPT:
-        raise Invalid(f"answers: {len(request.answers)} are too many; at most {ANSWERS_KEPT}")
-    steps = request.steps
-    # Consecutive steps are the rule, and comparing whole lists is the cheap way to see it.
-    consecutive = not n or steps == list(range(steps[0], steps[0] + n))
-    if n and steps[-1] > limits.INTEGER_MAX:
-        raise Invalid(f"step: {steps[-1]} is too large; at most {limits.INTEGER_MAX}")
-    if n and (steps[0] < 0 or (not consecutive and any(a >= b for a, b in pairwise(steps)))):
-        raise Invalid("step: the steps of a report must be 0 or more and rise strictly")
-    _check_signal_names(request.signals)
-    for name, column in request.signals.items():
-        if len(column) != n:
-            raise Invalid(f"signals: {name} has {len(column)} values for {n} steps")
-    if request.end not in ("", "finished", "failed"):
-        raise Invalid(f"end is {request.end!r}: give 'finished' or 'failed', or leave it out")
-
-
-def _check_signal_names(signals: Mapping[str, Any]) -> None:
-    if len(signals) > limits.SIGNALS_MAX:
-        raise Invalid(f"signals: {len(signals)} are too many; at most {limits.SIGNALS_MAX}")
-    for name in signals:
-        queries.check_signal_name(name)
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

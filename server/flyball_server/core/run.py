@@ -27,13 +27,12 @@ Odd cases
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import repeat
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flyball_server.core import guard
 from flyball_server.core.base import Base
+from flyball_server.core.columns import newest, observations
 from flyball_server.core.errors import Conflict, Invalid
 from flyball_server.core.events import (
     Applied,
@@ -48,7 +47,7 @@ from flyball_server.core.events import (
     Spec,
 )
 from flyball_server.core.state import dump_state, load_state
-from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation, Policy, Settings
+from flyball_server.core.types import Decision, Group, Policy, Settings
 
 
 class Rules(NamedTuple):
@@ -225,7 +224,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
-    for seen in _observations(steps, new.signals, run.side, rules.policy.reads(config)):
+    for seen in observations(steps, new.signals, run.side, rules.policy.reads(config)):
         state, decision = policy_step(config, state, seen)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if quiet and decision.lr is lr and decision.momentum is momentum and decision.noise_std is noise_std:
@@ -258,7 +257,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         settings,
         decided,
         {} if run.side else run.side,
-        _newest(run.last, new.signals, run.side),
+        newest(run.last, new.signals, run.side),
         run.observations + len(steps),
         run.receipts_through,
         run.answered,
@@ -287,45 +286,6 @@ def _base(rules: Rules, step: int) -> tuple[tuple[float, ...] | None, tuple[floa
         return lr, None
     # A schedule that cycles momentum drives it wherever the optimizer has one.
     return lr, tuple(None if g.momentum is None and g.betas is None else momentum for g in rules.groups)
-
-
-def _observations(
-    steps: Sequence[int],
-    signals: Mapping[str, Sequence[float | None]],
-    side: Mapping[str, float],
-    reads: frozenset[str],
-) -> Iterator[Observation]:
-    """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
-    if side:
-        signals = dict(signals)
-        for name, value in side.items():
-            column = list(signals.get(name) or repeat(None, len(steps)))
-            if column[0] is None:
-                column[0] = value
-            signals[name] = column
-    known = [signals.get(name) or repeat(None) for name in KNOWN_SIGNALS]
-    names = [name for name in signals if name in reads]
-    others: Iterator[Mapping[str, float] | None] = repeat(None)
-    if names:
-        rows = zip(*(signals[name] for name in names), strict=True)
-        others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
-    # The NamedTuple's own constructor is a Python function; tuple's is not, and this runs once per observation.
-    build: Callable[[Any], Observation] = partial(tuple.__new__, Observation)
-    return map(build, zip(steps, *known, others, strict=False))
-
-
-def _newest(
-    last: Mapping[str, float], signals: Mapping[str, Sequence[float | None]], side: Mapping[str, float]
-) -> dict[str, float]:
-    """The newest measured value of every signal."""
-    newest = {**last, **side} if side else dict(last)
-    for name, column in signals.items():
-        value = column[-1]
-        if value is None:
-            value = next((v for v in reversed(column) if v is not None), None)
-        if value is not None:
-            newest[name] = value
-    return newest
 
 
 def dump(run: Run) -> dict[str, Any]:
