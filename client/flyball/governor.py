@@ -184,7 +184,7 @@ class Governor:
         try:
             # Here as well as in the link, which may itself be waiting for an answer that does not come.
             session.tick(started / 1e9)
-            if session.missing(step):
+            if session.lag is not None and session.missing(step):
                 started += self._wait(step)
             target = session.target(step)
             if target is None:
@@ -204,9 +204,13 @@ class Governor:
         started = time.monotonic_ns()
         try:
             used = self._optimizer.read_back()
-            seen = (used, self._wanted, self._late)
-            if seen != self._receipted or (self._conflict and self._conflict not in self._warned):
-                self._receipted = seen
+            known = self._receipted
+            # Identity first: comparing settings value by value costs more than everything else here.
+            same = known is not None and used is known[0] and self._wanted is known[1] and self._late == known[2]
+            if not same and (used, self._wanted, self._late) == known:
+                self._receipted, same = (used, self._wanted, self._late), True
+            if not same or (self._conflict and self._conflict not in self._warned):
+                self._receipted = (used, self._wanted, self._late)
                 self._receipt(used)
         except Exception as error:
             self._once(f"settings could not be read back: {error!r}")

@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 
 from flyball_server import limits, records
 from flyball_server.core import run as fold
@@ -46,6 +45,38 @@ class LiveRun:
         self.snapshot_at = run.observations
         #: The newest batches' settings, for steps that a client sends again.
         self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
+
+
+class Turn:
+    """`async with` it: see `Engine.turn`."""
+
+    __slots__ = ("_engine", "_live")
+
+    def __init__(self, engine: Engine, live: LiveRun) -> None:
+        self._engine = engine
+        self._live = live
+
+    async def __aenter__(self) -> LiveRun:
+        live = self._live
+        if live.waiting >= limits.INBOX_MAX:
+            raise Busy(f"run {live.spec.run}: {limits.INBOX_MAX} requests wait already; try again", 0.5)
+        live.waiting += 1
+        try:
+            await live.lock.acquire()
+            try:
+                if live.stale:
+                    await self._engine._reload(live)
+            except BaseException:
+                live.lock.release()
+                raise
+        except BaseException:
+            live.waiting -= 1
+            raise
+        return live
+
+    async def __aexit__(self, *_: object) -> None:
+        self._live.lock.release()
+        self._live.waiting -= 1
 
 
 class Engine:
@@ -85,7 +116,7 @@ class Engine:
         record = RunRecord(
             spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash
         )
-        await self._append(spec.run, Append(0, (row,), record, None, None))
+        await self._append(spec.run, 0, (row,), record, None)
         live = LiveRun(spec, rules, run, record)
         self._keep(live)
         return live
@@ -106,19 +137,9 @@ class Engine:
                 self._keep(live)
         return live
 
-    @asynccontextmanager
-    async def turn(self, live: LiveRun) -> AsyncIterator[LiveRun]:
+    def turn(self, live: LiveRun) -> Turn:
         """Wait for the run's turn, then hold it. Raises Busy when INBOX_MAX others wait already."""
-        if live.waiting >= limits.INBOX_MAX:
-            raise Busy(f"run {live.spec.run}: {limits.INBOX_MAX} requests wait already; try again", 0.5)
-        live.waiting += 1
-        try:
-            async with live.lock:
-                if live.stale:
-                    await self._reload(live)
-                yield live
-        finally:
-            live.waiting -= 1
+        return Turn(self, live)
 
     async def commit(self, live: LiveRun, events: Sequence[Event], actor: str) -> list[Outcome]:
         """Fold the events, make them durable, then let the new state be seen. All or none.
@@ -127,6 +148,7 @@ class Engine:
         process was faster (the run is folded anew at the next turn).
         """
         run, seq, head, now = live.run, live.run.seq, live.record.hash, self.now_us()
+        run_id = live.spec.run
         rows, outcomes = [], []
         for event in events:
             run, outcome = fold.apply(live.rules, run, event)
@@ -134,17 +156,15 @@ class Engine:
             seq += 1
             assert run.seq == seq, "only events that change the run may be committed: see fold.fresh"
             entry = records.to_entry(event, outcome)
-            row = Row(seq, *entry[:4], actor, now, entry.meta, entry.columns, b"")
-            head = chained(head, live.spec.run, row)
-            rows.append(row._replace(hash=head))
+            kind, attempt, first, last, meta, columns = entry
+            head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
+            rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        record = live.record._replace(
-            status=run.status, attempt=run.attempt, step=step, updated_at=now, seq=seq, hash=head
-        )
+        of, project, name, _, policy, labels, _, _, created, _, _, _ = live.record
+        record = RunRecord(of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head)
         snapshot = self._snapshot(live, run)
-        append = Append(live.run.seq, tuple(rows), record, snapshot, None)
         try:
-            await self._append(live.spec.run, append)
+            await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
         except Busy:
             raise
         except BaseException:
@@ -188,11 +208,13 @@ class Engine:
             return None
         return Snapshot(run.seq, run.attempt, run.through, json.dumps(fold.dump(run), allow_nan=False))
 
-    async def _append(self, run_id: str, append: Append) -> None:
+    async def _append(
+        self, run_id: str, expected: int, rows: tuple[Row, ...], record: RunRecord, snapshot: Snapshot | None
+    ) -> None:
         assert self._loop is not None, "start() comes first"
         future: asyncio.Future[None] = self._loop.create_future()
         try:
-            self._journal.append(append._replace(token=future))
+            self._journal.append(Append(expected, rows, record, snapshot, future))
             await future
         except Conflict as error:
             raise Lost(f"run {run_id}: another process appended first") from error

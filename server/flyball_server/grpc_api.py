@@ -192,6 +192,8 @@ def _receipt(r: pb.Receipt) -> Receipt:
 def write_changes(changes: Sequence[tuple[int, Settings]]) -> pb.Changes:
     """Settings by the step that decided them, flattened row by row."""
     first = changes[0][1]
+    if len(changes) == 1 and first.momentum is None and first.noise_std is None:
+        return pb.Changes(decided=[changes[0][0]], lr=first.lr)
     out = pb.Changes(decided=[step for step, _ in changes])
     groups = len(first.lr)
     for _, settings in changes:

@@ -13,6 +13,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -57,9 +58,15 @@ async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     return await asyncio.to_thread(work, *args, **kwargs)
 
 
+@lru_cache(4096)
+def is_signal_name(name: str) -> bool:
+    """Whether a signal can have this name (`=` and `?` mark a row's own columns)."""
+    return len(name) <= limits.NAME_MAX and _SIGNAL.fullmatch(name) is not None
+
+
 def check_signal_name(name: str) -> None:
-    """Raise Invalid where a signal cannot have this name (`=` and `?` mark a row's own columns)."""
-    if len(name) > limits.NAME_MAX or not _SIGNAL.fullmatch(name):
+    """Raise Invalid where a signal cannot have this name."""
+    if not is_signal_name(name):
         raise Invalid(f"signals: {name!r} is no signal name; use letters, digits and any of _ . / @ % + -")
 
 

@@ -44,6 +44,7 @@ if sys.byteorder != "little":  # pragma: no cover - no such machine trains model
 
 
 NAN = float("nan")
+AT_FIRST = Column("=at", "I", bytes(4))
 
 
 class Entry(NamedTuple):
@@ -114,12 +115,22 @@ def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
         columns.append(Column("=step", "q", array("q", steps).tobytes()))
     for name in sorted(event.signals):
         columns += _signal(name, event.signals[name])
-    place = dict(zip(steps, range(n), strict=True)) if last - first + 1 != n else None
-    at = array("I", [step - first if place is None else place[step] for step, _ in outcome.changes])
-    columns.append(Column("=at", "I", at.tobytes()))
+    changes = outcome.changes
+    if len(changes) == 1:  # always the batch's first step
+        columns.append(AT_FIRST)
+    else:
+        columns.append(Column("=at", "I", _places(steps, changes).tobytes()))
     columns += _settings("=", [settings for _, settings in outcome.changes])
     meta = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}
     return Entry("observed", event.attempt, first, last, meta, tuple(columns))
+
+
+def _places(steps: Sequence[int], changes: Sequence[tuple[int, Settings]]) -> array[int]:
+    """Where among the steps each change was decided."""
+    if steps[-1] - steps[0] + 1 == len(steps):
+        return array("I", [step - steps[0] for step, _ in changes])
+    place = {step: i for i, step in enumerate(steps)}
+    return array("I", [place[step] for step, _ in changes])
 
 
 def _observed(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
@@ -186,6 +197,8 @@ def _signal(name: str, column: Sequence[float | None]) -> list[Column]:
 
 
 def _settings(prefix: str, settings: Sequence[Settings]) -> list[Column]:
+    if len(settings) == 1 and settings[0].momentum is None and settings[0].noise_std is None:
+        return [Column(prefix + "lr", "d", array("d", settings[0].lr).tobytes())]
     columns = [Column(prefix + "lr", "d", array("d", chain.from_iterable(s.lr for s in settings)).tobytes())]
     for name in ("momentum", "noise_std"):
         if any(getattr(s, name) is not None for s in settings):

@@ -101,6 +101,8 @@ class _Groups:
         self._wanted: Settings | None = None
         self._known: list[Any] | None = None
         self._restore: list[Any] = []
+        self._used: Settings | None = None
+        self._held: list[tuple[Any, Any, Any]] = []
         self._hooks: list[Any] = []
 
     def steer(self, governor: Governor) -> None:
@@ -119,6 +121,9 @@ class _Groups:
     def write(self, settings: Settings | None) -> str:
         """See `governor.Optimizer`."""
         groups = self._optimizer.param_groups
+        if settings is self._wanted and self._used is not None and self._untouched(groups):
+            return ""
+        self._used = None
         if self._multiplier:
             self._multiply(settings, groups)
             return ""
@@ -139,12 +144,28 @@ class _Groups:
     def read_back(self) -> Settings:
         """See `governor.Optimizer`."""
         groups = self._optimizer.param_groups
+        if self._used is not None and self._untouched(groups):
+            return self._used
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
         self._known = None if self._multiplier else lr
         momentum = tuple(_momentum(g, d) for g, d in zip(groups, self._declared, strict=False))
         self._put_back()
         n = len(self._declared)
-        return Settings(tuple(lr[:n]), momentum if any(m is not None for m in momentum) else None)
+        used = Settings(tuple(lr[:n]), momentum if any(m is not None for m in momentum) else None)
+        if not self._multiplier and not any(isinstance(group["lr"], torch.Tensor) for group in groups):
+            # From here on, as long as every group holds the very same objects, nothing can have changed.
+            self._used = used
+            self._held = [(group["lr"], group.get("momentum"), group.get("betas")) for group in groups]
+        return used
+
+    def _untouched(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether every group holds the very objects that were read back last. (A tensor never counts as such.)"""
+        if len(groups) != len(self._held):
+            return False
+        for group, (lr, momentum, betas) in zip(groups, self._held):  # noqa: B905 - the hot path
+            if group["lr"] is not lr or group.get("momentum") is not momentum or group.get("betas") is not betas:
+                return False
+        return True
 
     def number(self, value: Any, may_pend: bool) -> float | Pending:
         """See `governor.Optimizer`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, ClassVar, NamedTuple
 
 from flyball_server.core.types import Decision, Group, Settings
@@ -152,15 +152,16 @@ def _factors(
     state: GuardState, groups: tuple[Group, ...], decision: Decision, on_base: bool
 ) -> tuple[tuple[float, ...], str]:
     """The decision as factors; the last good ones where a number is unusable."""
-    if not all(isfinite(lr) and lr >= 0 for lr in decision.lr):
-        return state.factors, "guard_nonfinite"
+    for lr in decision.lr:
+        if not 0 <= lr < inf:
+            return state.factors, "guard_nonfinite"
     # A group registered with learning rate 0 is frozen by its owner and stays so.
     pairs = zip(decision.lr, groups, strict=True)
     if on_base:
-        factors = tuple(lr / g.lr if g.lr > 0 else 1.0 for lr, g in pairs)
+        factors = tuple([lr / g.lr if g.lr > 0 else 1.0 for lr, g in pairs])
         # The quotient of two good numbers may still be too large for one.
         return (factors, "") if all(map(isfinite, factors)) else (state.factors, "guard_nonfinite")
-    return tuple(lr if g.lr > 0 else 0.0 for lr, g in pairs), ""
+    return tuple([lr if g.lr > 0 else 0.0 for lr, g in pairs]), ""
 
 
 def _slowed(
@@ -185,7 +186,7 @@ def _bounded(
     note = ""
     out = []
     for i, (group, factor) in enumerate(zip(groups, factors, strict=True)):
-        own = limits.groups.get(group.name)
+        own = limits.groups.get(group.name) if limits.groups else None
         lr = factor if base is None else base[i] * factor
         lr *= ramp if own is None else ramp * own.scale
         if group.lr == 0:  # frozen: no bound may wake it
@@ -204,6 +205,8 @@ def _bounded(
 
 def _range(limits: Limits, own: GroupLimits | None, reference: float) -> tuple[float | None, float | None]:
     """The tightest of all lower and all upper bounds that hold for one group."""
+    if own is None and limits.min_factor is None and limits.max_factor is None:
+        return limits.min_lr, limits.max_lr
     lows = [limits.min_lr, None if limits.min_factor is None else limits.min_factor * reference]
     highs = [limits.max_lr, None if limits.max_factor is None else limits.max_factor * reference]
     if own is not None:

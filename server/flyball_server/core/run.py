@@ -281,7 +281,7 @@ def _base(rules: Rules, step: int) -> tuple[tuple[float, ...] | None, tuple[floa
     if base is None:
         return None, None
     momentum = base.momentum(step)
-    lr = tuple(base.lr(step, g.lr) for g in rules.groups)
+    lr = tuple([base.lr(step, g.lr) for g in rules.groups])
     if momentum is None:
         return lr, None
     # A schedule that cycles momentum drives it wherever the optimizer has one.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 #: The hash "before" the first row of a run.
@@ -159,16 +160,26 @@ class Block(NamedTuple):
     counts: Mapping[str, Any]
 
 
+#: Making an encoder costs more than most of what it encodes.
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
+@lru_cache(4096)
+def _layout(columns: tuple[tuple[str, str, int], ...]) -> str:
+    """The same few layouts come again and again."""
+    return _encode(columns)
+
+
 def header(row: Row) -> bytes:
     """A row's meta and column layout as canonical JSON: sorted keys, no spaces, no NaN."""
-    layout = [[c.name, c.type, len(c.data)] for c in row.columns]
-    return json.dumps([row.meta, layout], sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    meta = _encode(row.meta) if row.meta else "{}"
+    return f"[{meta},{_layout(tuple([(c.name, c.type, len(c.data)) for c in row.columns]))}]".encode()
 
 
 def canonical(run: str, row: Row) -> bytes:
     """The bytes that the hash chain covers: every field of the row but the hash, and the run's id."""
     fields = [run, row.seq, row.kind, row.attempt, row.first_step, row.last_step, row.actor, row.at]
-    head = json.dumps(fields, separators=(",", ":")).encode()
+    head = _encode(fields).encode()
     return b"\n".join((head, header(row), b"".join(c.data for c in row.columns)))
 
 

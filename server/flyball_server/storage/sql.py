@@ -35,6 +35,8 @@ LOCK_WAIT_S = 2.0
 READERS_MAX = 8
 #: Table rows (single rows or segments) read at a time.
 PAGE_ROWS = 128
+#: Memory for pages, per connection: the file system keeps them as well, and SQLite's default is 2 MiB for each.
+CACHE_KIB = 512
 #: What the write-ahead log is cut back to after a burst.
 LOG_BYTES_MAX = 64 << 20
 
@@ -96,6 +98,7 @@ class SqlJournal:
 
         @sa.event.listens_for(engine, "connect")
         def _configure(connection: Any, _: Any) -> None:
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if read_only:
                 connection.execute("PRAGMA query_only = 1")
                 return

@@ -11,6 +11,9 @@ labels     the same labels once more, one per table row, for filtering
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -77,3 +80,29 @@ def insert_or_update(table: sa.Table, dialect: str) -> sa.Insert:
     keys = [column.name for column in table.primary_key]
     rest = {c.name: insert.excluded[c.name] for c in table.columns if c.name not in keys}
     return insert.on_conflict_do_update(index_elements=keys, set_=rest)
+
+
+#: What of a run's record moves with every append.
+MOVE_RUN = (
+    sa.update(runs)
+    .where(runs.c.run == sa.bindparam("run"))
+    .values({name: sa.bindparam(name) for name in ("status", "attempt", "step", "updated_at", "seq", "hash")})
+)
+
+
+class Prepared:
+    """A statement turned into the driver's own text once; executing it then costs a tuple a row.
+
+    Values go to the driver as they are, so only plain ones (text, numbers, bytes, None) will do.
+    """
+
+    def __init__(self, statement: sa.Insert | sa.Update, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self._text = str(compiled)
+        self._order: Sequence[str] | None = getattr(compiled, "positiontup", None)
+
+    def execute(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Run it once per row."""
+        order = self._order
+        values: Any = rows if order is None else [tuple([row[name] for name in order]) for row in rows]
+        connection.exec_driver_sql(self._text, values)

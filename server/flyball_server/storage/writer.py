@@ -95,9 +95,10 @@ class Writer:
         self._overdue: dict[str, None] = {}
         #: Observations written and not yet made up for by compacting: what a round may spend on overdue runs.
         self._owed = 0
-        self._save_row = sa.insert(tables.journal)
+        self._save_row = tables.Prepared(sa.insert(tables.journal), engine.dialect)
         self._save_snapshot = tables.insert_or_update(tables.snapshots, engine.dialect.name)
         self._save_run = tables.insert_or_update(tables.runs, engine.dialect.name)
+        self._move_run = tables.Prepared(tables.MOVE_RUN, engine.dialect)
         self._thread = threading.Thread(target=self._work, name="flyball-journal", daemon=True)
         self._thread.start()
 
@@ -239,12 +240,17 @@ class Writer:
         labels: Mapping[str, Mapping[str, str]],
     ) -> None:
         if rows:
-            self._connection.execute(self._save_row, rows)
-        if written:
-            records = [append.record for append in written.values()]
+            self._save_row.execute(self._connection, rows)
+        # A run's record is written whole when it is new (then its labels are, too) or its labels change; else only
+        # what moves, which leaves the indexes alone.
+        new = [a.record for a in written.values() if a.record.run in labels]
+        moved = [a.record._asdict() for a in written.values() if a.record.run not in labels]
+        if new:
             self._connection.execute(
-                self._save_run, [{**r._asdict(), "labels": json.dumps(dict(r.labels), sort_keys=True)} for r in records]
+                self._save_run, [{**r._asdict(), "labels": json.dumps(dict(r.labels), sort_keys=True)} for r in new]
             )
+        if moved:
+            self._move_run.execute(self._connection, moved)
         if snapshots:
             self._connection.execute(self._save_snapshot, snapshots)
         if labels:
@@ -326,7 +332,7 @@ class Writer:
             segment = pack_segment(previous or GENESIS, rows)
             merged = table.c.seq.between(segment.seq, segment.last_seq)
             self._connection.execute(sa.delete(table).where(table.c.run == run, merged))
-            self._connection.execute(self._save_row, {"run": run, **segment._asdict()})
+            self._save_row.execute(self._connection, [{"run": run, **segment._asdict()}])
         merged_count = sum(_observations(row.first_step, row.last_step) for row in rows)
         head.segment_end = segment.last_seq
         head.rows -= len(rows)
