@@ -105,6 +105,9 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
 
         return lambda: HttpTransport(server, token)
     if parts.scheme in ("grpc", "grpcs") and parts.hostname and parts.port:
+        # gRPC's own fork handlers crash a forked child now and then (a DataLoader's worker, say). The link keeps
+        # children silent, so they are not needed. gRPC reads this when it is imported.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         try:
             from flyball.over_grpc import GrpcTransport
         except ImportError as error:

@@ -137,14 +137,19 @@ class Governor:
     def load_state_dict(self, token: Mapping[str, Any]) -> None:
         """Go back to a checkpoint: a new attempt begins at the token's step, with the policy as it was then.
 
-        Waits up to `wait_s` for the service's answer, not longer. Raises ValueError where it is no token of this run.
+        What was reported before is delivered first, so that the line left behind is in the record whole. Waits for
+        that, and for the new attempt, up to `wait_s` each (at most a second where that is None). Raises ValueError
+        where it is no token of this run.
         """
         step, attempt, seq, digest = check_token(token, self._session.attach.run)
+        wait_s = 1.0 if self._wait_s is None else self._wait_s
+        if self._session.state == "steering":
+            self._link.wait(lambda: self._session.drained, wait_s, "what was reported before")
         self._session.reattach(new_session(), attempt, step, seq, digest)
         self._next_step, self._reported = 0, -1
         self._receipted = self._wanted = self._decided = None
         self._link.restart()
-        self._link.wait(lambda: self._session.attached is not None, self._wait_s, "the new attempt")
+        self._link.wait(lambda: self._session.attached is not None, wait_s, "the new attempt")
 
     def close(self, outcome: str = "finished") -> None:
         """Deliver what waits (at most `close_s` seconds), say how the job ended, and let go of the optimizer.

@@ -143,7 +143,7 @@ class Session:
             previous = self.attached
             if previous is None or previous.attempt != message.attempt:
                 self._decisions.begin(message.from_step)
-            if previous is None and to.from_step is None:
+            if previous is None and to.resume and to.from_step is None:
                 self._shift(message.from_step - self._offset)
             # From now on this is a reconnect: if another process resumes the run meanwhile, it is not taken back.
             self.attach = to._replace(resume=False, from_step=None, from_attempt=None, seq=0, digest="")

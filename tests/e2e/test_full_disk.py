@@ -18,7 +18,7 @@ from tests.e2e.training import *
 optimizer, train = tiny()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
 i, seen = 0, []
-while not seen or governor.status.waiting or i < seen[-1] + 300:
+while not seen or governor.status.through < seen[-1] + 300:
     governor.step(train(i))
     if governor.status.state == "away":
         seen.append(i)
@@ -28,8 +28,8 @@ while not seen or governor.status.waiting or i < seen[-1] + 300:
     if i % 25 == 0:
         say(step=i)
     time.sleep(0.001)
-say(steps=i, status=governor.status._asdict())
 governor.close()
+say(steps=i, status=governor.status._asdict())
 """
 
 
