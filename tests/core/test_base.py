@@ -9,12 +9,13 @@ import warnings
 from dataclasses import fields
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import optimization
 
 from flyball_server.core.base import LARGEST_LR, SCHEDULES, build
 
-torch = pytest.importorskip("torch")
 schedulers = torch.optim.lr_scheduler
 STEPS = 10_000
 
@@ -139,7 +140,6 @@ def test_one_cycle_equals_torchs_in_lr_and_momentum_and_holds_its_last_value(par
     ],
 )
 def test_a_schedule_with_warm_up_equals_transformers(function, arguments, spec, warmup):
-    optimization = pytest.importorskip("transformers.optimization")
     opt = optimizer(0.3)
     scheduler = getattr(optimization, function)(opt, num_warmup_steps=warmup, **arguments)
     spec = {key: 3000 - warmup if value == "rest" else value for key, value in spec.items()}

@@ -7,11 +7,11 @@ import math
 import random
 
 import pytest
+import torch
 
 from flyball_server.core.policies import POLICIES
 from flyball_server.core.types import Group, Observation
 
-torch = pytest.importorskip("torch")
 PLATEAU = POLICIES["plateau"]
 GROUPS = (Group("body", 0.5), Group("head", 0.01))
 
