@@ -548,7 +548,7 @@ def test_a_process_that_was_replaced_is_told_so():
         again = await service.attach(attach_message("s1"), "a")
         assert again.attempt == 1
         await service.attach(attach_message("s2", resume=True), "a")
-        with pytest.raises(Conflict, match="another process drives it"):
+        with pytest.raises(Conflict, match="another process has taken the run over"):
             await service.report(report_message(0, 3), "a")
 
     asyncio.run(scenario())

@@ -15,6 +15,7 @@ from importlib.metadata import version as installed_version
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from flyball import options
 from flyball.base import Base, build
 from flyball.errors import FlyballError, Refused
 from flyball.link import Link, Transport
@@ -32,7 +33,7 @@ def connect(
     groups: tuple[Group, ...],
     run: str,
     project: str,
-    policy: str | Mapping[str, Any],
+    policy: str | Mapping[str, Any] | None,
     base: Mapping[str, Any] | None,
     guard: Mapping[str, Any] | None,
     labels: Mapping[str, str] | None,
@@ -50,13 +51,24 @@ def connect(
     Raises Refused where the service says no in that time, FlyballError or ValueError where an argument is wrong or
     an extra is missing. A service that cannot be reached is no error: the link goes on trying.
     """
-    if on_outage not in ("hold", "base", "stop"):
-        raise ValueError(f"on_outage is {on_outage!r}: give 'hold', 'base' or 'stop'")
-    if lag is not None and (isinstance(lag, bool) or not isinstance(lag, int) or lag < 0):
-        raise ValueError(f"lag is {lag!r}: give None, or a number of optimizer steps, 0 or more")
-    if mode not in ("absolute", "multiplier"):
-        raise ValueError(f"mode is {mode!r}: give 'absolute' or 'multiplier'")
-    spec = {"type": policy} if isinstance(policy, str) else dict(policy)
+    options.check_choice("on_outage", on_outage, "hold", "base", "stop")
+    options.check_choice("mode", mode, "absolute", "multiplier")
+    options.check("run", run, str, wanted="the run's name")
+    options.check("project", project, str, wanted="the project's name")
+    options.check("seed", seed, int, wanted="an integer")
+    options.check("server", server, str, type(None), wanted="its address, such as http://127.0.0.1:1788")
+    options.check("token", token, str, type(None), wanted="the bearer token")
+    options.check("resume", resume, bool, Mapping, wanted="True, False or what state_dict() returned")
+    options.check("lag", lag, int, type(None), wanted="a number of optimizer steps, 0 or more, or None")
+    if lag is not None and lag < 0:
+        raise ValueError(f"lag is {lag}: give a number of optimizer steps, 0 or more, or None")
+    options.check_mapping("policy", policy, "a policy's name, or {'type': NAME, parameters ...}", or_text=True)
+    options.check_mapping("base", base, "{'type': NAME, parameters ...}")
+    options.check_mapping("guard", guard, "limits, such as {'max_lr': 0.1}")
+    options.check_mapping("labels", labels, "text by name, such as {'team': 'vision'}")
+    options.check_seconds("start_wait_s", start_wait_s)
+    # Nothing said: a resumed run goes on under its own policy, a new one keeps its settings.
+    spec = {"type": policy} if isinstance(policy, str) else dict(policy or {})
     declared = _declared_base(spec, base)
     if on_outage == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
@@ -148,13 +160,18 @@ def check_token(token: Mapping[str, Any], run: str) -> Token:
 def _declared_base(spec: Mapping[str, Any], base: Mapping[str, Any] | None) -> Base | None:
     """The base schedule the run declares, wherever it is written."""
     declared = base if base is not None else spec.get("base")
-    if declared is None:
+    if declared is None and spec:
         try:
             # A policy may be named after a schedule: {"type": "cosine", ...} is that schedule alone.
             return build(spec) if spec.get("type") != "constant" else None
         except ValueError:
             return None  # a policy proper; the service checks it
-    return build(declared)
+    if declared is None:
+        return None
+    try:
+        return build(declared)
+    except ValueError as error:
+        raise ValueError(f"base.{error}") from error
 
 
 def _version() -> str:

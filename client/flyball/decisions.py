@@ -37,9 +37,16 @@ class Decisions:
         self._groups = attach.groups
         self._base = base
         self._bounds = Bounds(attach.guard, attach.groups)
+        #: The job's own settings, where they are out of its bounds: in force until the service says more.
+        self._own = self._bounded_own()
         self._first = -1
         self._decided: list[int] = []
         self._settings: list[Settings] = []
+
+    def _bounded_own(self) -> Target | None:
+        own = Settings(tuple(group.lr for group in self._groups))
+        bounded = self._bounds.within(own)
+        return None if bounded is None or bounded is own else Target(bounded, -1, False)
 
     def begin(self, from_step: int) -> None:
         """An attempt begins: what was decided before it counts no more, but for the settings in force."""
@@ -72,17 +79,17 @@ class Decisions:
     def at(self, step: int) -> Target | None:
         """The settings for `step`; the newest known, late, where its own decision is missing; None before any."""
         if self._lag is None:
-            return self.newest
+            return self.newest or self._own
         need = self._needed(step, self._lag)
         found = bisect_right(self._decided, min(need, self.through)) - 1
         if found < 0:
-            return self.newest
+            return self.newest or self._own
         return Target(self._settings[found], self._decided[found], need > self.through)
 
     def on_base(self, step: int) -> Target | None:
         """The base schedule's values of `step` under the factor of the newest decision (1 before the first)."""
         if self._base is None:
-            return self.newest
+            return self.newest or self._own
         newest = self.newest
         lr = []
         for i, group in enumerate(self._groups):

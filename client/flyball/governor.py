@@ -166,9 +166,10 @@ class Governor:
         if not self._link.close(self._close_s):
             status = self.status
             log.warning(
-                "flyball: %d observations of run %r were not delivered (%s)",
+                "flyball: %d observations of run %r were not delivered, %d were dropped before (%s)",
                 status.waiting,
                 status.run,
+                status.dropped,
                 status.last_error or "no time left",
             )
 
@@ -249,7 +250,9 @@ class Governor:
         try:
             return self._optimizer.number(value() if callable(value) else value, may_pend)
         except Exception as error:
-            message = f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element"
+            message = (
+                f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element ({error})"
+            )
             if self._first_call:
                 raise TypeError(message) from error
             self._bad_values += 1

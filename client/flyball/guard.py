@@ -20,7 +20,10 @@ class Bounds:
     """
 
     def __init__(self, guard: Mapping[str, Any], groups: tuple[Group, ...]) -> None:
-        self._lr = [_range(guard, guard.get("groups", {}).get(group.name, {}), group.lr) for group in groups]
+        own = guard.get("groups") or {}
+        if not isinstance(own, Mapping) or not all(isinstance(limits, Mapping) for limits in own.values()):
+            raise ValueError(f"guard: groups is {own!r:.80}: give limits by group name")
+        self._lr = [_range(guard, own.get(group.name, {}), group.lr) for group in groups]
 
     def within(self, settings: Settings) -> Settings | None:
         """The settings inside the bounds; the same object where nothing had to be done, None where unusable."""
@@ -37,6 +40,8 @@ class Bounds:
 
 
 def _range(guard: Mapping[str, Any], own: Mapping[str, Any], reference: float) -> tuple[float, float]:
+    if reference == 0:
+        return 0.0, inf  # frozen by its owner: no bound may wake it
     lows = [_bound(guard, "min_lr"), _bound(own, "min_lr"), _bound(guard, "min_factor", reference)]
     highs = [_bound(guard, "max_lr"), _bound(own, "max_lr"), _bound(guard, "max_factor", reference)]
     return max((x for x in lows if x is not None), default=0.0), min((x for x in highs if x is not None), default=inf)
@@ -46,6 +51,6 @@ def _bound(given: Mapping[str, Any], name: str, times: float = 1.0) -> float | N
     value = given.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"guard: {name} is {value!r}: give a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ValueError(f"guard: {name} is {value!r}: give a finite number")
     return float(value) * times

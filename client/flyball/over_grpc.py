@@ -75,7 +75,7 @@ class GrpcTransport:
             if not known.wait(limits.CONNECT_S):
                 raise LinkError(f"no connection within {limits.CONNECT_S:g} s")
             if state is not grpc.ChannelConnectivity.READY:
-                raise LinkError("cannot connect: is the service running there?")
+                raise LinkError("cannot connect: is the service running there, and is that its gRPC port?")
         finally:
             self._channel.unsubscribe(changed)
 

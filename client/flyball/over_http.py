@@ -86,7 +86,8 @@ class HttpTransport:
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise LinkError(f"{type(error).__name__}: {error}") from error
+            hint = " (is that the gRPC port?)" if isinstance(error, http.client.BadStatusLine) else ""
+            raise LinkError(f"{type(error).__name__}: {str(error)[:80]!a}{hint}") from error
         return _checked(answer.status, answer.getheader("Retry-After"), content)
 
     def _exchange(self, path: str, data: str) -> http.client.HTTPResponse:

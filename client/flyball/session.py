@@ -52,7 +52,7 @@ class Session:
         self._receipts: deque[Receipt] = deque()
         self._answers: deque[Answer] = deque(maxlen=64)
         #: The job counts its steps from 0; the run counts on from here. Not known before the first Attached where a
-        #: run is resumed "behind its newest step".
+        #: run is resumed "after its newest step".
         self._offset = attach.from_step or 0
         self._dropped = 0
         self._in_flight: Report | None = None
@@ -87,7 +87,7 @@ class Session:
         if self.outage and self._on_outage == "base":
             return self._decisions.on_base(step)
         if self.lag is None:
-            return self._decisions.newest
+            return self._decisions.at(step)
         with self._lock:
             return self._decisions.at(step)
 

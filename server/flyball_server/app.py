@@ -160,7 +160,7 @@ def _bind(address: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}; name another address") from error
 
 
 def _address(asked: str, port: int) -> str:

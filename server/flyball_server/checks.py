@@ -55,20 +55,20 @@ def spec_from(request: Attach) -> Spec:
     for field, value in (("project", project), ("run", request.run), ("session", request.session)):
         if len(value) > limits.NAME_MAX or not _NAME.fullmatch(value):
             raise Invalid(
-                f"{field} is {value!r}: use 1 to {limits.NAME_MAX} letters, digits, '.', '_' or '-', "
+                f"{field} is {value!r:.60}: use 1 to {limits.NAME_MAX} letters, digits, '.', '_' or '-', "
                 "beginning with a letter or digit"
             )
     if len(request.labels) > limits.LABELS_MAX:
         raise Invalid(f"labels: {len(request.labels)} are too many; at most {limits.LABELS_MAX}")
     for key, text in request.labels.items():
         if not key or len(key) > limits.NAME_MAX or len(text) > limits.NAME_MAX:
-            raise Invalid(f"labels: {key!r}={text!r} is empty or longer than {limits.NAME_MAX} characters")
+            raise Invalid(f"labels: {key!r:.60}={text!r:.60} is empty or longer than {limits.NAME_MAX} characters")
     _check_groups(request.groups)
     if request.lag is not None and not 0 <= request.lag <= limits.INTEGER_MAX:
         raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
     if abs(request.seed) > limits.INTEGER_MAX:
         raise Invalid(f"seed is {request.seed}: give a number between -{limits.INTEGER_MAX} and {limits.INTEGER_MAX}")
-    policy = dict(request.policy)
+    policy = dict(request.policy) or {"type": "constant"}
     if request.base is not None:
         if policy.get("base") is not None:
             raise Invalid("base is given twice, in the policy and beside it: give it once")
@@ -120,7 +120,7 @@ def _check_groups(groups: Sequence[Group]) -> None:
     for group in groups:
         if not group.name or len(group.name) > limits.NAME_MAX or "," in group.name or not group.name.isprintable():
             raise Invalid(
-                f"groups: the name {group.name!r} is no good; give 1 to {limits.NAME_MAX} printable characters "
+                f"groups: the name {group.name!r:.60} is no good; give 1 to {limits.NAME_MAX} printable characters "
                 "without a comma"
             )
         if not (isfinite(group.lr) and group.lr >= 0):
@@ -134,14 +134,29 @@ def check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
     """A resumed run goes on under its recorded rules; a script that asks for others is told so."""
     names, now = [g.name for g in recorded.groups], [g.name for g in spec.groups]
     if names != now:
-        raise Invalid(f"groups: the run was begun with {names}, this process has {now}: they must be the same")
-    for field in ("policy", "base", "guard", "mode", "seed"):
+        raise Invalid(
+            f"groups: the run was begun with {names!s:.200}, this process has {now!s:.200}: they must be the same"
+        )
+    # What the process does not say, it takes from the record.
+    said = ["mode", *(("policy", "base", "seed") if request.policy else ()), *(("guard",) if request.guard else ())]
+    for field in said:
         old, new = getattr(recorded, field), getattr(spec, field)
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             raise Invalid(
-                f"{field}: the run was begun with {old!r}, this process asks for {new!r}: resume with the "
-                "recorded one, or begin a run of another name"
+                f"{field}: {_difference(old, new)}; resume with what is recorded (or say nothing about it), or begin a "
+                "run of another name"
             )
+
+
+def _difference(old: Any, new: Any) -> str:
+    """What differs, in words: only the keys that do."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        keys = ["type"] if "type" in keys else keys  # another policy altogether: the rest follows
+        return ", ".join(
+            f"{key} is recorded as {old.get(key)!r}, this process asks for {new.get(key)!r}" for key in keys
+        )
+    return f"recorded is {old!r}, this process asks for {new!r}"
 
 
 def check_report(request: Report) -> None:

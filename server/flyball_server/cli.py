@@ -97,7 +97,7 @@ def simulate_command(
 ) -> None:
     """Run a policy over a recorded trace, without a server: one JSON line per observation.
 
-    The settings of a line are those in force after observing its step, that is for the step behind it.
+    The settings of a line are those in force after observing its step, that is for the next step.
     """
     with _errors():
         group_list = None if groups is None else read_groups(groups)
@@ -143,6 +143,8 @@ def verify_command(
     with _errors():
         journal = open_journal(store)
         # Opening would create the file, and "nothing to verify" is no good news about a mistyped name.
+        if store == "memory:":
+            raise Invalid("store is 'memory:', where nothing is kept: name the file of a stopped service")
         if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
             raise Invalid(f"{store} does not exist: name the file the service was started with")
         journal.start(lambda _: None)
@@ -171,7 +173,14 @@ def _errors() -> Iterator[None]:
     except (SteeringError, OSError) as error:
         _fail(str(error))
     except ValidationError as error:
-        _fail("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors()))
+        _fail("; ".join(_setting(e) for e in error.errors()))
+
+
+def _setting(error: Any) -> str:
+    name = "".join(f"{part}: " for part in error["loc"])
+    if error["type"] == "value_error":
+        return name + str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}{error['input']!r} is no good (option --{name.rstrip(': ')}, or FLYBALL_{name.rstrip(': ').upper()})"
 
 
 def _fail(message: str) -> None:

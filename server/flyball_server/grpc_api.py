@@ -145,7 +145,7 @@ def read_attach(m: pb.Attach) -> Attach:
         session=m.session,
         labels=dict(m.labels),
         groups=tuple(_group(g) for g in m.groups),
-        policy=_mapping("policy_json", m.policy_json) if m.policy_json else {"type": "constant"},
+        policy=_mapping("policy_json", m.policy_json) if m.policy_json else {},
         base=_mapping("base_json", m.base_json) if m.base_json else None,
         guard=_mapping("guard_json", m.guard_json) if m.guard_json else {},
         mode=m.mode or "absolute",

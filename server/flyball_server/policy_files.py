@@ -108,8 +108,9 @@ def resolve(spec: Mapping[str, Any]) -> Resolved:
             raise Invalid(f"base: {kind!r} is itself a base schedule; give only one of the two")
         constant = POLICIES["constant"]
         return Resolved(constant, constant.config(), _base(spec, ""))
-    known = [*ALL] if name in POLICIES else [*POLICIES, *SCHEDULES]
-    raise Invalid(f"type: {kind!r} is no policy or base schedule{nearest(kind, known)}")
+    known = [*ALL] if name in POLICIES else [*dict.fromkeys([*POLICIES, *SCHEDULES])]
+    shown = repr(kind) if "type" in spec else f"None (the keys are {', '.join(map(repr, spec)) or 'none'})"
+    raise Invalid(f"type: {shown} is no policy or base schedule{nearest(kind, known)}")
 
 
 def resolved_spec(spec: Mapping[str, Any]) -> dict[str, Any]:

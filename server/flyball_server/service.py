@@ -96,10 +96,15 @@ class Service:
             live = await self._engine.find(request.run)
             async with self._engine.turn(live):
                 run = live.run
-                if request.session != run.session or request.attempt != run.attempt:
+                if request.attempt != run.attempt:
                     raise Conflict(
-                        f"run {request.run}: another process drives it now (attempt {run.attempt}); this one "
-                        f"(attempt {request.attempt}) is not heard any more"
+                        f"run {request.run}: attempt {request.attempt} is not the newest one ({run.attempt}): another "
+                        "process has taken the run over, and this one is not heard any more"
+                    )
+                if request.session != run.session:
+                    raise Conflict(
+                        f"run {request.run}: attempt {run.attempt} is driven by another session than "
+                        f"{request.session!r:.60}: attach first, and report under the session that attached"
                     )
                 events = _new_events(run, request, live.spec.groups)
                 resent: list[tuple[int, Settings]] = []

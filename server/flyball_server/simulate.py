@@ -20,6 +20,7 @@ from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import Limits
 from flyball_server.core.run import Rules, settle
 from flyball_server.core.types import KNOWN_SIGNALS, Group, Observation, Settings
+from flyball_server.limits import INTEGER_MAX
 from flyball_server.policy_files import Resolved, load_data, resolve
 
 #: The LR of the single group `default` where nobody names one: the published default of the policy, else this.
@@ -166,10 +167,12 @@ def _observation(line: str, number: int) -> Observation:
     if not isinstance(row, dict):
         raise Invalid(f"line {number}: {row!r} is not allowed; give an object with a key 'step'")
     step = row.pop("step", None)
-    if type(step) is not int or not 0 <= step < 2**63:
-        raise Invalid(f"line {number}: step: {step!r} is not allowed; give an integer, 0 or more")
+    if type(step) is not int or not 0 <= step <= INTEGER_MAX:
+        raise Invalid(f"line {number}: step: {step!r} is not allowed; give an integer from 0 to {INTEGER_MAX}")
     signals: dict[str, float | None] = {}
     for name, value in row.items():
+        if value in ("NaN", "Infinity", "-Infinity"):  # as the wire and `flyball series --json` write them
+            value = float(value)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Invalid(f"line {number}: {name}: {value!r} is not allowed; give a number, null, NaN or Infinity")
         signals[name] = value if value is None else _float(value)

@@ -5,6 +5,7 @@ Rule of this module: no device is synchronised. A step that a GradScaler skips r
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from flyball.connect import connect
 from flyball.governor import Governor, plain_number
+from flyball.options import check_seconds
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
 
@@ -21,7 +23,7 @@ def attach(
     *,
     run: str,
     project: str = "default",
-    policy: str | Mapping[str, Any] = "constant",
+    policy: str | Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
     guard: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
@@ -41,7 +43,8 @@ def attach(
     Args:
         optimizer: its parameter groups are known by their "name" entry (else group0, group1 ...).
         run: the run's name within `project`.
-        policy: a policy's name, or a mapping {"type": NAME, parameters...}.
+        policy: a policy's name, or a mapping {"type": NAME, parameters...}; without one a new run keeps its settings
+            ("constant"), and a resumed run goes on under its own policy, base and seed.
         base: a schedule that the policy's factors multiply, {"type": "cosine", "T_max": 1000}.
         guard: limits around the policy, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the service.
         labels: words to find the run by.
@@ -52,10 +55,11 @@ def attach(
         lag: None applies the newest decision and never waits; k applies the decision of step t at step t + 1 + k
             exactly, and waits for it if it is not there yet (0: lockstep).
         wait_s: how long one step may wait with lag=k; None: as long as it takes.
-        on_outage: while the service is away, "hold" the last settings, follow the "base" schedule, or hold and set
-            `governor.should_stop` ("stop").
-        resume: True opens a new attempt of an existing run behind its newest step; a checkpoint token (what
-            `state_dict` returned) opens one at the token's step, with the policy's state of that moment.
+        on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
+            the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
+        resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
+            process drives it; a checkpoint token (what `state_dict` returned) opens one at the token's step, with the
+            policy's state of that moment.
         start_wait_s: how long to wait here for the service's first answer.
         close_s: how long `close` may take to deliver the last reports.
 
@@ -67,6 +71,10 @@ def attach(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
+    if optimizer in _steered:
+        raise ValueError("optimizer is steered by another governor already: close that one first")
+    check_seconds("wait_s", wait_s, or_none=True)
+    check_seconds("close_s", close_s)
     groups = tuple(_group(name, group) for name, group in zip(_names(optimizer), optimizer.param_groups, strict=True))
     session, link = connect(
         groups=groups,
@@ -91,6 +99,10 @@ def attach(
     return governor
 
 
+#: The optimizers that have a governor: two would overwrite each other.
+_steered: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
 class _Groups:
     """A torch optimizer as the governor needs it: its parameter groups, written and read in place."""
 
@@ -107,6 +119,7 @@ class _Groups:
 
     def steer(self, governor: Governor) -> None:
         """Call the governor around every step of the optimizer."""
+        _steered.add(self._optimizer)
         self._hooks = [
             self._optimizer.register_step_pre_hook(lambda *_: governor.before_step()),
             self._optimizer.register_step_post_hook(lambda *_: governor.after_step()),
@@ -117,6 +130,7 @@ class _Groups:
         for hook in self._hooks:
             hook.remove()
         self._put_back()
+        _steered.discard(self._optimizer)
 
     def write(self, settings: Settings | None) -> str:
         """See `governor.Optimizer`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,6 +28,15 @@ def problem(status: int, title: str, detail: str, code: str, headers: dict[str, 
     return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
+def _found(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "json_invalid":
+        return f"{where}: {error['msg']}: {error.get('ctx', {}).get('error', '')}"
+    if isinstance(error["input"], bytes):
+        return f"{where}: the body was not read as JSON: send it with Content-Type: application/json"
+    return f"{where}: {error['msg']} (got {error['input']!r:.80})"
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` a problem document."""
 
@@ -38,13 +48,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()]
-        return problem(422, STATUS["invalid"][1], "; ".join(found), "invalid")
+        return problem(422, STATUS["invalid"][1], "; ".join(_found(e) for e in error.errors()[:8]), "invalid")
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         code = "not_found" if error.status_code == 404 else "invalid"
-        return problem(error.status_code, str(error.detail), str(error.detail), code, dict(error.headers or {}))
+        title = HTTPStatus(error.status_code).phrase
+        return problem(error.status_code, title, str(error.detail), code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

@@ -40,7 +40,7 @@ class AttachBody(_Body):
     groups: list[GroupBody]
     project: str = "default"
     labels: dict[str, str] = {}
-    policy: dict[str, Any] = {"type": "constant"}
+    policy: dict[str, Any] = {}
     base: dict[str, Any] | None = None
     guard: dict[str, Any] = {}
     mode: Literal["absolute", "multiplier"] = "absolute"

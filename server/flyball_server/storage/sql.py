@@ -53,6 +53,7 @@ class SqlJournal:
         self._writer: Writer | None = None
         self._reading: sa.Engine | None = None
         self._engines: list[sa.Engine] = []
+        self._identity = (0, 0)
 
     def start(self, deliver: Deliver) -> None:
         """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
@@ -60,8 +61,10 @@ class SqlJournal:
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
             self._prepare(writing)
+            found = os.stat(self._path)
+            self._identity = (found.st_dev, found.st_ino)
             self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
-            self._writer = Writer(writing, deliver)
+            self._writer = Writer(writing, deliver, self._gone)
         except BaseException:
             self.close()
             raise
@@ -83,6 +86,16 @@ class SqlJournal:
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
         self._open().compact(run)
+
+    def _gone(self) -> str:
+        """Why nothing written now would be found again: somebody moved the file away under us. "" where it is there."""
+        try:
+            now = os.stat(self._path)
+        except OSError as error:
+            return f"{self._path} is not there any more ({error.strerror}): put it back, or restart the service"
+        if (now.st_dev, now.st_ino) != self._identity:
+            return f"{self._path} is another file than the one opened: put that back, or restart the service"
+        return ""
 
     def _open(self) -> Writer:
         if self._writer is None:

@@ -17,7 +17,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -84,8 +84,9 @@ class _Head:
 class Writer:
     """`append` and `compact` may be called from any thread; everything else happens on the writer's own."""
 
-    def __init__(self, engine: sa.Engine, deliver: Deliver) -> None:
+    def __init__(self, engine: sa.Engine, deliver: Deliver, gone: Callable[[], str]) -> None:
         self._deliver = deliver
+        self._gone = gone  # why nothing may be written now: a deleted file takes every write, and keeps none
         self._queue: queue.SimpleQueue[Append | tuple[str, Future[None]] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
@@ -192,6 +193,8 @@ class Writer:
 
     def _write(self, appends: Sequence[Append]) -> list[tuple[Append, Exception | None]]:
         """One transaction. Raises where the database refuses it; then nothing was written."""
+        if why := self._gone():
+            raise Busy(why)
         results: list[tuple[Append, Exception | None]] = []
         rows: list[dict[str, Any]] = []
         written: dict[str, Append] = {}
