@@ -210,13 +210,9 @@ class Governor:
         started = time.monotonic_ns()
         try:
             used = self._optimizer.read_back()
-            known = self._receipted
-            # Identity first: comparing settings value by value costs more than everything else here.
-            same = known is not None and used is known[0] and self._wanted is known[1] and self._late == known[2]
-            if not same and (used, self._wanted, self._late) == known:
-                self._receipted, same = (used, self._wanted, self._late), True
-            if not same or (self._conflict and self._conflict not in self._warned):
-                self._receipted = (used, self._wanted, self._late)
+            seen = (used, self._wanted, self._late)
+            if seen != self._receipted or (self._conflict and self._conflict not in self._warned):
+                self._receipted = seen
                 self._receipt(used)
         except Exception as error:
             self._once(f"settings could not be read back: {error!r}")
