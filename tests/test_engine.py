@@ -12,7 +12,7 @@ import pytest
 
 from flyball_server import limits, records
 from flyball_server.core import run as fold
-from flyball_server.core.errors import Busy, Conflict
+from flyball_server.core.errors import Busy, Conflict, NotFound
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Report
@@ -400,6 +400,18 @@ def test_a_checkpoint_whose_last_steps_never_arrived_can_be_resumed_again_and_ag
 
 def settings_by_step(advice):
     return dict(advice.changes)
+
+
+@pytest.mark.parametrize("attempt", [0, 4, 99])
+def test_an_attempt_that_never_was_is_not_found_and_opens_nothing(attempt):
+    async def scenario():
+        journal, _, service = await rewound()
+        seq = journal.record("r").seq
+        with pytest.raises(NotFound, match=f"attempt {attempt} "):
+            await service.attach(attach_message("s4", resume=True, from_step=40, from_attempt=attempt), "a")
+        assert journal.record("r").seq == seq
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("reloaded", [False, True])

@@ -65,6 +65,12 @@ def test_a_repeated_step_changes_nothing_and_a_gap_is_allowed():
     assert answers[1] == answers[2]
 
 
+def test_non_finite_numbers_may_be_written_as_the_wire_writes_them():
+    bare = list(simulate({"type": "plateau"}, lines(1.0, float("nan"), float("-inf"))))
+    quoted = ['{"step": 0, "loss": 1.0}', '{"step": 1, "loss": "NaN"}', '{"step": 2, "loss": "-Infinity"}']
+    assert list(simulate({"type": "plateau"}, quoted)) == bare
+
+
 def test_an_older_step_is_refused_after_the_answers_before_it():
     stream = simulate({"type": "constant"}, ['{"step": 5}', "", '{"step": 4}'])
     assert next(stream)["step"] == 5

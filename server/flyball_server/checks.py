@@ -6,7 +6,6 @@ Rule of this module: a refusal names the field, the value and the remedy, and no
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
@@ -19,15 +18,8 @@ from flyball_server.core.run import ANSWERS_KEPT, Run
 from flyball_server.core.types import Group
 from flyball_server.guards import limits_of
 from flyball_server.messages import Attach, Report
+from flyball_server.names import NAME, check_signal_name, run_id
 from flyball_server.policy_files import resolve
-from flyball_server.queries import check_signal_name
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def run_id(project: str, name: str) -> str:
-    """The run's id in paths and on the command line: its name, behind its project unless that is "default"."""
-    return name if project == "default" else f"{project}:{name}"
 
 
 def check_room(run: Run, signals: Iterable[str]) -> None:
@@ -53,7 +45,7 @@ def spec_from(request: Attach) -> Spec:
     """The run's specification as it goes into the journal: checked, with every default filled in."""
     project = request.project or "default"
     for field, value in (("project", project), ("run", request.run), ("session", request.session)):
-        if len(value) > limits.NAME_MAX or not _NAME.fullmatch(value):
+        if len(value) > limits.NAME_MAX or not NAME.fullmatch(value):
             raise Invalid(
                 f"{field} is {value!r:.60}: use 1 to {limits.NAME_MAX} letters, digits, '.', '_' or '-', "
                 "beginning with a letter or digit"

@@ -10,10 +10,8 @@ decided them.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -24,9 +22,8 @@ from flyball_server.core.errors import Invalid, NotFound
 from flyball_server.core.events import Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
+from flyball_server.names import check_signal_name
 from flyball_server.storage.journal import Block, Journal, Row
-
-_SIGNAL = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,18 +53,6 @@ class _Wanted(NamedTuple):
 async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a read outside the event loop."""
     return await asyncio.to_thread(work, *args, **kwargs)
-
-
-@lru_cache(4096)
-def is_signal_name(name: str) -> bool:
-    """Whether a signal can have this name (`=` and `?` mark a row's own columns)."""
-    return len(name) <= limits.NAME_MAX and _SIGNAL.fullmatch(name) is not None
-
-
-def check_signal_name(name: str) -> None:
-    """Raise Invalid where a signal cannot have this name."""
-    if not is_signal_name(name):
-        raise Invalid(f"signals: {name!r} is no signal name; use letters, digits and any of _ . / @ % + -")
 
 
 def row(journal: Journal, run: str, seq: int) -> Row | None:
@@ -129,7 +114,7 @@ def decisions(journal: Journal, spec: Spec, rules: Rules, after: int, limit: int
     return {"run": spec.run, "decisions": out, "next": None}
 
 
-def newest_decisions(journal: Journal, spec: Spec, rules: Rules, _: int, limit: int) -> dict[str, Any]:
+def newest_decisions(journal: Journal, spec: Spec, rules: Rules, limit: int) -> dict[str, Any]:
     """The newest decisions that moved something, oldest of them first. Raises Invalid for a limit out of range."""
     _check_limit(limit)
     rows = deque((row for row in journal.rows(spec.run) if "marks" in row.meta), limit)

@@ -161,8 +161,9 @@ class Service:
     async def decisions(self, run: str, *, after: int, limit: int, newest: bool) -> dict[str, Any]:
         """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then."""
         live = await self._engine.find(run)
-        read = queries.newest_decisions if newest else queries.decisions
-        return await queries.in_thread(read, self._journal, live.spec, live.rules, after, limit)
+        if newest:
+            return await queries.in_thread(queries.newest_decisions, self._journal, live.spec, live.rules, limit)
+        return await queries.in_thread(queries.decisions, self._journal, live.spec, live.rules, after, limit)
 
     def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""
@@ -192,7 +193,7 @@ class Service:
         restored = None
         from_step = run.through + 1 if request.from_step is None else request.from_step
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
-        if not 0 <= attempt <= run.attempt:
+        if not min(1, run.attempt) <= attempt <= run.attempt:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
         await self._check_token(live, request)
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):

@@ -226,6 +226,22 @@ def test_a_full_disk_is_busy_writes_nothing_and_recovers(path: Path) -> None:
         assert list(journal.rows("r")) == rows
 
 
+def test_a_file_moved_away_is_busy_and_recovers_when_it_is_back(path: Path) -> None:
+    """Writing goes on into a file that has no name any more; nobody would find that again."""
+    rows, away = chain("r", observed(12, 256)), path.with_suffix(".away")
+    with started(opened(path)) as (journal, results):
+        assert keep(journal, results, append("r", rows[:1])) == [None]
+        path.rename(away)
+        for _ in range(2):
+            [error] = keep(journal, results, append("r", rows[1:]))
+            assert isinstance(error, Busy)
+            assert str(path) in str(error)
+            path.touch(exist_ok=True)  # another file of that name is no better
+        away.rename(path)
+        assert keep(journal, results, append("r", rows[1:])) == [None]
+        assert list(journal.rows("r")) == rows
+
+
 def test_a_lock_by_another_program_is_busy_and_recovers(path: Path) -> None:
     rows = chain("r", observed(2, 1))
     with connections() as found, started(opened(path)) as (journal, results):
