@@ -6,6 +6,7 @@ read from the optimizer during the step and from the journal afterwards.
 
 import logging
 import math
+import time
 from itertools import count
 
 import httpx
@@ -136,6 +137,19 @@ def test_momentum_and_betas_follow_a_one_cycle_base_and_other_groups_are_left_al
             assert one.param_groups[0]["momentum"] == pytest.approx(wanted, abs=1e-12)
             assert one.param_groups[1]["momentum"] == 0.0
             assert two.param_groups[0]["betas"] == (pytest.approx(wanted, abs=1e-12), 0.99)
+
+
+def test_momentum_that_something_else_resets_is_written_again_though_nothing_new_was_decided(steer):
+    optimizer = torch.optim.SGD([weight()], lr=0.01, momentum=0.9)
+    base = {"type": "one_cycle", "max_lr": 0.1, "total_steps": 2}
+    governor = steer(optimizer, policy="constant", base=base, lag=None)
+    for _ in range(60):  # long past the cycle's end: the settings do not change any more
+        trained(optimizer, governor)
+        time.sleep(0.005)
+    wanted = optimizer.param_groups[0]["momentum"]
+    optimizer.param_groups[0]["momentum"] = 0.1
+    trained(optimizer, governor)
+    assert optimizer.param_groups[0]["momentum"] == wanted != 0.1
 
 
 def test_a_scheduler_that_writes_in_between_loses_and_is_named_once(steer, read, caplog):

@@ -150,7 +150,7 @@ class _Groups:
                     current.fill_(lr)
                 elif current != lr:
                     group["lr"] = lr
-            if settings.momentum is not None and settings is not self._wanted:
+            if settings.momentum is not None:
                 self._set_momentum(groups, settings.momentum)
         self._wanted = settings
         return conflict
@@ -238,9 +238,10 @@ class _Groups:
         for group, declared, value in zip(groups, self._declared, momentum, strict=False):
             if value is None:
                 continue
-            if declared.momentum is not None and "momentum" in group:
+            # Only where it differs: a new object would recompile a compiled step.
+            if declared.momentum is not None and group.get("momentum", value) != value:
                 group["momentum"] = value
-            elif declared.betas is not None and "betas" in group:
+            elif declared.betas is not None and "betas" in group and group["betas"][0] != value:
                 group["betas"] = (value, *group["betas"][1:])
 
 
