@@ -71,6 +71,8 @@ def to_entry(event: Event, outcome: Outcome) -> Entry:
         return Entry("reported", 0, event.step, event.step, {}, tuple(columns))
     meta = event._asdict()
     attempt = meta.pop("attempt")
+    if outcome.marks:  # what the policy had to say at the end
+        meta["marks"] = [_mark_json(mark) for mark in outcome.marks]
     return Entry(_KINDS[type(event)], attempt, None, None, meta, ())
 
 
@@ -85,7 +87,9 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
     if row.kind == "reported":
         assert row.first_step is not None
         return Reported(row.first_step, {c.name: _values(c)[0] for c in row.columns}), NOTHING
-    return _CLASSES[row.kind](attempt=row.attempt, **row.meta), NOTHING
+    meta = dict(row.meta)
+    marks = tuple(_mark(m) for m in meta.pop("marks", ()))
+    return _CLASSES[row.kind](attempt=row.attempt, **meta), Outcome((), marks) if marks else NOTHING
 
 
 def spec_of(row: Row) -> Spec:

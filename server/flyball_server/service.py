@@ -273,10 +273,10 @@ def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Even
     events: list[Event] = []
     observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
     receipts = tuple(checked_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
+    if receipts:  # first: a policy may ask what was in force at an observation
+        events.append(Applied(request.attempt, receipts))
     if observed is not None:
         events.append(observed)
-    if receipts:
-        events.append(Applied(request.attempt, receipts))
     events += [answer for answer in request.answers if answer.directive not in run.answered]
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))

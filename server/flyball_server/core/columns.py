@@ -18,6 +18,7 @@ def observations(
     signals: Mapping[str, Sequence[float | None]],
     side: Mapping[str, float],
     reads: frozenset[str],
+    applied: Sequence[int | None] | None = None,
 ) -> Iterator[Observation]:
     """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
     if side:
@@ -35,7 +36,21 @@ def observations(
         others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
     # The NamedTuple's own constructor is a Python function; tuple's is not, and this runs once per observation.
     build: Callable[[Any], Observation] = partial(tuple.__new__, Observation)
-    return map(build, zip(steps, *known, others, strict=False))
+    return map(build, zip(steps, *known, others, applied or repeat(None), strict=False))
+
+
+def in_force(
+    receipts: tuple[tuple[int, int], ...], steps: Sequence[int]
+) -> tuple[tuple[tuple[int, int], ...], list[int | None] | None]:
+    """For each of the steps, which step decided what was in force then; and the receipts to keep for later steps."""
+    if not receipts:
+        return receipts, None
+    at, column = 0, []
+    for step in steps:
+        while at < len(receipts) and receipts[at][0] <= step:
+            at += 1
+        column.append(receipts[at - 1][1] if at else None)
+    return receipts[max(0, at - 1) :], column
 
 
 def newest(

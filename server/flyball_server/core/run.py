@@ -23,6 +23,9 @@ Odd cases
 - Side signals (`Reported`) wait for the next observation and fill what the driver did not measure itself.
 - An observation without any signal is still a step: it moves `through` and the base schedule, and no counter.
 - The first change of every batch is its first step, even where nothing changed: each journal row stands alone.
+- A streak of one and the same kind of decision is marked once, where it begins: settings are recorded for every
+  step anyway, and the numbers behind each follow from folding again.
+- Receipts are folded before the observations they came with, so that a policy can be told what was in force.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from typing import Any, NamedTuple
 
 from flyball_server.core import guard
 from flyball_server.core.base import Base
-from flyball_server.core.columns import newest, observations
+from flyball_server.core.columns import in_force, newest, observations
 from flyball_server.core.errors import Conflict, Invalid
 from flyball_server.core.events import (
     Applied,
@@ -47,7 +50,7 @@ from flyball_server.core.events import (
     Spec,
 )
 from flyball_server.core.state import dump_state, load_state
-from flyball_server.core.types import Decision, Group, Policy, Settings
+from flyball_server.core.types import APPLIED, Decision, Group, Policy, Settings
 
 
 class Rules(NamedTuple):
@@ -68,6 +71,8 @@ class Run(NamedTuple):
     seq and parent of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
     (from_step - 1 at an attempt's start). settings: what is in force from step through + 1 on; decided: the step
     that decided it.
+    in_force: (step, the step that decided what was applied from there on), of the receipts that matter for steps to
+    come; only kept for a policy that reads APPLIED.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
     infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
     settings, None before the first.
@@ -93,9 +98,12 @@ class Run(NamedTuple):
     answered: tuple[str, ...]
     applied: Settings | None
     applied_step: int | None
+    in_force: tuple[tuple[int, int], ...]
 
 
 NOTHING = Outcome((), ())
+#: How many receipts are remembered for observations still to come; a report holds fewer.
+IN_FORCE_KEPT = 4096
 #: How many answers to directives a run remembers, to know a repeated one; a report holds fewer.
 ANSWERS_KEPT = 64
 
@@ -131,6 +139,7 @@ def create(rules: Rules) -> Run:
         answered=(),
         applied=None,
         applied_step=None,
+        in_force=(),
     )
 
 
@@ -152,12 +161,15 @@ def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     _check_attempt(run, event.attempt)
     if isinstance(event, Applied):
         last = event.receipts[-1]
+        receipts = run.in_force
+        if APPLIED in rules.policy.reads(rules.config):
+            receipts = (*receipts, *((r.step, r.decided) for r in event.receipts))[-IN_FORCE_KEPT:]
         return run._replace(
-            seq=seq, receipts_through=last.number, applied=last.settings, applied_step=last.step
+            seq=seq, receipts_through=last.number, applied=last.settings, applied_step=last.step, in_force=receipts
         ), NOTHING
     if isinstance(event, DirectiveAnswered):
         return run._replace(seq=seq, answered=(*run.answered, event.directive)[-ANSWERS_KEPT:]), NOTHING
-    return run._replace(seq=seq, status=event.outcome), NOTHING
+    return run._replace(seq=seq, status=event.outcome), _ended(rules, run)
 
 
 def fresh(run: Run, event: Observed) -> Observed | None:
@@ -208,7 +220,17 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         answered=(),
         applied=None,
         applied_step=None,
+        in_force=(),
     )
+
+
+def _ended(rules: Rules, run: Run) -> Outcome:
+    finish = rules.policy.finish
+    last = None if finish is None else finish(rules.config, run.policy_state)
+    if last is None:
+        return NOTHING
+    lr = run.settings.lr
+    return Outcome((), (Mark(run.through, last.phase, last.code, "", lr, lr, last.fields),))
 
 
 def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
@@ -222,17 +244,27 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
     quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
+    milestones = rules.policy.milestones
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
-    for seen in observations(steps, new.signals, run.side, rules.policy.reads(config)):
+    receipts, applied = in_force(run.in_force, steps)
+    for seen in observations(steps, new.signals, run.side, rules.policy.reads(config), applied):
+        before = decision.code
         state, decision = policy_step(config, state, seen)
+        milestone = decision.code in milestones
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
-        if quiet and decision.lr is lr and decision.momentum is momentum and decision.noise_std is noise_std:
+        if (
+            quiet
+            and decision.lr is lr
+            and decision.momentum is momentum
+            and decision.noise_std is noise_std
+            and not milestone
+        ):
             continue
         step, note = seen.step, guard_state.note
         guard_state, now = settle(rules, guard_state, step, decision)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
-        if moved or guard_state.note not in ("", note):
+        if milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             marks.append(
                 Mark(step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, decision.fields)
             )
@@ -263,6 +295,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         run.answered,
         run.applied,
         run.applied_step,
+        receipts,
     )
     return run, Outcome(tuple(changes), tuple(marks))
 
@@ -285,7 +318,7 @@ def _base(rules: Rules, step: int) -> tuple[tuple[float, ...] | None, tuple[floa
     if momentum is None:
         return lr, None
     # A schedule that cycles momentum drives it wherever the optimizer has one.
-    return lr, tuple(None if g.momentum is None and g.betas is None else momentum for g in rules.groups)
+    return lr, tuple(momentum if g.momentum or g.betas else g.momentum for g in rules.groups)
 
 
 def dump(run: Run) -> dict[str, Any]:
@@ -296,6 +329,7 @@ def dump(run: Run) -> dict[str, Any]:
     data["decision"] = list(run.decision)
     data["guard_state"] = list(run.guard_state)
     data["settings"] = list(run.settings)
+    data["in_force"] = [list(pair) for pair in run.in_force]
     # JSON has no NaN; the newest signals and what was read back from an optimizer may well be one.
     data["applied"] = None if run.applied is None else [_texts(row) for row in run.applied]
     data["last"] = {name: repr(value) for name, value in run.last.items()}
@@ -311,6 +345,7 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
         **{
             **data,
             "answered": tuple(data["answered"]),
+            "in_force": tuple((step, decided) for step, decided in data["in_force"]),
             "attempts": tuple((from_step, seq, parent) for from_step, seq, parent in data["attempts"]),
             "policy_state": load_state(rules.policy, data["policy_state"]),
             "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields),

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 #: The signals that have a field of their own in `Observation`; any other name rides in `others`.
 KNOWN_SIGNALS = ("loss", "reward", "grad_norm", "update_norm", "val_loss")
+#: What a policy `reads` to get `Observation.applied`; no signal of a user's can have this name.
+APPLIED = "=applied"
 
 
 class Group(NamedTuple):
     """A parameter group as the client declared it: its name and the settings it had at attach.
 
-    `momentum` is None where the optimizer has none (or has it switched off with 0), `betas` is None
-    outside the Adam family. These values are the reference that factors multiply.
+    `momentum` is None where the optimizer has no such setting and 0 where it is switched off; `betas` is None outside
+    the Adam family. These values are the reference that factors multiply.
     """
 
     name: str
@@ -27,7 +29,11 @@ class Group(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """The signals of one optimizer step. None means "not measured"; NaN means "measured, and NaN"."""
+    """The signals of one optimizer step. None means "not measured"; NaN means "measured, and NaN".
+
+    applied: the step whose decision was in force at this one, as the client's receipts say; None: not known. It is
+    filled in only for policies that read `APPLIED`.
+    """
 
     step: int
     loss: float | None = None
@@ -36,6 +42,7 @@ class Observation(NamedTuple):
     update_norm: float | None = None
     val_loss: float | None = None
     others: Mapping[str, float] | None = None
+    applied: int | None = None
 
     def signal(self, name: str) -> float | None:
         """The value of the signal `name`, or None where it was not measured."""
@@ -50,7 +57,8 @@ class Decision(NamedTuple):
 
     lr: one learning rate per group, in the groups' order. A policy that did not move returns the very
         same tuple object as before; the fold uses identity to skip work.
-    momentum: one value per group (None for a group without momentum), or None: momentum untouched.
+    momentum: one value per group (its own where the policy leaves it alone, None for a group that has neither
+        momentum nor betas), or None: momentum untouched.
     noise_std: standard deviation of Gaussian gradient noise, per group, or None: no noise.
     phase, code: the machine strings of the policy's specification.
     fields: the numbers the decision rests on (finite numbers, strings, None), or None.
@@ -80,7 +88,12 @@ class Policy(NamedTuple):
     init(config, groups, seed) -> (state, decision for step 0).
     step(config, state, seen) -> (state, decision for the step after `seen.step`).
     explain(config, decision) -> one sentence for people, built from the decision's code and fields.
-    reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run).
+    reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run), and
+        `APPLIED` where it needs to know what was in force.
+    codes: every decision code it can give (a code may join several with "+"), with its sentence's template.
+    milestones: the codes that the journal keeps with their numbers even where nothing moved.
+    finish(config, state) -> what there is to say when a run ends, as a decision for the record, or None. It changes
+        nothing: a run that is resumed goes on from the same state.
     """
 
     name: str
@@ -91,6 +104,9 @@ class Policy(NamedTuple):
     step: Callable[[Any, Any, Observation], tuple[Any, Decision]]
     explain: Callable[[Any, Decision], str]
     reads: Callable[[Any], frozenset[str]] = lambda _: frozenset()
+    codes: Mapping[str, str] = {}
+    milestones: frozenset[str] = frozenset()
+    finish: Callable[[Any, Any], Decision | None] | None = None
 
     @property
     def tag(self) -> str:
