@@ -541,8 +541,8 @@ def test_decided_settings_are_a_series_too(http, run):
 
 
 def test_decisions_come_in_pages_and_tell_code_reason_and_numbers(http, run):
-    attach(http, run, policy=PLATEAU)
-    for step in range(12):
+    attach(http, run, policy=PLATEAU | {"patience": 1})
+    for step in range(24):
         report(http, run, [step])
     found, after = [], 0
     while after is not None:
@@ -550,7 +550,7 @@ def test_decisions_come_in_pages_and_tell_code_reason_and_numbers(http, run):
         found += page["decisions"]
         after = page["next"]
     assert found == http.get(f"/v1/runs/{run}/decisions").json()["decisions"]
-    assert [d["step"] for d in found] == list(range(1, 12))
+    assert [d["step"] for d in found] == list(range(2, 24, 2))
     first = found[0]
     assert first["decision"] == "reduce"
     assert first["lr_before"] == {"a": 0.1, "b": 0.01}

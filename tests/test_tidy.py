@@ -29,6 +29,7 @@ CORE_ALLOWED = {
     "collections.abc",
     "dataclasses",
     "difflib",
+    "fnmatch",
     "enum",
     "functools",
     "hashlib",

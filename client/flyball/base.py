@@ -76,6 +76,8 @@ def _numbers(value: Any) -> tuple[Any, ...]:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Is `value` of the annotated type? A bool is no number, an int is a float, floats are finite."""
+    if hint is Any:
+        return True
     if hint is int:
         return type(value) is int and abs(value) <= LARGEST_INT
     if hint is float:

@@ -7,7 +7,9 @@ Steps are the run's own, counted from 0. The decision of observation t belongs t
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, NamedTuple
 
 from flyball import limits
 from flyball.base import Base
@@ -27,16 +29,19 @@ class Decisions:
     """See the module's head. `base`: the declared base schedule, for `on_base`.
 
     newest: the newest settings, the same object as long as nothing changes. through: the newest step whose
-    decision is known (the one before the attempt's first, before any).
+    decision is known (the one before the attempt's first, before any). reference: the learning rate per group that
+    factors multiply.
     """
 
     def __init__(self, attach: Attach, base: Base | None) -> None:
         self.newest: Target | None = None
         self.through = -1
+        self.reference = tuple(group.lr for group in attach.groups)
         self._lag = attach.lag
-        self._groups = attach.groups
+        self._attach = attach
         self._base = base
         self._bounds = Bounds(attach.guard, attach.groups)
+        self._unread = ""
         #: The job's own settings, where they are out of its bounds: in force until the service says more.
         self._own = self._bounded_own()
         self._first = -1
@@ -44,9 +49,31 @@ class Decisions:
         self._settings: list[Settings] = []
 
     def _bounded_own(self) -> Target | None:
-        own = Settings(tuple(group.lr for group in self._groups))
+        own = Settings(tuple(group.lr for group in self._attach.groups))
         bounded = self._bounds.within(own)
         return None if bounded is None or bounded is own else Target(bounded, -1, False)
+
+    def adopt(self, guard: Any, reference: tuple[float, ...]) -> str:
+        """Go by the run's record: its limits, which may be more than this process asked for, and its references.
+
+        What cannot be read is left aside; the answer, and that of every `learn` from then on, says so.
+        """
+        self._unread = ""
+        try:
+            if len(reference) == len(self.reference) and all(isfinite(lr) and lr >= 0 for lr in reference):
+                self.reference = reference
+            if guard and not isinstance(guard, Mapping):
+                raise ValueError("it is no mapping")
+            groups = tuple(g._replace(lr=lr) for g, lr in zip(self._attach.groups, self.reference, strict=True))
+            self._bounds = Bounds(guard or self._attach.guard, groups)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            self._unread = f"the run's recorded guard {guard!r:.80} was ignored: {error}"
+        self._own = self._bounded_own()
+        self._settings = [self._bounds.within(settings) or settings for settings in self._settings]
+        newest = self.newest
+        if newest is not None:
+            self.newest = newest._replace(settings=self._bounds.within(newest.settings) or newest.settings)
+        return self._unread
 
     def begin(self, from_step: int) -> None:
         """An attempt begins: what was decided before it counts no more, but for the settings in force."""
@@ -70,7 +97,7 @@ class Decisions:
         if len(self._decided) > 2 * limits.CHANGES_MAX:
             del self._decided[: -limits.CHANGES_MAX], self._settings[: -limits.CHANGES_MAX]
         self.through = max(self.through, through)
-        return error
+        return error or self._unread
 
     def missing(self, step: int) -> bool:
         """Whether the decision that belongs to `step` is not known yet (never, where any will do)."""
@@ -92,9 +119,9 @@ class Decisions:
             return self.newest or self._own
         newest = self.newest
         lr = []
-        for i, group in enumerate(self._groups):
-            value = self._base.lr(step, group.lr)
-            then = 0.0 if newest is None else self._base.lr(newest.decided + 1, group.lr)
+        for i, reference in enumerate(self.reference):
+            value = self._base.lr(step, reference)
+            then = 0.0 if newest is None else self._base.lr(newest.decided + 1, reference)
             lr.append(value * newest.settings.lr[i] / then if newest is not None and then > 0 else value)
         settings = Settings(tuple(lr), None if newest is None else newest.settings.momentum, None)
         bounded = self._bounds.within(settings)

@@ -36,8 +36,12 @@ SIGNAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
 class Optimizer(Protocol):
     """A library's optimizer, as the governor needs it. Nothing here may synchronise a device."""
 
-    def write(self, settings: Settings | None) -> str:
-        """Write the settings, if any. Returns who else had written since the last step, in words, or ""."""
+    def write(self, settings: Settings | None, reference: tuple[float, ...], noise_seed: int | None) -> str:
+        """Write the settings, if any. Returns who else had written since the last step, in words, or "".
+
+        reference: the learning rate per group that factors multiply. noise_seed: what gradient noise is drawn from;
+        None: there is none to add. Where the optimizer cannot take noise, `read_back` says that none was added.
+        """
 
     def read_back(self) -> Settings:
         """What the step really used; then undo what must not outlast it (multiplier mode)."""
@@ -194,10 +198,12 @@ class Governor:
                 started += self._wait(step)
             target = session.target(step)
             if target is None:
-                conflict = self._optimizer.write(None)
+                conflict = self._optimizer.write(None, session.reference, None)
             else:
-                self._wanted, self._decided, self._late = target
-                conflict = self._optimizer.write(target.settings)
+                wanted, self._decided, self._late = target
+                self._wanted = wanted
+                noisy = wanted.noise_std is not None and any(wanted.noise_std)
+                conflict = self._optimizer.write(wanted, session.reference, session.noise_seed(step) if noisy else None)
             if conflict:
                 self._conflicts += 1
                 self._conflict = conflict

@@ -179,7 +179,17 @@ def _attached(m: pb.Attached) -> wire.Attached:
         code=m.code,
         reason=m.reason,
         reference=tuple(m.reference),
+        seed=m.seed,
+        guard=_guard(m.guard_json),
     )
+
+
+def _guard(text: str) -> Any:
+    """The mapping in `text`; the text itself where it is no JSON, for the session to say so."""
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
 
 
 def _advice(m: pb.Advice) -> wire.Advice:

@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 from flyball import limits
 from flyball.base import Base
+from flyball.columns import Signals, columns
 from flyball.decisions import Decisions, Target
-from flyball.pending import Pending
+from flyball.rng import u64
 from flyball.status import Status
 from flyball.wire import Advice, Answer, Attach, Attached, Receipt, Report, Settings
 
-#: loss, reward, grad_norm and all other signals of one step. A loss may be a `Pending` one.
-Signals = tuple[float | Pending | None, float | None, float | None, Mapping[str, float] | None]
+#: The stream of the run's chance that gradient noise is drawn from (see rng.py).
+NOISE_STREAM = 0x300
 
 
 class Session:
@@ -46,6 +46,9 @@ class Session:
         self.last_error = ""
         self.attached: Attached | None = None
         self._decisions = Decisions(attach, base)
+        #: The learning rate per group that the run's factors multiply, as recorded once that is known.
+        self.reference = self._decisions.reference
+        self._seed = attach.seed
         self._on_outage = on_outage
         self._lock = threading.Lock()
         self._observations: deque[tuple[int, Signals]] = deque()
@@ -96,6 +99,10 @@ class Session:
         if self.lag is None or self.circuit_open or self.state in ("refused", "superseded", "closed"):
             return False
         return self.attached is None or self._decisions.missing(step + self._offset)
+
+    def noise_seed(self, step: int) -> int:
+        """What gradient noise of optimizer `step` is drawn from: the run's seed and count, whichever process steps."""
+        return u64(self._seed, NOISE_STREAM, step + self._offset) >> 1
 
     def missed(self) -> None:
         """A step waited in vain: no further step waits until the link is healthy."""
@@ -149,6 +156,9 @@ class Session:
             self.attach = to._replace(resume=False, from_step=None, from_attempt=None, seq=0, digest="")
             self.attached = message
             self._in_flight = None
+            self._seed = message.seed
+            error = self._decisions.adopt(message.guard, message.reference)
+            self.reference = self._decisions.reference
             if message.through < message.from_step or self.lag is None:
                 # Nothing observed yet, or only the newest counts: these are the settings to go on with.
                 self._decisions.learn(message.changes, message.through)
@@ -159,6 +169,7 @@ class Session:
                 self._acknowledge(message.from_step - 1, message.receipts_through)
         self._advice = message
         self._heard("steering", now)
+        self.last_error = error
         if not self._observations:
             self.circuit_open = False
 
@@ -182,7 +193,7 @@ class Session:
             all_receipts = len(receipts) == len(self._receipts)
             answers = tuple(self._answers)
         # Columns are built without the lock: the training thread may go on appending meanwhile.
-        steps, signals = _columns(head)
+        steps, signals = columns(head)
         self._took_all = len(steps) == waiting
         end = self._end if self._took_all and all_receipts else ""
         if not (steps or receipts or answers or end):
@@ -370,24 +381,3 @@ class Session:
             self._observations.popleft()
         while self._receipts and self._receipts[0].number <= receipts_through:
             self._receipts.popleft()
-
-
-def _columns(head: list[tuple[int, Signals]]) -> tuple[list[int], dict[str, list[float | None]]]:
-    """The oldest observations as columns, up to the first whose loss has not arrived."""
-    steps: list[int] = []
-    losses: list[float | None] = []
-    rows: list[Signals] = []
-    for step, row in head:
-        loss = row[0]
-        if loss is not None and not isinstance(loss, float):
-            if not loss.ready():
-                break
-            loss = loss.value()
-        steps.append(step)
-        losses.append(loss)
-        rows.append(row)
-    known = {"loss": losses, "reward": [row[1] for row in rows], "grad_norm": [row[2] for row in rows]}
-    columns = {name: column for name, column in known.items() if any(value is not None for value in column)}
-    for name in dict.fromkeys(name for row in rows if row[3] for name in row[3]):
-        columns[name] = [None if row[3] is None else row[3].get(name) for row in rows]
-    return steps, columns

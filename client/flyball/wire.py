@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -51,7 +52,10 @@ class Attach(NamedTuple):
 
 
 class Attached(NamedTuple):
-    """The answer to Attach. `changes` has one entry: the settings to begin with."""
+    """The answer to Attach. `changes` has one entry: the settings to begin with.
+
+    seed, guard: the run's own, as recorded; a service older than they are leaves them out.
+    """
 
     run: str
     attempt: int
@@ -66,6 +70,8 @@ class Attached(NamedTuple):
     code: str
     reason: str
     reference: tuple[float, ...]
+    seed: int = 0
+    guard: Mapping[str, Any] = MappingProxyType({})
 
 
 class Receipt(NamedTuple):
@@ -144,7 +150,7 @@ def report_json(message: Report) -> dict[str, Any]:
 
 def attached_of(data: Mapping[str, Any]) -> Attached:
     """Attached from JSON values. Raises KeyError, TypeError or ValueError where it is none."""
-    fields = {name: data[name] for name in Attached._fields}
+    fields = {name: data[name] for name in Attached._fields if name in data or name not in Attached._field_defaults}
     return Attached(**{**fields, "changes": _changes_of(data["changes"]), "reference": tuple(data["reference"])})
 
 

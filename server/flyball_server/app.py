@@ -23,6 +23,7 @@ import uvicorn
 from flyball_server import grpc_api, http_api
 from flyball_server.engine import Engine
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
+from flyball_server.profiles import load_profiles
 from flyball_server.service import Service, rules_of
 from flyball_server.settings import Settings, split_address
 from flyball_server.storage import open_journal
@@ -41,12 +42,14 @@ def version() -> str:
 async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str], None]) -> None:
     """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses.
 
-    Raises OSError where an address is taken, Invalid or an error naming the file where the store cannot be opened.
+    Raises OSError where an address is taken, Invalid for a wrong
+    profile, Invalid or an error naming the file where the store cannot be opened.
     """
+    profiles = load_profiles(settings.profiles) if settings.profiles else {}
     sock = _bind(settings.http)
     journal = open_journal(settings.store)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
-    service = Service(engine, journal)
+    service = Service(engine, journal, profiles)
     ready = threading.Event()
     app = http_api.build(service, version(), ready.is_set)
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
@@ -137,12 +140,14 @@ class Running:
         self._up.set()
 
 
-def running(store: str = "memory:", http: str = "127.0.0.1:0", grpc: str = "127.0.0.1:0") -> Running:
+def running(
+    store: str = "memory:", http: str = "127.0.0.1:0", grpc: str = "127.0.0.1:0", profiles: str = ""
+) -> Running:
     """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
 
     By default it listens on free loopback ports and keeps its journal in memory.
     """
-    return Running(Settings(store=store, http=http, grpc=grpc, insecure=False))
+    return Running(Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

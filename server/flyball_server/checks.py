@@ -16,10 +16,11 @@ from flyball_server.core.errors import Invalid
 from flyball_server.core.events import Receipt, Spec
 from flyball_server.core.run import ANSWERS_KEPT, Run
 from flyball_server.core.types import Group
-from flyball_server.guards import limits_of
+from flyball_server.guards import expanded, joined, limits_of
 from flyball_server.messages import Attach, Report
 from flyball_server.names import NAME, check_signal_name, run_id
 from flyball_server.policy_files import resolve
+from flyball_server.profiles import Profile, use_profile
 
 
 def check_room(run: Run, signals: Iterable[str]) -> None:
@@ -41,7 +42,7 @@ def checked_receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
     return receipt._replace(settings=settings._replace(momentum=momentum))
 
 
-def spec_from(request: Attach) -> Spec:
+def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
     """The run's specification as it goes into the journal: checked, with every default filled in."""
     project = request.project or "default"
     for field, value in (("project", project), ("run", request.run), ("session", request.session)):
@@ -58,16 +59,20 @@ def spec_from(request: Attach) -> Spec:
     _check_groups(request.groups)
     if request.lag is not None and not 0 <= request.lag <= limits.INTEGER_MAX:
         raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
-    if abs(request.seed) > limits.INTEGER_MAX:
-        raise Invalid(f"seed is {request.seed}: give a number between -{limits.INTEGER_MAX} and {limits.INTEGER_MAX}")
+    check_seed(request.seed)
     policy = dict(request.policy) or {"type": "constant"}
+    guard = expanded(request.guard)
+    profile = profiles.get(str(policy.get("type")))
+    if profile is not None:
+        policy, guard = use_profile(profile, policy), joined(profile.guard, guard, profile.name)
     if request.base is not None:
         if policy.get("base") is not None:
             raise Invalid("base is given twice, in the policy and beside it: give it once")
         policy["base"] = request.base
     resolved = resolve(policy).spec()
     base = resolved.pop("base", None)
-    guard = dict(request.guard)
+    seed = request.seed if resolved.get("seed") is None else resolved["seed"]
+    check_seed(seed)
     unknown = limits_of(guard).groups.keys() - {g.name for g in request.groups}
     if unknown:
         raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
@@ -81,10 +86,17 @@ def spec_from(request: Attach) -> Spec:
         base=base,
         guard=guard,
         mode=request.mode,
-        seed=request.seed,
+        seed=seed,
+        profile="" if profile is None else profile.name,
     )
     _check_text(spec)
     return spec
+
+
+def check_seed(seed: int) -> None:
+    """Raise Invalid where a seed does not fit the wire."""
+    if abs(seed) > limits.INTEGER_MAX:
+        raise Invalid(f"seed is {seed}: give a number between -{limits.INTEGER_MAX} and {limits.INTEGER_MAX}")
 
 
 def check_resumption(request: Attach) -> None:
@@ -129,8 +141,10 @@ def check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
         raise Invalid(
             f"groups: the run was begun with {names!s:.200}, this process has {now!s:.200}: they must be the same"
         )
-    # What the process does not say, it takes from the record.
-    said = ["mode", *(("policy", "base", "seed") if request.policy else ()), *(("guard",) if request.guard else ())]
+    # What the process does not say, it takes from the record; and a profile may have changed since, but not for it.
+    same = spec.profile != "" and spec.profile == recorded.profile
+    said = ["mode", *(("policy", "base", "seed") if request.policy and not same else ())]
+    said += ["guard"] if request.guard and not same else []
     for field in said:
         old, new = getattr(recorded, field), getattr(spec, field)
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):

@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,8 @@ from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Invalid, SteeringError
 from flyball_server.core.policies import POLICIES
 from flyball_server.policy_files import json_schema, load_policy, summary
+from flyball_server.presets import GUARDS, PRESETS
+from flyball_server.profiles import Profile, load_profiles
 from flyball_server.settings import Settings
 from flyball_server.simulate import read_groups, simulate
 from flyball_server.storage import open_journal
@@ -46,16 +48,22 @@ def serve(
     store: Annotated[
         str | None, typer.Option(help="sqlite:///FILE, or memory:; default: sqlite:///flyball.db.")
     ] = None,
+    profiles: Annotated[
+        str | None, typer.Option(help="File of named policies and guards that jobs may ask for (JSON, YAML or TOML).")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
-    """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE and FLYBALL_INSECURE.
+    """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES and
+    FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
-    given: dict[str, Any] = {"http": http, "grpc": grpc, "store": store, "insecure": insecure or None}
+    given: dict[str, Any] = {
+        "http": http, "grpc": grpc, "store": store, "profiles": profiles, "insecure": insecure or None
+    }  # fmt: skip
     _log_in_utc()
     with _errors():
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -109,25 +117,36 @@ def simulate_command(
 
 @cli.command()
 def policies(
-    name: Annotated[str | None, typer.Argument(help="A policy or base schedule; all are listed without one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A policy, preset or base schedule; all are listed without one.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its parameters.")] = False,
+    profiles: Annotated[Path | None, typer.Option(help="List (and check) the profiles in this file, too.")] = None,
 ) -> None:
-    """List the policies and base schedules, or describe one."""
+    """List the policies, presets, base schedules and guards, or describe one."""
     with _errors():
+        known = load_profiles(profiles) if profiles else {}
         if name is None:
-            for policy in POLICIES.values():
-                print(f"policy  {policy.tag:<16} {summary(policy.name)}")
-            for schedule in SCHEDULES.values():
-                print(f"base    {schedule.name:<16} {summary(schedule.name, base=True)}")
+            for kind, title, text in _listed(known):
+                print(f"{kind:<8}{title:<20} {text}")
             return
         described = json_schema(name)
         if schema:
             print(json.dumps(described, indent=2))
             return
+        print(summary(name))
         for field, facts in described["properties"].items():
-            if field == "type":
-                continue
-            print(f"{field:<22} {facts.get('default')!s:<12} {facts.get('description', '')}")
+            if field != "type":
+                default = json.dumps(facts["default"]) if "default" in facts else "-"
+                print(f"{field:<26} {default:<12} {facts.get('description', '')}")
+
+
+def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
+    yield from (("policy", policy.tag, summary(policy.name)) for policy in POLICIES.values())
+    yield from (("preset", name, preset.about) for name, preset in PRESETS.items())
+    yield from (("base", name, summary(name, base=True)) for name in SCHEDULES)
+    yield from (("guard", name, guard.about) for name, guard in GUARDS.items())
+    yield from (("profile", profile.name, profile.about) for profile in profiles.values())
 
 
 @cli.command(name="verify")

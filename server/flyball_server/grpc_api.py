@@ -224,6 +224,8 @@ def write_attached(a: Attached) -> pb.Attached:
         code=a.code,
         reason=a.reason,
         reference=a.reference,
+        seed=a.seed,
+        guard_json=json.dumps(dict(a.guard)) if a.guard else "",
     )
 
 

@@ -12,10 +12,35 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from flyball_server.core.base import nearest
 from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import GroupLimits, Limits
+from flyball_server.presets import GUARDS
 
 _ADAPTER = TypeAdapter(Limits)
+
+
+def expanded(guard: Mapping[str, Any]) -> dict[str, Any]:
+    """`guard` with the limits of the preset it may name; what stands beside the preset wins. Raises Invalid."""
+    name = guard.get("preset")
+    if name is None:
+        return dict(guard)
+    preset = GUARDS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise Invalid(f"guard.preset: there is no guard {name!r:.60}{nearest(name, list(GUARDS))}")
+    return {**preset.spec, **{key: value for key, value in guard.items() if key != "preset"}}
+
+
+def joined(profile: Mapping[str, Any], guard: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The limits of the profile `name` and those a job asks for beside them. Raises Invalid where they
+    differ about one."""
+    for key in sorted(profile.keys() & guard.keys()):
+        if profile[key] != guard[key]:
+            raise Invalid(
+                f"guard.{key}: {guard[key]!r:.60} is not allowed; the profile {name!r} says {profile[key]!r:.60}: "
+                "leave it out"
+            )
+    return {**guard, **profile}
 
 
 def limits_of(guard: Mapping[str, Any]) -> Limits:
@@ -39,5 +64,5 @@ def _problem(found: Any) -> str:
     path = ".".join(("guard", *(str(part) for part in found["loc"])))
     if found["type"] == "unexpected_keyword_argument":
         limits = GroupLimits if len(found["loc"]) > 2 else Limits
-        return f"{path}: there is no such limit; allowed are {', '.join(field.name for field in fields(limits))}"
+        return f"{path}: there is no such limit{nearest(found['loc'][-1], [field.name for field in fields(limits)])}"
     return f"{path}: {found['msg'].removeprefix('Value error, ')} (got {found['input']!r:.80})"

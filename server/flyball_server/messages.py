@@ -51,6 +51,8 @@ class Attached(NamedTuple):
     code: str
     reason: str
     reference: tuple[float, ...]
+    seed: int
+    guard: Mapping[str, Any]
 
 
 class Report(NamedTuple):

@@ -24,7 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 from flyball_server.core.base import SCHEDULES, Base, build, nearest
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import ALL, POLICIES
-from flyball_server.core.types import Policy
+from flyball_server.core.types import Part, Policy
+from flyball_server.presets import PRESETS
 
 #: A policy or group file larger than this is a mistake.
 MAX_FILE_BYTES = 1 << 20
@@ -94,23 +95,80 @@ def _yaml(text: str) -> Any:
 
 def resolve(spec: Mapping[str, Any]) -> Resolved:
     """The policy, its checked parameters and the base schedule of a specification. Raises Invalid."""
-    if not isinstance(spec, Mapping):
-        raise Invalid(f"policy: {_kind(spec)} is not allowed; give a mapping with a key 'type'")
+    spec = _mapping(spec, "")
     kind = spec.get("type")
-    name, _, version = kind.partition("@") if isinstance(kind, str) else ("", "", "")
-    if name in POLICIES and (not version or kind in ALL):
-        policy = ALL[str(kind)] if version else POLICIES[name]
-        parameters = {key: value for key, value in spec.items() if key not in ("type", "base")}
-        base = spec.get("base")
-        return Resolved(policy, _config(policy, parameters), None if base is None else _base(base, "base."))
-    if isinstance(kind, str) and kind in SCHEDULES:
+    if isinstance(kind, str) and kind in SCHEDULES and kind not in POLICIES:
         if "base" in spec:
             raise Invalid(f"base: {kind!r} is itself a base schedule; give only one of the two")
         constant = POLICIES["constant"]
         return Resolved(constant, constant.config(), _base(spec, ""))
-    known = [*ALL] if name in POLICIES else [*dict.fromkeys([*POLICIES, *SCHEDULES])]
-    shown = repr(kind) if "type" in spec else f"None (the keys are {', '.join(map(repr, spec)) or 'none'})"
-    raise Invalid(f"type: {shown} is no policy or base schedule{nearest(kind, known)}")
+    base = spec.get("base")
+    part = _part({key: value for key, value in spec.items() if key != "base"}, "", [*POLICIES, *PRESETS, *SCHEDULES])
+    return Resolved(*part, None if base is None else _base(base, "base."))
+
+
+def _mapping(spec: Any, where: str) -> Mapping[str, Any]:
+    """A specification with the preset it may name filled in; a name alone is short for {"type": NAME}."""
+    if isinstance(spec, str) and where:
+        spec = {"type": spec}
+    if not isinstance(spec, Mapping):
+        raise Invalid(
+            f"{where.rstrip('.') or 'policy'}: {_kind(spec)} is not allowed; give a mapping with a key 'type'"
+        )
+    preset = PRESETS.get(str(spec.get("type")))
+    return spec if preset is None else {**preset.spec, **{k: v for k, v in spec.items() if k != "type"}}
+
+
+def _part(spec: Mapping[str, Any], where: str, known: list[str], within: tuple[str, ...] = ()) -> Part:
+    """The policy of a specification without base, with its parameters.
+
+    where: its path, for messages. known: what may be meant by a wrong name. within: the policies it stands in.
+    """
+    kind = spec.get("type")
+    name, _, version = kind.partition("@") if isinstance(kind, str) else ("", "", "")
+    if name not in POLICIES or (version and kind not in ALL):
+        known = [tag for tag in ALL if tag.startswith(name + "@")] if name in POLICIES else list(dict.fromkeys(known))
+        shown = repr(kind) if "type" in spec else f"None (the keys are {', '.join(map(repr, spec)) or 'none'})"
+        raise Invalid(f"{where}type: {shown} is no policy or base schedule{nearest(kind, known)}")
+    policy = ALL[str(kind)] if version else POLICIES[name]
+    if name in within:
+        raise Invalid(f"{where}type: {kind!r} is not allowed in here; a {name} cannot hold another one")
+    parameters = _copied({key: value for key, value in spec.items() if key != "type"}, where)
+    inner = {}
+    for keys in [keys for path in policy.parts for keys in _slots(parameters, path.split("."))]:
+        inner[keys] = _inner(parameters, keys, where, (*within, name))
+        _at(parameters, keys[:-1])[keys[-1]] = {}
+    config = _config(policy, parameters, where)
+    for keys, part in inner.items():
+        # Frozen for everybody else; nobody has seen it yet.
+        object.__setattr__(_at(config, keys[:-1]), str(keys[-1]), part)
+    return Part(policy, config)
+
+
+def _inner(parameters: dict[str, Any], keys: tuple[int | str, ...], where: str, within: tuple[str, ...]) -> Part:
+    """The policy that stands at `keys` inside another one's parameters."""
+    path = where + ".".join(map(str, keys)) + "."
+    spec = _mapping(_at(parameters, keys), path)
+    for key, instead in (("base", "a base schedule stands"), ("seed", "the seed is given")):
+        if spec.get(key) is not None:
+            raise Invalid(f"{path}{key}: not allowed in here; {instead} beside the outermost policy")
+    return _part({key: value for key, value in spec.items() if key != "base"}, path, [*POLICIES, *PRESETS], within)
+
+
+def _slots(holder: Any, path: list[str], done: tuple[int | str, ...] = ()) -> list[tuple[int | str, ...]]:
+    """The places that `path` (with `*` for every item) names in plain data, where something stands."""
+    if not path:
+        return [] if holder is None else [done]
+    if path[0] == "*":
+        items = enumerate(holder) if isinstance(holder, list) else holder.items() if isinstance(holder, dict) else ()
+        return [slot for key, one in items for slot in _slots(one, path[1:], (*done, key))]
+    return _slots(holder.get(path[0]), path[1:], (*done, path[0])) if isinstance(holder, dict) else []
+
+
+def _at(holder: Any, keys: tuple[Any, ...]) -> Any:
+    for key in keys:
+        holder = holder[key] if isinstance(holder, Mapping | list | tuple) else getattr(holder, str(key))
+    return holder
 
 
 def resolved_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,9 +181,11 @@ def json_schema(name: str, *, base: bool = False) -> dict[str, Any]:
 
     Raises Invalid for an unknown name.
     """
+    if not base and name in PRESETS:
+        return _preset_schema(name)
     policy = None if base else ALL.get(name, POLICIES.get(name))
     if policy is None and name not in SCHEDULES:
-        raise Invalid(f"type: {name!r} is no policy or base schedule{nearest(name, [*POLICIES, *SCHEDULES])}")
+        raise Invalid(f"type: {name!r} is no policy or base schedule{nearest(name, [*POLICIES, *PRESETS, *SCHEDULES])}")
     schema = _adapter(name if policy is None else policy.tag).json_schema()
     properties = {"type": {"const": name}, **schema.get("properties", {})}
     if policy is not None:
@@ -133,8 +193,23 @@ def json_schema(name: str, *, base: bool = False) -> dict[str, Any]:
     return {**schema, "title": name, "properties": properties, "required": ["type", *schema.get("required", [])]}
 
 
+def _preset_schema(name: str) -> dict[str, Any]:
+    """The schema of the preset's policy, with the preset's values as defaults."""
+    spec = PRESETS[name].spec
+    schema = json_schema(spec["type"])
+    properties = {
+        key: {**facts, "default": spec[key]} if key in spec and key != "type" else facts
+        for key, facts in schema["properties"].items()
+    }
+    properties["type"] = {"const": name}
+    required = [key for key in schema["required"] if key == "type" or key not in spec]
+    return {**schema, "title": name, "properties": properties, "required": required}
+
+
 def summary(name: str, *, base: bool = False) -> str:
     """What a policy (or base schedule) does, in one line: the head of its module (or of its parameters)."""
+    if not base and name in PRESETS:
+        return PRESETS[name].about
     text = SCHEDULES[name].config.__doc__ if base else sys.modules[POLICIES[name].config.__module__].__doc__
     return (text or "").strip().splitlines()[0].removeprefix(f"Policy `{name}`: ")
 
@@ -154,16 +229,21 @@ def _base(spec: Any, prefix: str) -> Base:
         raise Invalid(f"{prefix}{error}") from error
 
 
-def _config(policy: Policy, parameters: dict[str, Any]) -> Any:
+def _copied(parameters: dict[str, Any], where: str) -> dict[str, Any]:
+    """A copy all the way down, in which every value is JSON's."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(parameters))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"{where.rstrip('.') or 'policy'}: the parameters are not plain JSON values ({error})") from error
+    return copy
+
+
+def _config(policy: Policy, parameters: dict[str, Any], where: str) -> Any:
     """The policy's Config from `parameters`; strict as JSON is: "5" and true are no numbers, a list is a list."""
     try:
-        text = json.dumps(parameters)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise Invalid(f"policy: the parameters are not plain JSON values ({error})") from error
-    try:
-        return _adapter(policy.tag).validate_json(text, strict=True)
+        return _adapter(policy.tag).validate_json(json.dumps(parameters), strict=True)
     except ValidationError as error:
-        raise Invalid("; ".join(_problems(policy, parameters, error))) from error
+        raise Invalid("; ".join(where + text for text in _problems(policy, parameters, error))) from error
 
 
 def _problems(policy: Policy, parameters: dict[str, Any], error: ValidationError) -> list[str]:
@@ -214,6 +294,8 @@ def _names(config: type[Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return {"type": value.policy.tag, **_plain(value.config)}
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

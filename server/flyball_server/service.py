@@ -28,6 +28,7 @@ from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of
 from flyball_server.messages import Advice, Attach, Attached, Report
 from flyball_server.policy_files import resolve
+from flyball_server.profiles import Profile
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 T = TypeVar("T")
@@ -57,16 +58,17 @@ def rules_of(spec: Spec) -> Rules:
 class Service:
     """The service over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile] | None = None) -> None:
         self._engine = engine
         self._journal = journal
+        self.profiles: Mapping[str, Profile] = profiles or {}
 
     async def attach(self, request: Attach, actor: str) -> Attached:
         """Create the run, reconnect to it (same session), or open a new attempt (resume).
 
         Raises Conflict where the run exists and the caller did not say that it resumes; Invalid, NotFound, Busy.
         """
-        spec = spec_from(request)
+        spec = spec_from(request, self.profiles)
         check_resumption(request)
 
         async def once() -> Attached:
@@ -241,6 +243,8 @@ def _attached(live: LiveRun) -> Attached:
         code=run.decision.code,
         reason=_reason(live),
         reference=tuple(g.lr for g in live.spec.groups),
+        seed=live.spec.seed,
+        guard=live.spec.guard,
     )
 
 

@@ -12,13 +12,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_INSECURE."""
+    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES, FLYBALL_INSECURE."""
 
     model_config = SettingsConfigDict(env_prefix="FLYBALL_", frozen=True)
 
     http: str = "127.0.0.1:1788"
     grpc: str = "127.0.0.1:1789"
     store: str = "sqlite:///flyball.db"
+    profiles: str = ""
     insecure: bool = False
 
     @field_validator("http", "grpc")

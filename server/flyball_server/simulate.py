@@ -18,6 +18,7 @@ from typing import Any
 from flyball_server.core import guard
 from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import Limits
+from flyball_server.core.rng import noise_seed
 from flyball_server.core.run import Rules, settle
 from flyball_server.core.types import KNOWN_SIGNALS, Group, Observation, Settings
 from flyball_server.limits import INTEGER_MAX
@@ -25,7 +26,7 @@ from flyball_server.policy_files import Resolved, load_data, resolve
 
 #: The LR of the single group `default` where nobody names one: the published default of the policy, else this.
 DEFAULT_LR = 1e-3
-DEFAULT_LRS = {"windowed": 5e-5}
+DEFAULT_LRS = {"cycle": 1e-4, "windowed": 5e-5}
 #: Most groups a simulation takes.
 MAX_GROUPS = 1024
 
@@ -48,7 +49,8 @@ def simulate(
     else:
         declared = tuple(one if isinstance(one, Group) else _group(one, str(i)) for i, one in enumerate(groups))
     _check_groups(declared)
-    rules = Rules(*resolved, Limits(), declared, seed)
+    own = getattr(resolved.config, "seed", None)
+    rules = Rules(*resolved, Limits(), declared, seed if own is None else own)
     try:
         state, _ = rules.policy.init(rules.config, declared, seed)
     except ValueError as error:
@@ -75,8 +77,20 @@ def _answers(rules: Rules, state: Any, trace: Iterable[tuple[int, Observation]])
                 "decision": decision.code,
                 "reason": policy.explain(config, decision),
                 "fields": dict(decision.fields or {}),
+                **_overall(rules, now, newest + 1),
             }
         yield answer
+
+
+def _overall(rules: Rules, now: Settings, step: int) -> dict[str, Any]:
+    """What multiplier mode and gradient noise go by at `step`: the reference group's factor, and the noise's seed."""
+    reference = next((i for i, group in enumerate(rules.groups) if group.lr > 0), None)
+    noisy = now.noise_std is not None and any(now.noise_std)
+    return {
+        "lr_multiplier": 1.0 if reference is None else now.lr[reference] / rules.groups[reference].lr,
+        "noise_std": max(now.noise_std) if now.noise_std else 0.0,
+        "noise_seed": noise_seed(rules.seed, step) if noisy else None,
+    }
 
 
 def _rows(groups: tuple[Group, ...], now: Settings) -> list[dict[str, Any]]:
@@ -176,9 +190,10 @@ def _observation(line: str, number: int) -> Observation:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Invalid(f"line {number}: {name}: {value!r} is not allowed; give a number, null, NaN or Infinity")
         signals[name] = value if value is None else _float(value)
-    known = {name: signals.pop(name, None) for name in KNOWN_SIGNALS}
+    known = [signals.pop(name, None) for name in KNOWN_SIGNALS]
+    loss, reward, grad_norm, update_norm, val_loss = known
     others = {name: value for name, value in signals.items() if value is not None}
-    return Observation(step, **known, others=others or None)
+    return Observation(step, loss, reward, grad_norm, update_norm, val_loss, others or None)
 
 
 def _float(value: int | float) -> float:

@@ -91,7 +91,7 @@ def test_groups_agree():
 
 
 def test_attached_agrees():
-    proto = of_proto(pb.Attached)
+    proto = of_proto(pb.Attached, renamed=JSON_TEXTS)
     assert proto["changes"] == ("message", False)
     # Tuples hold the rows of Changes as pairs; the service says its one pair in two fields.
     assert of_hints(wire.Attached) == proto | {"changes": ("list", False)}

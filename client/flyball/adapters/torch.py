@@ -1,21 +1,26 @@
-"""PyTorch: settings go in just before `optimizer.step()` and are read back just after it.
+"""PyTorch: settings and gradient noise go in just before `optimizer.step()`, and are read back just after it.
 
 Rule of this module: no device is synchronised. A step that a GradScaler skips runs no hook and is no step.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from flyball.adapters.around import behind, factor, finally_do
 from flyball.connect import connect
 from flyball.governor import Governor, plain_number
 from flyball.options import check_seconds
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
+
+log = logging.getLogger("flyball")
 
 
 def attach(
@@ -50,8 +55,9 @@ def attach(
         labels: words to find the run by.
         server: grpc://host:port or http://host:port; default: FLYBALL_SERVER, then http://127.0.0.1:1788.
         token: the bearer token; default: FLYBALL_TOKEN.
-        mode: "absolute" writes values; "multiplier" multiplies what an in-process scheduler set, and restores it.
-        seed: the seed of the policy's chance, where it has any.
+        mode: "absolute" writes values; "multiplier" multiplies what an in-process scheduler set, and restores it. The
+            learning rate it counts as 1 is a group's "initial_lr" (schedulers set it), else the one it has.
+        seed: the seed of the policy's chance and of gradient noise, where there is any.
         lag: None applies the newest decision and never waits; k applies the decision of step t at step t + 1 + k
             exactly, and waits for it if it is not there yet (0: lockstep).
         wait_s: how long one step may wait with lag=k; None: as long as it takes.
@@ -75,7 +81,8 @@ def attach(
         raise ValueError("optimizer is steered by another governor already: close that one first")
     check_seconds("wait_s", wait_s, or_none=True)
     check_seconds("close_s", close_s)
-    groups = tuple(_group(name, group) for name, group in zip(_names(optimizer), optimizer.param_groups, strict=True))
+    named = zip(_names(optimizer), optimizer.param_groups, strict=True)
+    groups = tuple(_group(name, group, mode == "multiplier") for name, group in named)
     session, link = connect(
         groups=groups,
         run=run,
@@ -110,34 +117,68 @@ class _Groups:
         self._optimizer = optimizer
         self._declared = declared
         self._multiplier = multiplier
+        self._noise = _Noise(optimizer)
         self._wanted: Settings | None = None
+        self._reference = tuple(group.lr for group in declared)
+        self._factors: tuple[Settings, list[float]] | None = None
         self._known: list[Any] | None = None
-        self._restore: list[Any] = []
+        #: Multiplier mode, during a step: the group, the object it held, and a tensor's value.
+        self._restore: list[tuple[dict[str, Any], Any, torch.Tensor | None]] = []
         self._used: Settings | None = None
+        self._added: tuple[float, ...] | None = None
         self._held: list[tuple[Any, Any, Any]] = []
-        self._hooks: list[Any] = []
+        self._ends: list[Callable[[], None]] = []
+        self._closure: Callable[[], Any] | None = None
 
     def steer(self, governor: Governor) -> None:
         """Call the governor around every step of the optimizer."""
         _steered.add(self._optimizer)
-        self._hooks = [
-            self._optimizer.register_step_pre_hook(lambda *_: governor.before_step()),
-            self._optimizer.register_step_post_hook(lambda *_: governor.after_step()),
+        self._ends = [
+            self._optimizer.register_step_pre_hook(functools.partial(self._before, governor)).remove,
+            self._optimizer.register_step_post_hook(lambda *_: governor.after_step()).remove,
         ]
+        if self._multiplier:
+            # torch runs no post-hook where a step raises.
+            self._ends.append(finally_do(self._optimizer, self._put_back))
 
     def detach(self) -> None:
         """Take the hooks off again."""
-        for hook in self._hooks:
-            hook.remove()
+        for end in self._ends:
+            end()
         self._put_back()
         _steered.discard(self._optimizer)
 
-    def write(self, settings: Settings | None) -> str:
+    def _before(self, governor: Governor, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """torch's pre-hook. A closure makes the gradients itself, so noise can only be added behind it."""
+        if len(args) < 2 and not kwargs:
+            return governor.before_step()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._closure = closure if callable(closure) else None
+        governor.before_step()
+        noisy, self._closure = self._closure, None
+        if noisy is None or noisy is closure:
+            return None
+        return ((args[0], noisy, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": noisy})
+
+    def write(self, settings: Settings | None, reference: tuple[float, ...], noise_seed: int | None) -> str:
         """See `governor.Optimizer`."""
+        self._added = None
         groups = self._optimizer.param_groups
-        if settings is self._wanted and self._used is not None and self._untouched(groups):
-            return ""
-        self._used = None
+        same = settings is self._wanted and self._used is not None and self._untouched(groups)
+        conflict = "" if same else self._write(settings, reference, groups)
+        if noise_seed is not None and settings is not None and settings.noise_std is not None:
+            add = functools.partial(self._add_noise, settings.noise_std, noise_seed)
+            if self._closure is None:
+                add()
+            else:
+                self._closure = behind(self._closure, add)
+        return conflict
+
+    def _add_noise(self, std: tuple[float, ...], seed: int) -> None:
+        self._added = self._noise.add(std, seed)
+
+    def _write(self, settings: Settings | None, reference: tuple[float, ...], groups: list[dict[str, Any]]) -> str:
+        self._used, self._reference = None, reference
         if self._multiplier:
             self._multiply(settings, groups)
             return ""
@@ -157,15 +198,19 @@ class _Groups:
 
     def read_back(self) -> Settings:
         """See `governor.Optimizer`."""
-        groups = self._optimizer.param_groups
-        if self._used is not None and self._untouched(groups):
-            return self._used
+        groups, used = self._optimizer.param_groups, self._used
+        if used is not None and self._untouched(groups):
+            if used.noise_std is not self._added:
+                used = self._used = used._replace(noise_std=self._added)
+            return used
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
         self._known = None if self._multiplier else lr
         momentum = tuple(_momentum(g, d) for g, d in zip(groups, self._declared, strict=False))
         self._put_back()
         n = len(self._declared)
-        used = Settings(tuple(lr[:n]), momentum if any(m is not None for m in momentum) else None)
+        # Where no group has momentum, or ever had, there is nothing to tell.
+        told = any(momentum) or any(d.momentum or d.betas for d in self._declared)
+        used = Settings(tuple(lr[:n]), momentum if told else None, self._added)
         if not self._multiplier and not any(isinstance(group["lr"], torch.Tensor) for group in groups):
             # From here on, as long as every group holds the very same objects, nothing can have changed.
             self._used = used
@@ -214,35 +259,86 @@ class _Groups:
         """A value for every group: one that was added after attach follows the first group's factor."""
         if len(groups) <= len(lr):
             return lr[: len(groups)]
-        factor = lr[0] / self._declared[0].lr if self._declared[0].lr > 0 else 1.0
+        times = factor(lr[0], self._reference[0])
         added = [g.setdefault("flyball_reference_lr", _plain(g["lr"])) for g in groups[len(lr) :]]
-        return (*lr, *(reference * factor for reference in added))
+        return (*lr, *(reference * times for reference in added))
 
     def _multiply(self, settings: Settings | None, groups: list[dict[str, Any]]) -> None:
         """Multiplier mode: the scheduler's value times the policy's factor, until the step is done."""
         self._put_back()  # a step that failed on the way left its values behind
         if settings is None:
             return
-        factors = [lr / d.lr if d.lr > 0 else 1.0 for lr, d in zip(settings.lr, self._declared, strict=True)]
+        if self._factors is None or self._factors[0] is not settings:
+            self._factors = settings, [factor(*pair) for pair in zip(settings.lr, self._reference, strict=True)]
+        factors, shared = self._factors[1], set[int]()
         for i, group in enumerate(groups):
-            lr = group["lr"]
-            self._restore.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
-            _put(group, lr * (factors[i] if i < len(factors) else factors[0]))
+            lr, times = group["lr"], factors[i] if i < len(factors) else factors[0]
+            if not isinstance(lr, torch.Tensor):
+                self._restore.append((group, lr, None))
+                group["lr"] = lr * times
+            elif id(lr) not in shared:  # several groups may hold one tensor
+                shared.add(id(lr))
+                self._restore.append((group, lr, lr.clone()))
+                lr.mul_(times)
 
     def _put_back(self) -> None:
         restore, self._restore = self._restore, []
-        for group, value in zip(self._optimizer.param_groups, restore, strict=False):
-            _put(group, value)
+        for group, lr, value in restore:
+            if value is not None:
+                lr.copy_(value)
+            group["lr"] = lr
 
     def _set_momentum(self, groups: list[dict[str, Any]], momentum: tuple[float | None, ...]) -> None:
         for group, declared, value in zip(groups, self._declared, momentum, strict=False):
             if value is None:
                 continue
-            # Only where it differs: a new object would recompile a compiled step.
-            if declared.momentum is not None and group.get("momentum", value) != value:
-                group["momentum"] = value
+            # Only where it differs: a new object would recompile a compiled step. And only SGD makes the buffers that
+            # a momentum switched on in mid-training needs; others look for theirs and fail.
+            if declared.momentum is not None:
+                can = declared.momentum or isinstance(self._optimizer, torch.optim.SGD)
+                if can and group.get("momentum", value) != value:
+                    group["momentum"] = value
             elif declared.betas is not None and "betas" in group and group["betas"][0] != value:
                 group["betas"] = (value, *group["betas"][1:])
+
+
+class _Noise:
+    """Gaussian noise on gradients: a function of seed, group and parameter alone, so that a replay adds the same."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._warned = False
+
+    def add(self, std: tuple[float, ...], seed: int) -> tuple[float, ...] | None:
+        """Parameter b of group a draws from seed + 1009 a + b. Returns what each group was given; None: nothing."""
+        added = [0.0] * len(std)
+        with torch.no_grad():
+            for a, (group, wanted) in enumerate(zip(self._optimizer.param_groups, std, strict=False)):
+                for b, parameter in enumerate(group["params"] if wanted > 0 else ()):
+                    grad = parameter.grad
+                    if grad is not None and self._one(grad, wanted, (seed + 1009 * a + b) % 2**63):
+                        added[a] = wanted
+        return tuple(added) if any(added) else None
+
+    def _one(self, grad: torch.Tensor, std: float, seed: int) -> bool:
+        """Whether this gradient could be given noise."""
+        try:
+            if grad.layout is not torch.strided:
+                raise TypeError("one is sparse")
+            if grad.device not in self._generators:
+                self._generators[grad.device] = torch.Generator(grad.device)
+            generator = self._generators[grad.device].manual_seed(seed)
+            noise = torch.randn(grad.shape, generator=generator, dtype=grad.dtype, device=grad.device)
+            # A fused optimizer gets scaled gradients, and divides by the scale itself.
+            scale = getattr(self._optimizer, "grad_scale", None)
+            grad.add_(noise.mul_(std if scale is None else scale.to(grad.device, non_blocking=True) * std))
+        except Exception as error:  # nothing here may end the training job
+            if not self._warned:
+                self._warned = True
+                log.warning("flyball: noise is not added to every gradient: %s", error)
+            return False
+        return True
 
 
 class _FromDevice:
@@ -274,13 +370,16 @@ def _names(optimizer: torch.optim.Optimizer) -> list[str]:
     return names
 
 
-def _group(name: str, group: Mapping[str, Any]) -> Group:
-    momentum = group.get("momentum")
-    betas = group.get("betas")
+def _group(name: str, group: Mapping[str, Any], multiplier: bool) -> Group:
+    momentum, betas = group.get("momentum"), group.get("betas")
+    if not momentum and betas is not None:
+        momentum = None  # the group's momentum is its betas[0]
+    # A warm-up from 0 must not freeze the group: what its scheduler counts from stands beside it.
+    initial = _plain(group.get("initial_lr", 0.0)) if multiplier else 0.0
     return Group(
         name,
-        _plain(group["lr"]),
-        float(momentum) if momentum else None,
+        initial or _plain(group["lr"]),
+        None if momentum is None else float(momentum),
         (float(betas[0]), float(betas[1])) if betas is not None and len(betas) == 2 else None,
     )
 
@@ -291,15 +390,6 @@ def _plain(value: Any) -> float:
 
 def _on_device(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "cpu"
-
-
-def _put(group: dict[str, Any], lr: Any) -> None:
-    """Write a learning rate; a tensor is filled in place."""
-    current = group["lr"]
-    if isinstance(current, torch.Tensor):
-        current.copy_(lr)
-    else:
-        group["lr"] = lr
 
 
 def _momentum(group: Mapping[str, Any], declared: Group) -> float | None:

@@ -79,7 +79,7 @@ class Attach(_message.Message):
     def __init__(self, project: _Optional[str] = ..., run: _Optional[str] = ..., session: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., policy_json: _Optional[str] = ..., base_json: _Optional[str] = ..., guard_json: _Optional[str] = ..., mode: _Optional[str] = ..., seed: _Optional[int] = ..., lag: _Optional[int] = ..., resume: bool = ..., from_step: _Optional[int] = ..., digest: _Optional[str] = ..., seq: _Optional[int] = ..., client: _Optional[str] = ..., from_attempt: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("run", "attempt", "from_step", "through", "receipts_through", "seq", "digest", "policy", "changes", "phase", "code", "reason", "reference")
+    __slots__ = ("run", "attempt", "from_step", "through", "receipts_through", "seq", "digest", "policy", "changes", "phase", "code", "reason", "reference", "seed", "guard_json")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FROM_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,8 @@ class Attached(_message.Message):
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    GUARD_JSON_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     from_step: int
@@ -106,7 +108,9 @@ class Attached(_message.Message):
     code: str
     reason: str
     reference: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., from_step: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., policy: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., reference: _Optional[_Iterable[float]] = ...) -> None: ...
+    seed: int
+    guard_json: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., from_step: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., policy: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., reference: _Optional[_Iterable[float]] = ..., seed: _Optional[int] = ..., guard_json: _Optional[str] = ...) -> None: ...
 
 class Column(_message.Message):
     __slots__ = ("name", "value", "missing")

@@ -13,7 +13,10 @@ from flyball_server.core.types import Group, Settings
 
 
 class Spec(NamedTuple):
-    """Everything about a run that never changes. policy, base and guard are fully resolved JSON mappings."""
+    """Everything about a run that never changes. policy, base and guard are fully resolved JSON mappings.
+
+    profile: the server-side profile they came from, or "".
+    """
 
     run: str
     project: str
@@ -25,6 +28,7 @@ class Spec(NamedTuple):
     guard: Mapping[str, Any]
     mode: str
     seed: int
+    profile: str = ""
 
 
 class Created(NamedTuple):

@@ -244,27 +244,25 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
     quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
-    milestones = rules.policy.milestones
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
     receipts, applied = in_force(run.in_force, steps)
     for seen in observations(steps, new.signals, run.side, rules.policy.reads(config), applied):
         before = decision.code
         state, decision = policy_step(config, state, seen)
-        milestone = decision.code in milestones
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if (
             quiet
             and decision.lr is lr
             and decision.momentum is momentum
             and decision.noise_std is noise_std
-            and not milestone
+            and not decision.milestone
         ):
             continue
         step, note = seen.step, guard_state.note
         guard_state, now = settle(rules, guard_state, step, decision)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
-        if milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
+        if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             marks.append(
                 Mark(step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, decision.fields)
             )
@@ -339,7 +337,7 @@ def dump(run: Run) -> dict[str, Any]:
 
 def load(rules: Rules, data: Mapping[str, Any]) -> Run:
     """The run that `dump` wrote, after any trip through JSON."""
-    lr, momentum, noise_std, phase, code, fields = data["decision"]
+    lr, momentum, noise_std, phase, code, fields, milestone = data["decision"]
     factors, changed, window, window_factors, note = data["guard_state"]
     return Run(
         **{
@@ -348,7 +346,7 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
             "in_force": tuple((step, decided) for step, decided in data["in_force"]),
             "attempts": tuple((from_step, seq, parent) for from_step, seq, parent in data["attempts"]),
             "policy_state": load_state(rules.policy, data["policy_state"]),
-            "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields),
+            "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields, milestone),
             "guard_state": guard.GuardState(tuple(factors), changed, window, tuple(window_factors), note),
             "settings": _settings_of(data["settings"]),
             "applied": None if data["applied"] is None else _numbers_of(data["applied"]),

@@ -62,6 +62,7 @@ class Decision(NamedTuple):
     noise_std: standard deviation of Gaussian gradient noise, per group, or None: no noise.
     phase, code: the machine strings of the policy's specification.
     fields: the numbers the decision rests on (finite numbers, strings, None), or None.
+    milestone: whether the journal shall keep it with its numbers even where nothing moved.
     """
 
     lr: tuple[float, ...]
@@ -70,6 +71,7 @@ class Decision(NamedTuple):
     phase: str
     code: str
     fields: Mapping[str, Any] | None = None
+    milestone: bool = False
 
 
 class Settings(NamedTuple):
@@ -91,7 +93,8 @@ class Policy(NamedTuple):
     reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run), and
         `APPLIED` where it needs to know what was in force.
     codes: every decision code it can give (a code may join several with "+"), with its sentence's template.
-    milestones: the codes that the journal keeps with their numbers even where nothing moved.
+    parts: where in the parameters other policies stand, as dotted paths ("stages.*.policy"); there the config holds a
+        `Part` each.
     finish(config, state) -> what there is to say when a run ends, as a decision for the record, or None. It changes
         nothing: a run that is resumed goes on from the same state.
     """
@@ -105,10 +108,35 @@ class Policy(NamedTuple):
     explain: Callable[[Any, Decision], str]
     reads: Callable[[Any], frozenset[str]] = lambda _: frozenset()
     codes: Mapping[str, str] = {}
-    milestones: frozenset[str] = frozenset()
     finish: Callable[[Any, Any], Decision | None] | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def tag(self) -> str:
         """The policy's name with its version, as the journal records it: `windowed@1`."""
         return f"{self.name}@{self.version}"
+
+
+class Part(NamedTuple):
+    """A policy with its parameters inside another policy's."""
+
+    policy: Policy
+    config: Any
+
+    def step(self, state: Any, seen: Observation) -> tuple[Any, Decision]:
+        """`Policy.step`; the state may have come through JSON as a plain tuple."""
+        kind = self.policy.state
+        return self.policy.step(self.config, state if type(state) is kind else tuple.__new__(kind, state), seen)
+
+    def explain(self, decision: Decision) -> str:
+        """`Policy.explain`."""
+        return self.policy.explain(self.config, decision)
+
+    def finish(self, state: Any) -> Decision | None:
+        """`Policy.finish`, or None where it has none."""
+        finish = self.policy.finish
+        return None if finish is None else finish(self.config, self.policy.state(*state))
+
+    def reads(self) -> frozenset[str]:
+        """`Policy.reads`."""
+        return self.policy.reads(self.config)

@@ -14,7 +14,9 @@ from flyball_server import limits, records
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
+from flyball_server.guards import json_schema as guard_schema
 from flyball_server.policy_files import json_schema, summary
+from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.queries import SeriesRequest, plain
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
@@ -67,6 +69,7 @@ class RunDetail(RunSummary):
     settings: list[GroupSettings]
     signals: dict[str, float | str]
     policy_config: dict[str, Any]
+    profile: str
     base: dict[str, Any] | None
     guard: dict[str, Any]
 
@@ -124,7 +127,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/policies")
     async def policies() -> dict[str, Any]:
-        """Every policy and base schedule with the JSON Schema of its parameters."""
+        """Every policy and base schedule with the JSON Schema of its parameters; presets, guards and profiles."""
         return {
             "policies": [
                 {"name": p.name, "version": p.version, "summary": summary(n), "schema": json_schema(n)}
@@ -132,6 +135,13 @@ def router(service: Service) -> APIRouter:
             ],
             "base_schedules": [
                 {"name": n, "summary": summary(n, base=True), "schema": json_schema(n, base=True)} for n in SCHEDULES
+            ],
+            "presets": [{"name": n, "summary": p.about, "policy": p.spec} for n, p in PRESETS.items()],
+            "guards": [{"name": n, "summary": p.about, "guard": p.spec} for n, p in GUARDS.items()],
+            "guard_schema": guard_schema(),
+            "profiles": [
+                {"name": p.name, "summary": p.about, "policy": p.policy, "guard": p.guard}
+                for p in service.profiles.values()
             ],
         }
 
@@ -190,6 +200,7 @@ def _detail(view: RunView) -> RunDetail:
         settings=settings,
         signals={name: plain(value) for name, value in run.last.items()},
         policy_config=dict(spec.policy),
+        profile=spec.profile,
         base=None if spec.base is None else dict(spec.base),
         guard=dict(spec.guard),
     )

@@ -119,6 +119,8 @@ class AttachedBody(BaseModel):
     code: str
     reason: str
     reference: list[float]
+    seed: int
+    guard: dict[str, Any]
 
 
 class AdviceBody(BaseModel):
@@ -194,8 +196,8 @@ def _changes(changes: Any) -> ChangesBody:
 
 
 def _attached(a: Attached) -> AttachedBody:
-    fields = {name: getattr(a, name) for name in a._fields if name not in ("decided", "settings", "reference")}
-    return AttachedBody(**fields, changes=_changes([(a.decided, a.settings)]), reference=list(a.reference))
+    fields = {name: value for name, value in a._asdict().items() if name not in ("decided", "settings")}
+    return AttachedBody(**fields, changes=_changes([(a.decided, a.settings)]))
 
 
 def _advice(a: Advice) -> AdviceBody:

@@ -6,7 +6,20 @@ version in a new file, and the old one stays in `ALL` as long as journals may na
 
 from __future__ import annotations
 
-from flyball_server.core.policies import constant, plateau, windowed
+from flyball_server.core.policies import (
+    adaptive,
+    aees,
+    constant,
+    cycle,
+    gradient_aware,
+    greedy,
+    per_group,
+    plateau,
+    rules,
+    sequence,
+    warmup,
+    windowed,
+)
 from flyball_server.core.state import dump_state, load_state
 from flyball_server.core.types import Policy
 
@@ -14,8 +27,17 @@ from flyball_server.core.types import Policy
 ALL: dict[str, Policy] = {
     policy.tag: policy
     for policy in (
+        adaptive.POLICY,
+        aees.POLICY,
         constant.POLICY,
+        cycle.POLICY,
+        gradient_aware.POLICY,
+        greedy.POLICY,
+        per_group.POLICY,
         plateau.POLICY,
+        rules.POLICY,
+        sequence.POLICY,
+        warmup.POLICY,
         windowed.POLICY,
     )
 }

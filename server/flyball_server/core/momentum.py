@@ -1,0 +1,29 @@
+"""Which groups' momentum a policy may drive, and what the others keep.
+
+Rule of this module: a group without momentum, or with it switched off (0), is never touched.
+"""
+
+from __future__ import annotations
+
+from flyball_server.core.types import Group
+
+
+def driven(groups: tuple[Group, ...], target: str, *, off: bool = False) -> tuple[float | None, ...]:
+    """Per group the value that a policy drives, as attached; None where it must leave the group alone.
+
+    target: "momentum" drives a momentum above 0; "beta1" drives betas[0] of the Adam family as well. off: drive a
+    momentum that is switched off, too (some published schedulers do).
+    """
+    return tuple(
+        group.momentum
+        if group.momentum or (off and group.momentum is not None)
+        else group.betas[0]
+        if target == "beta1" and group.betas is not None
+        else None
+        for group in groups
+    )
+
+
+def own(groups: tuple[Group, ...]) -> tuple[float | None, ...]:
+    """Per group what it keeps if nobody drives it: its momentum, else its beta1, else None."""
+    return tuple(g.momentum if g.momentum is not None else g.betas[0] if g.betas is not None else None for g in groups)

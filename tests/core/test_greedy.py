@@ -1,0 +1,358 @@
+"""Goal: `greedy` is transformers' GreedyLR, except for what makes it safe.
+
+Method: random metric traces through transformers' own class beside ours, with the same absolute bounds; then every
+threshold where equality is exact, and each stated difference alone.
+"""
+
+import math
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+from transformers.optimization import GreedyLR
+
+from flyball_server.core.policies import POLICIES
+from flyball_server.core.types import Group, Observation
+
+GREEDY = POLICIES["greedy"]
+ONE_GROUP = (Group("all", 1.0),)
+TWO_GROUPS = (Group("body", 0.5), Group("head", 0.01))
+#: Everything at once and by powers of two.
+QUICK = {"patience": 0, "factor": 0.5}
+
+
+def run(losses, groups=ONE_GROUP, signals=None, **parameters):
+    config = GREEDY.config(**parameters)
+    state, decision = GREEDY.init(config, groups, 0)
+    decisions = [decision]
+    for step, loss in enumerate(losses):
+        state, decision = GREEDY.step(config, state, Observation(step, loss, others=signals and signals[step]))
+        assert (decision.momentum, decision.noise_std) == (None, None)
+        assert GREEDY.explain(config, decision).endswith(".")
+        decisions.append(decision)
+    return decisions
+
+
+def codes(losses, **parameters):
+    return [decision.code for decision in run(losses, **parameters)[1:]]
+
+
+def lrs(losses, **parameters):
+    return [decision.lr[0] for decision in run(losses, **parameters)[1:]]
+
+
+def published(values, groups, **parameters):
+    opt = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": group.lr} for group in groups], lr=1.0)
+    scheduler = GreedyLR(opt, **parameters)
+    rows = [tuple(group["lr"] for group in opt.param_groups)]
+    for value in values:
+        scheduler.step(value)
+        rows.append(tuple(group["lr"] for group in opt.param_groups))
+    return rows
+
+
+# ---- the published class ----------------------------------------------------------------------------------
+
+
+def random_metric(chance, n):
+    level, values = 50.0, []
+    for i in range(n):
+        if i % 80 == 0:
+            drift, noise = chance.choice([-0.02, -0.004, 0.0, 0.01]), chance.choice([0.0, 0.0, 0.001, 0.1])
+        level = min(max(0.01, level * (1 + drift * chance.random())), 1e6)
+        values.append(level * (1 + noise * chance.random()))
+    return values
+
+
+@pytest.mark.parametrize("groups", [TWO_GROUPS[:1], TWO_GROUPS], ids=["one group", "two groups"])
+@pytest.mark.parametrize("trial", range(60))
+def test_every_lr_equals_the_published_class_s_on_a_random_metric(trial, groups):
+    chance = random.Random(trial)
+    parameters = {
+        "mode": chance.choice(["min", "min", "max"]),
+        "factor": chance.choice([0.5, 0.9, 0.95]),
+        "patience": chance.choice([0, 1, 3, 10]),
+        "threshold": chance.choice([0.0, 1e-6, 0.05]),
+        "threshold_mode": chance.choice(["rel", "abs"]),
+        "cooldown": chance.choice([0, 1, 5]),
+        "warmup": chance.choice([0, 1, 5]),
+        "eps": 0.0,
+        "smooth": chance.choice([False, True]),
+        "window_size": chance.choice([1, 2, 7, 50]),
+        "reset_start": chance.choice([1, 2, 5, 500]),
+    }
+    values = random_metric(chance, 800)
+    low, high = chance.choice([0.05, 0.4, 0.5]), chance.choice([0.5, 0.7, 5.0])
+    ratios = [group.lr / 0.5 for group in groups]
+    bounds = {"min_lr": [low * ratio for ratio in ratios], "max_lr": [high * ratio for ratio in ratios]}
+    expected = published(values, groups, **parameters, **bounds)
+    got = [decision.lr for decision in run(values, groups, **parameters, min_lr=low, max_lr=high)]
+    assert len(set(expected)) > 1 or low == high == 0.5
+    for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-12), step
+
+
+def test_with_the_published_defaults_and_a_usual_lr_only_ours_goes_down_on_a_rising_loss():
+    groups = (Group("all", 1e-4),)
+    rising = [1 + 0.01 * i for i in range(900)]
+    assert published(rising, groups)[-1] == (1e-4,)
+    assert run(rising, groups)[-1].lr[0] < 2e-6
+    falling = [100 * 0.99**i for i in range(1300)]
+    assert published(falling, groups)[-1][0] > 0.01
+    assert run(falling, groups)[-1].lr == (1e-3,)
+
+
+# ---- what an improvement is -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "how", "best", "same", "better"),
+    [
+        ("min", "abs", 1.0, 0.75, 0.75 - 2**-30),
+        ("max", "abs", 1.0, 1.25, 1.25 + 2**-30),
+        ("min", "abs", -1.0, -1.25, -1.25 - 2**-30),
+        ("max", "abs", -1.0, -0.75, -0.75 + 2**-30),
+        ("min", "rel", 2.0, 1.5, 1.5 - 2**-30),
+        ("max", "rel", 2.0, 2.5, 2.5 + 2**-30),
+        ("min", "rel", -2.0, -2.5, -2.5 - 2**-30),  # a part of |best|, where the published class accepts -1.6
+        ("max", "rel", -2.0, -1.5, -1.5 + 2**-30),
+        ("min", "rel", 0.0, 0.0, -(2**-30)),
+        ("max", "rel", 0.0, 0.0, 2**-30),
+    ],
+)
+def test_a_value_at_the_threshold_is_no_improvement_and_one_beyond_it_is(mode, how, best, same, better):
+    parameters = {"mode": mode, "threshold": 0.25, "threshold_mode": how}
+    assert codes([best, same], **parameters) == ["first", "waiting"]
+    assert codes([best, better], **parameters) == ["first", "improved"]
+
+
+def test_the_default_threshold_is_absolute():
+    assert codes([0.0, -1e-6, -1.1e-6]) == ["first", "waiting", "improved"]
+
+
+def test_smoothing_judges_the_mean_of_the_newest_values():
+    decisions = run([4.0, 2.0, 6.0, 1.0], smooth=True, window_size=2)[1:]
+    assert [one.fields["metric"] for one in decisions] == [4.0, 3.0, 4.0, 3.5]
+    assert [one.code for one in decisions] == ["first", "improved", "waiting", "waiting"]
+    spiked = run([1.0, 1e99, 0.1, 0.2], smooth=True, window_size=2)[-1]
+    assert spiked.fields["metric"] == (0.1 + 0.2) / 2  # the published running sum would be left with 0
+    assert GREEDY.explain(GREEDY.config(smooth=True), spiked).startswith("The mean loss ")
+
+
+# ---- moves ------------------------------------------------------------------------------------------------
+
+
+def test_more_than_patience_in_a_row_move_the_lr_and_counting_begins_anew():
+    falling = run([9.0, 8.0, 7.0, 6.0, 5.0, 4.0], patience=2, factor=0.5)[1:]
+    assert [one.code for one in falling] == ["first", "improved", "increase", "improved", "improved", "increase"]
+    assert [one.lr[0] for one in falling] == [1.0, 1.0, 2.0, 2.0, 2.0, 4.0]
+    assert falling[2].fields == {"metric": 7.0, "best": 8.0, "good": 3, "bad": 0, "old_lr": 1.0, "new_lr": 2.0}
+    rising = run([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], patience=2, factor=0.5)[1:]
+    assert [one.code for one in rising] == ["first", "waiting", "waiting", "reduce", "waiting", "waiting", "reduce"]
+    assert [one.lr[0] for one in rising] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25]
+    assert rising[3].fields == {"metric": 4.0, "best": 1.0, "good": 0, "bad": 3, "old_lr": 1.0, "new_lr": 0.5}
+    assert rising[0].fields == {"metric": 1.0, "best": None, "good": 1, "bad": 0}
+
+
+def test_an_improvement_and_a_failure_end_each_other_s_row():
+    assert codes([9.0, 8.0, 8.0, 7.0, 7.0, 7.0, 6.0], patience=2) == [
+        "first", "improved", "waiting", "improved", "waiting", "waiting", "improved",
+    ]  # fmt: skip
+
+
+def test_a_rising_loss_lowers_the_lr_however_long_ago_the_best_was_and_never_past_the_floor():
+    falling, level = [100 * 0.9**i for i in range(60)], 100 * 0.9**59
+    values = falling + [level * (1 + 0.001 * i) for i in range(1, 3000)]
+    seen = lrs(values)
+    assert max(seen) == seen[60] > 1
+    assert all(after <= before for before, after in zip(seen[60:], seen[61:], strict=False))
+    assert seen[-1] == 0.01
+
+
+def test_the_bounds_are_never_crossed_and_said_to_be_reached():
+    falling = run([8.0, 7.0, 6.0, 5.0], **QUICK, max_lr=3.0)[1:]
+    assert [(one.code, one.lr[0]) for one in falling] == [
+        ("increase", 2.0), ("increase", 3.0), ("increase@bound", 3.0), ("increase@bound", 3.0),
+    ]  # fmt: skip
+    assert falling[3].lr is falling[1].lr
+    rising = run([1.0, 2.0, 3.0, 4.0, 5.0], **QUICK, max_lr=1.0, min_lr=0.3)[1:]
+    assert [(one.code, one.lr[0]) for one in rising] == [
+        ("increase@bound", 1.0), ("reduce", 0.5), ("reduce", 0.3), ("reduce@bound", 0.3), ("reduce@bound", 0.3),
+    ]  # fmt: skip
+    assert rising[4].lr is rising[2].lr
+
+
+def test_bounds_are_by_default_a_hundredth_and_ten_times_the_reference_lr():
+    chance = random.Random(0)
+    groups = (Group("frozen", 0.0), Group("body", 3e-5), Group("head", 6e-4))
+    seen = [one.lr for one in run([chance.random() for _ in range(400)], groups, **QUICK)]
+    seen += [one.lr for one in run([-float(i) for i in range(400)], groups, **QUICK)]
+    assert (min(lr[1] for lr in seen), max(lr[1] for lr in seen)) == (3e-5 / 100, 3e-5 * 10)
+    assert all(lr[0] == 0.0 and lr[2] == pytest.approx(20 * lr[1], rel=1e-12) for lr in seen)
+
+
+def test_a_cooldown_follows_a_cut_and_a_warm_up_a_rise_and_both_count_nothing():
+    down = run([1.0, 2.0, 2.0, 0.5, 2.0, 2.0], patience=1, factor=0.5, cooldown=2)[1:]
+    assert [one.code for one in down] == ["first", "waiting", "reduce", "cooldown", "cooldown", "waiting"]
+    assert [one.phase for one in down] == ["track", "track", "cooldown", "cooldown", "track", "track"]
+    assert down[5].fields["best"] == 1.0  # what was seen in the cooldown is not the best
+    up = run([9.0, 8.0, 7.0, 6.0, 7.5, 6.5, 5.5], patience=1, factor=0.5, warmup=2)[1:]
+    assert [one.code for one in up] == ["first", "increase", "warmup", "warmup", "improved", "increase", "warmup"]
+    assert [one.phase for one in up[1:6]] == ["warmup", "warmup", "track", "track", "warmup"]
+    assert [one.fields["good"] for one in up] == [1, 2, 0, 0, 1, 2, 0]
+    assert codes([1.0, 2.0, 3.0, 0.5, 4.0], **QUICK) == ["increase", "reduce", "reduce", "increase", "reduce"]
+
+
+def test_after_reset_start_cuts_without_room_all_begins_anew():
+    losses = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 3.0, 3.0]
+    decisions = run(losses, **QUICK, min_lr=0.5, max_lr=1.0, reset_start=3, cooldown=0)[1:]
+    assert [(one.code, one.lr[0]) for one in decisions] == [
+        ("increase@bound", 1.0), ("reduce", 0.5), ("reduce@bound", 0.5), ("reset", 1.0), ("increase@bound", 1.0),
+        ("reduce", 0.5) if losses[5] >= losses[4] else None, ("reduce@bound", 0.5), ("reset", 1.0),
+    ]  # fmt: skip
+    assert decisions[4].fields["best"] is None
+    assert (decisions[3].fields["old_lr"], decisions[3].fields["new_lr"]) == (0.5, 1.0)
+    never = run([1.0] * 9000, patience=0, reset_start=None)
+    assert "reset" not in {one.code for one in never}
+    assert codes([1.0] * 700, **QUICK).index("reset") == 1 + 6 + 499  # 2, 1/2 ... 0.01 the seventh; default 500
+    with_cooldown = run(losses, **QUICK, min_lr=0.5, max_lr=1.0, reset_start=1, cooldown=1)[1:4]
+    assert [(one.code, one.phase) for one in with_cooldown] == [
+        ("increase@bound", "track"), ("reset", "cooldown"), ("cooldown", "track"),
+    ]  # fmt: skip
+
+
+def test_a_rise_forgives_the_cuts_that_had_no_room():
+    losses = [1.0, 2.0, 2.0, 0.5, 2.0, 2.0, 2.0]
+    assert codes(losses, **QUICK, min_lr=1.0, max_lr=1.0, reset_start=3) == [
+        "increase@bound", "reduce@bound", "reduce@bound", "increase@bound", "reduce@bound", "reduce@bound", "reset",
+    ]  # fmt: skip
+
+
+def test_a_reset_empties_the_window_of_the_mean():
+    decisions = run([1.0, 2.0, 4.0], **QUICK, smooth=True, min_lr=1.0, reset_start=1)[1:]
+    assert [one.code for one in decisions] == ["increase", "reduce", "reduce"] or decisions[1].code == "reset"
+    emptied = next(i for i, one in enumerate(decisions) if one.code == "reset")
+    assert decisions[emptied + 1].fields["metric"] == 4.0
+
+
+def test_a_change_is_left_out_by_its_part_of_the_lr_not_by_its_amount():
+    tiny = (Group("all", 2.0**-40),)
+    assert run([1.0, 2.0, 3.0], tiny, **QUICK)[-1].lr == (2.0**-41,)  # each change is far below 1e-8
+    assert lrs([1.0], patience=0, factor=0.5, max_lr=1.25, eps=0.25) == [1.0]  # exactly eps
+    assert lrs([1.0], patience=0, factor=0.5, max_lr=1.25 + 2**-30, eps=0.25) == [1.25 + 2**-30]
+    cuts = [1.0, 2.0, 2.0]
+    assert codes(cuts, patience=0, factor=0.5, max_lr=1.0, min_lr=0.75, eps=0.25)[1:] == ["reduce@bound"] * 2
+    assert lrs(cuts, patience=0, factor=0.5, max_lr=1.0, min_lr=0.75 - 2**-30, eps=0.25)[1] == 0.75 - 2**-30
+    assert lrs([1.0], patience=0, max_lr=2**-26 + 1) == [2**-26 + 1]  # 1.49e-8 of the LR
+    assert lrs([1.0], patience=0, max_lr=2**-27 + 1) == [1.0]  # 0.75e-8
+
+
+def test_an_lr_that_eps_holds_above_its_floor_counts_as_being_there():
+    parameters = {"patience": 0, "factor": 0.5, "max_lr": 1.0, "reset_start": 2}
+    assert codes([1.0, 2.0, 2.0], **parameters, min_lr=0.75, eps=0.25)[1:] == ["reduce@bound", "reset"]
+    assert codes([1.0, 2.0, 2.0], **parameters, min_lr=0.25, eps=0.0)[1:] == ["reduce", "reduce"]
+
+
+# ---- signals ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_metric_moves_no_counter():
+    with_gaps = [1.0, None, 1.0, None, None, 2.0, None, 3.0]
+    decisions = run(with_gaps, patience=2)
+    assert [one for one in decisions if one.code != "no_loss"] == run([1.0, 1.0, 2.0, 3.0], patience=2)
+    assert sum(one.code == "no_loss" for one in decisions) == 4
+
+
+def test_another_signal_is_watched_while_the_training_loss_still_guards():
+    signals = [{"accuracy": value} for value in (0.5, 0.0, math.nan, 0.6, 0.7, 1e101, 0.8)]
+    signals[1] = None
+    decisions = run([None, 1.0, 1.0, math.inf, 1.0, 1.0, None], signals=signals, metric="accuracy", mode="max")[1:]
+    assert [one.code for one in decisions] == [
+        "first", "no_metric", "no_metric", "nonfinite_hold", "improved", "no_metric", "improved",
+    ]  # fmt: skip
+    assert GREEDY.reads(GREEDY.config(metric="accuracy")) == {"accuracy"}
+    assert GREEDY.reads(GREEDY.config()) == {"loss"}
+
+
+def test_every_third_unusable_loss_in_a_row_cuts_once_and_ends_every_row():
+    nan = math.nan
+    losses = [9.0, 8.0, nan, math.inf, None, 1.1e100, 7.0, nan, nan, 6.0, nan] + [-math.inf] * 5
+    decisions = run(losses, patience=2, factor=0.5, cooldown=5, min_lr=0.2)[1:]
+    assert [one.code for one in decisions] == [
+        "first", "improved", "nonfinite_hold", "nonfinite_hold", "no_loss", "nonfinite_backoff", "improved",
+        "nonfinite_hold", "nonfinite_hold", "improved", "nonfinite_hold", "nonfinite_hold", "nonfinite_backoff",
+        "nonfinite_hold", "nonfinite_hold", "nonfinite_backoff",
+    ]  # fmt: skip
+    assert [one.lr[0] for one in decisions] == [1.0] * 5 + [0.5] * 7 + [0.25] * 3 + [0.2]
+    assert decisions[5].fields == {"bad_run": 3, "old_lr": 1.0, "new_lr": 0.5}
+    assert decisions[2].fields == {"bad_run": 1}
+    assert {one.phase for one in decisions} == {"track"}
+    assert codes([1e100, -1e100]) == ["first", "improved"]
+    waited = codes([1.0, 2.0, 2.0, nan, 2.0, 2.0, 2.0], patience=2, bad_limit=1)
+    assert waited == ["first", "waiting", "waiting", "nonfinite_backoff", "waiting", "waiting", "reduce"]
+    cooled = run([1.0, 2.0, nan, nan], **QUICK, cooldown=2)
+    assert [one.phase for one in cooled[2:]] == ["cooldown"] * 3
+
+
+def test_an_observation_without_a_metric_still_ends_a_row_of_unusable_losses():
+    decisions = codes([math.nan, math.nan, 1.0, math.nan], signals=[None] * 4, metric="accuracy")
+    assert decisions == ["nonfinite_hold", "nonfinite_hold", "no_metric", "nonfinite_hold"]
+
+
+def test_frozen_groups_keep_the_very_same_lrs():
+    decisions = run([3.0, 2.0, 3.0], (Group("a", 0.0), Group("b", 0.0)), **QUICK, min_lr=0.1)
+    assert all(one.lr is decisions[0].lr for one in decisions)
+    assert decisions[0].lr == (0.0, 0.0)
+
+
+# ---- parameters -------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_published_ones_except_for_the_bounds():
+    ours = asdict(GREEDY.config())
+    assert {name: ours.pop(name) for name in ("metric", "min_lr", "max_lr", "bad_limit")} == {
+        "metric": "loss", "min_lr": None, "max_lr": None, "bad_limit": 3,
+    }  # fmt: skip
+    scheduler = GreedyLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    assert ours == {name: getattr(scheduler, name) for name in ours}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"metric": ""}, "metric: '' is empty"),
+        ({"min_lr": 0.2, "max_lr": 0.1}, r"min_lr: 0\.2 is above max_lr = 0\.1"),
+        ({"factor": 1.0}, "factor: 1.0 .* less than 1"),
+        ({"factor": 0.0}, "factor: 0.0 .* greater than 0"),
+        ({"patience": -1}, "patience: -1 .* at least 0"),
+        ({"threshold": -0.1}, "threshold: -0.1 .* at least 0"),
+        ({"cooldown": -1}, "cooldown: -1 .* at least 0"),
+        ({"warmup": -1}, "warmup: -1 .* at least 0"),
+        ({"min_lr": 0.0}, "min_lr: 0.0 .* greater than 0"),
+        ({"max_lr": 0.0}, "max_lr: 0.0 .* greater than 0"),
+        ({"min_lr": 1e101}, r"min_lr: 1e\+101 .* at most"),
+        ({"max_lr": 1e101}, r"max_lr: 1e\+101 .* at most"),
+        ({"eps": -0.1}, "eps: -0.1 .* at least 0"),
+        ({"eps": 1.0}, "eps: 1.0 .* less than 1"),
+        ({"window_size": 0}, "window_size: 0 .* at least 1"),
+        ({"window_size": 10_001}, "window_size: 10001 .* at most 10000"),
+        ({"reset_start": 0}, "reset_start: 0 .* at least 1"),
+        ({"bad_limit": 0}, "bad_limit: 0 .* at least 1"),
+        ({"mode": "up"}, "mode: 'up'"),
+        ({"threshold_mode": "part"}, "threshold_mode: 'part'"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_with_its_name_and_the_remedy(parameters, words):
+    with pytest.raises(ValueError, match=words):
+        GREEDY.config(**parameters)
+
+
+def test_bounds_that_shut_out_the_optimizer_s_lr_are_refused_at_attach():
+    for parameters, words in (
+        ({"min_lr": 1e-3}, r"min_lr: 0\.001 shuts out the optimizer's learning rate 0\.0001"),
+        ({"max_lr": 1e-5}, r"max_lr: 1e-05 shuts out the optimizer's learning rate 0\.0001"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GREEDY.init(GREEDY.config(**parameters), (Group("all", 1e-4),), 0)
+    assert GREEDY.init(GREEDY.config(min_lr=1e-4, max_lr=1e-4), (Group("all", 1e-4),), 0)[1].lr == (1e-4,)
