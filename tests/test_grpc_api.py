@@ -117,6 +117,18 @@ def scene(connect, run, base, lag):
     return said
 
 
+@pytest.mark.parametrize("skin", ["http", "grpc"])
+def test_a_process_that_resumes_is_told_the_runs_own_seed_limits_and_references(service, skin):
+    run, guard = f"r{next(names)}", {"max_lr": 0.5, "groups": {"a": {"min_lr": 1e-6}}}
+    connect = skins(service)[skin]
+    for session, fields in (("s1", {"guard": guard, "seed": -(2**53)}), ("s2", {"resume": True, "policy": {}})):
+        transport = connect()
+        now = tuple(group._replace(lr=group.lr / 2) if fields.get("resume") else group for group in GROUPS)
+        told = transport.attach(attach_message(run, session, groups=now, **fields))
+        transport.close()
+        assert (told.seed, told.guard, told.reference) == (-(2**53), guard, (0.1, 0.01, 0.001))
+
+
 def without_times(text):
     data = json.loads(text)
     for decision in data.get("decisions", []):

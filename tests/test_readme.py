@@ -52,7 +52,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the page shows."""
     place = tmp_path_factory.mktemp("readme")
     shown = re.findall(r"`([a-z]+\.\w+)`[^\n]*:\n\n```\w+\n(.*?)```", TEXT, re.DOTALL)
-    assert sorted(name for name, _ in shown) == ["groups.yaml", "policy.yaml", "trace.jsonl"]
+    assert sorted(name for name, _ in shown) == [
+        "groups.yaml",
+        "policy.yaml",
+        "profiles.yaml",
+        "staged.yaml",
+        "trace.jsonl",
+    ]
     for name, text in shown:
         (place / name).write_text(text)
     (place / "example.py").write_text(next(text for kind, text in BLOCKS if kind == "python"))
@@ -140,11 +146,17 @@ def test_every_extra_exists() -> None:
     assert set(re.findall(r"flyball\[(\w+)\]", TEXT)) <= set(extras)
 
 
+def test_the_policy_that_holds_others_is_one(folder: Path) -> None:
+    from flyball_server.policy_files import load_policy, resolve
+
+    assert resolve(load_policy(folder / "staged.yaml")).policy.name == "sequence"
+
+
 def test_the_schedules_are_counted_right() -> None:
     from flyball_server.core.base import SCHEDULES
     from flyball_server.core.policies import POLICIES
 
-    assert "Eleven equal those of torch and transformers" in TEXT
+    assert "Eleven base schedules equal those of torch and transformers" in TEXT
     assert len(SCHEDULES) == 11
     for name in POLICIES:
         assert f"`{name}`" in TEXT

@@ -42,3 +42,12 @@ def uniform(seed: int, stream: int, step: int, draw: int = 0) -> float:
 def choice(n: int, seed: int, stream: int, step: int, draw: int = 0) -> int:
     """An index in 0 .. n-1, for n of at least 1."""
     return int(uniform(seed, stream, step, draw) * n)
+
+
+#: The stream of the gradient noise that clients add.
+NOISE_STREAM = 0x0300
+
+
+def noise_seed(seed: int, step: int) -> int:
+    """The seed of the gradient noise of the optimizer step `step`, below 2^63: every generator takes it."""
+    return u64(seed, NOISE_STREAM, step) >> 1

@@ -84,6 +84,7 @@ def _answers(rules: Rules, state: Any, trace: Iterable[tuple[int, Observation]])
 
 def _overall(rules: Rules, now: Settings, step: int) -> dict[str, Any]:
     """What multiplier mode and gradient noise go by at `step`: the reference group's factor, and the noise's seed."""
+    # The first group that is not frozen.
     reference = next((i for i, group in enumerate(rules.groups) if group.lr > 0), None)
     noisy = now.noise_std is not None and any(now.noise_std)
     return {

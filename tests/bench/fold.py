@@ -22,15 +22,24 @@ from flyball_server.service import rules_of
 
 BATCH = 64
 FOLD_US_MAX = 5.0
-POLICY_US_MAX = 2.0
+#: A policy that keeps windows and statistics, and one that does not.
+POLICY_US_MAX = 3.0
+PLAIN_US_MAX = 1.0
 COSINE = {"type": "cosine", "T_max": 1_000_000}
 #: What is folded: a name, the policy, its base schedule.
 CASES: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any] | None], ...] = (
     ("constant", {"type": "constant"}, None),
     ("windowed", {"type": "windowed"}, None),
     ("plateau", {"type": "plateau"}, None),
+    ("greedy", {"type": "greedy"}, None),
+    ("cycle", {"type": "cycle"}, None),
+    ("adaptive", {"type": "adaptive"}, None),
+    ("rules: trend", {"type": "rules", "lr_rule": "trend"}, None),
+    ("rules: variance, normalized", {"type": "rules", "lr_rule": "variance", "momentum_rule": "normalized"}, None),
+    ("aees", {"type": "aees", "lr_candidates": [0.5, 1, 2], "noise_candidates": [0, 0.01]}, None),
     ("windowed x cosine", {"type": "windowed"}, COSINE),
 )
+PLAIN = ("constant", "plateau", "windowed", "aees")
 
 
 class Ema(NamedTuple):
@@ -67,7 +76,7 @@ def measure(quick: bool) -> list[Row]:
             median(floor),
             "us bare step",
             median(a / b for a, b in zip(us, floor, strict=True)),
-            FOLD_US_MAX if "fold" in name else POLICY_US_MAX,
+            FOLD_US_MAX if "fold" in name else PLAIN_US_MAX if name.endswith(PLAIN) else POLICY_US_MAX,
         )
         for name, us in taken.items()
     ]

@@ -17,7 +17,7 @@ from flyball import limits, wire
 from flyball.base import build
 from flyball.session import Session
 from flyball_server import messages, records
-from flyball_server.core import types
+from flyball_server.core import rng, types
 from flyball_server.core.errors import Conflict
 from flyball_server.core.events import DirectiveAnswered, Observed, Receipt
 from flyball_server.engine import Engine
@@ -455,6 +455,76 @@ def test_settings_beyond_the_clients_own_bounds_never_reach_the_optimizer():
     for lr in ((math.nan, 0.1), (-1.0, 0.1), (math.inf, 0.1), (0.1,)):
         session.on_advice(advice(1, ((1, wire.Settings(lr)),)), 1.0)
         assert session.target(2).settings == wire.Settings((0.2, 0.005))
+
+
+RECORDED = {"max_lr": 0.05, "groups": {"b": {"min_lr": 0.02}}}
+
+
+@pytest.mark.parametrize("lag", [None, 0])
+def test_the_runs_recorded_limits_hold_here_too(lag):
+    session = session_of(lag, guard={"max_lr": 0.2})
+    session.on_attached(attached()._replace(guard=RECORDED), session.attach, 0.0)
+    assert session.target(0).settings == wire.Settings((0.05, 0.02))
+    observe(session, 0)
+    session.report(1.0)
+    session.on_advice(advice(0, ((0, wire.Settings((5.0, 5.0))),)), 1.0)
+    assert session.target(1).settings == wire.Settings((0.05, 0.05))
+    assert session.last_error == ""
+
+
+def test_what_was_learnt_before_the_limits_were_known_is_held_inside_them():
+    session = steering(lag=0)
+    assert session.target(0).settings == FLAT
+    session.on_lost("reset", 1.0)
+    session.on_attached(attached()._replace(guard=RECORDED), session.attach, 2.0)
+    assert session.target(0).settings == session.target(9).settings == wire.Settings((0.05, 0.02))
+
+
+def test_limits_by_factor_are_multiples_of_the_recorded_reference():
+    """A resumed job may come with the learning rates of its checkpoint."""
+    session = session_of(guard={"max_factor": 2.0})
+    recorded = attached(at=wire.Settings((9.0, 9.0)))._replace(guard={"max_factor": 3.0}, reference=(1.0, 0.5))
+    session.on_attached(recorded, session.attach, 0.0)
+    assert session.target(0).settings.lr == (3.0, 1.5)
+    assert session.reference == (1.0, 0.5)
+
+
+UNREADABLE = [{"max_lr": "0.1"}, {"groups": [1]}, {"max_lr": 10**400}, "{no json", [1], 5]
+
+
+@pytest.mark.parametrize("guard", UNREADABLE, ids=lambda guard: str(guard)[:20])
+def test_limits_that_cannot_be_read_leave_the_jobs_own_in_force_and_are_named(guard):
+    session = session_of(guard={"max_lr": 0.06})
+    session.on_attached(attached()._replace(guard=guard), session.attach, 0.0)
+    assert session.target(0).settings == wire.Settings((0.06, 0.01))
+    assert "guard" in session.last_error
+    observe(session, 0)
+    session.report(1.0)
+    session.on_advice(advice(0), 1.0)
+    assert "guard" in session.last_error, "as long as it is so"
+    assert session.target(1).settings == wire.Settings((0.06, 0.01))
+
+
+@pytest.mark.parametrize("reference", [(), (math.nan, 0.1), (-1.0, 0.1), ("x", 0.1)])
+def test_a_reference_that_makes_no_sense_is_left_aside(reference):
+    session = session_of()
+    session.on_attached(attached()._replace(reference=reference), session.attach, 0.0)
+    assert session.reference == (0.1, 0.01)
+
+
+def test_an_answer_of_an_older_service_leaves_the_jobs_own_limits_in_force():
+    session = session_of(guard={"max_lr": 0.06})
+    session.on_attached(attached(), session.attach, 0.0)
+    assert session.target(0).settings == wire.Settings((0.06, 0.01))
+    assert session.last_error == ""
+
+
+def test_the_seed_of_gradient_noise_counts_the_runs_own_steps_under_the_runs_own_seed():
+    session = session_of(seed=5)
+    session.on_attached(attached()._replace(seed=7), session.attach, 0.0)
+    assert [session.noise_seed(step) for step in (0, 3)] == [rng.u64(7, 0x300, step) >> 1 for step in (0, 3)]
+    session.reattach("s2", 1, 3, 0, "")
+    assert session.noise_seed(0) == rng.u64(7, 0x300, 3) >> 1
 
 
 def test_a_checkpoint_goes_on_in_a_new_attempt_without_the_steps_behind_it():

@@ -152,6 +152,59 @@ def test_momentum_that_something_else_resets_is_written_again_though_nothing_new
     assert optimizer.param_groups[0]["momentum"] == wanted != 0.1
 
 
+def journalled(governor):
+    """The momenta in every receipt from here on."""
+    told, receipt = [], governor._session.receipt
+    governor._session.receipt = lambda step, decided, settings, *rest: (
+        told.append(settings.momentum),
+        receipt(step, decided, settings, *rest),
+    )
+    return told
+
+
+def test_a_momentum_of_zero_is_declared_and_neither_touched_nor_told(steer, read, scripted):
+    optimizer = sgd()
+    governor = steer(optimizer)
+    told, held = journalled(governor), optimizer.param_groups[0]["momentum"]
+    trained(optimizer, governor, [1.0] * 4)
+    assert governor._session.attach.groups[0].momentum == 0.0
+    assert told == [None] * 3
+    assert optimizer.param_groups[0]["momentum"] is held
+    groups = [{"params": [weight()], "momentum": 0.9}, {"params": [weight()]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    governor = steer(optimizer, policy=scripted())
+    told = journalled(governor)
+    trained(optimizer, governor)
+    assert told == [(0.9, 0.0)]
+
+
+def test_none_is_declared_for_an_optimizer_without_momentum(steer):
+    governor = steer(torch.optim.Adagrad([weight()], lr=0.1))
+    assert governor._session.attach.groups[0].momentum is None
+
+
+def test_a_momentum_that_a_policy_switches_on_is_written_where_the_optimizer_can_follow(steer, scripted):
+    for kind, wanted in ((torch.optim.SGD, 0.5), (torch.optim.RMSprop, 0)):
+        optimizer = kind([weight()], lr=0.1)
+        governor = steer(optimizer, policy="constant")
+        trained(optimizer, governor)
+        governor.close()
+        governor = steer(optimizer, policy=scripted(momentum=0.5))
+        told = journalled(governor)
+        trained(optimizer, governor, [1.0] * 3)
+        assert optimizer.param_groups[0]["momentum"] == wanted
+        assert told == [(wanted,) if wanted else None]
+
+
+def test_a_momentum_that_a_policy_switches_off_is_told(steer, scripted):
+    optimizer = sgd(momentum=0.9)
+    governor = steer(optimizer, policy=scripted(momentum=0.0))
+    told = journalled(governor)
+    trained(optimizer, governor)
+    assert optimizer.param_groups[0]["momentum"] == 0.0
+    assert told == [(0.0,)]
+
+
 def test_a_scheduler_that_writes_in_between_loses_and_is_named_once(steer, read, caplog):
     optimizer = sgd()
     governor = steer(optimizer, policy="constant")

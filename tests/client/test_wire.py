@@ -266,6 +266,34 @@ def test_settings_come_back_alike_over_both_wires(rows):
     assert in_words(over_http.changes) == in_words(rows)
 
 
+@given(
+    guard=plain,
+    seed=ints,
+    reference=st.lists(finite, min_size=2, max_size=2).map(tuple),
+    now=st.builds(core.Settings, st.tuples(finite, finite), st.none() | st.tuples(st.none(), finite), st.none()),
+)
+def test_an_attached_comes_back_alike_over_both_wires(guard, seed, reference, now):
+    message = messages.Attached("r", 1, 2, 3, 4, 5, "d", "p@1", 3, now, "p", "c", "why", reference, seed, guard)
+    over_proto = over_grpc._attached(pb.Attached.FromString(grpc_api.write_attached(message).SerializeToString()))
+    over_http = wire.attached_of(json.loads(steer._attached(message).model_dump_json()))
+    assert over_http == over_proto
+    assert (over_http.seed, over_http.guard, over_http.reference) == (seed, guard, reference)
+
+
+def test_an_attached_of_an_older_service_is_one_too():
+    message = messages.Attached(
+        "r", 1, 2, 3, 4, 5, "d", "p@1", 3, core.Settings((0.1,)), "", "", "", (0.1,), 7, {"a": 1}
+    )
+    body = steer._attached(message).model_dump()
+    older = wire.attached_of({name: value for name, value in body.items() if name not in ("seed", "guard")})
+    assert (older.seed, older.guard) == (0, {})
+    assert older._replace(seed=7, guard={"a": 1}) == wire.attached_of(body)
+
+
+def test_a_guard_that_is_no_json_does_not_lose_the_answer():
+    assert over_grpc._attached(pb.Attached(run="r", guard_json="{no")).guard == "{no"
+
+
 @pytest.mark.parametrize("broken", [{}, {"attempt": 1}, []])
 def test_an_answer_that_is_none_is_noticed(broken):
     for read in (wire.attached_of, wire.advice_of):

@@ -266,6 +266,30 @@ def test_the_means_are_those_of_the_exact_window_to_the_last_bit(kind, size):
     assert [(fields["old_avg"], fields["recent_avg"]) for fields in judged] == list(halves(losses, size))
 
 
+def sums_made(losses, **parameters):
+    """How many good losses ago the sums were made, after each loss."""
+    config = CYCLE.config(**parameters)
+    state, _ = CYCLE.init(config, ONE_GROUP, 0)
+    ages = []
+    for step, loss in enumerate(losses):
+        state, _ = CYCLE.step(config, state, Observation(step, loss))
+        ages.append(len(state.since))
+    return ages
+
+
+def test_the_sums_are_made_anew_once_per_window_length_and_where_one_falls_below_a_millionth():
+    chance = random.Random(0)
+    ordinary = sums_made([2 + chance.gauss(0, 1) for _ in range(70)], window_size=20)
+    assert ordinary == [*range(1, 20), 0] + [*range(1, 20), 0] * 2 + [*range(1, 11)]
+    big = 2.0**19  # a half of two such losses has the sum 2^20, and a later sum of 1 is 2^-20 of it
+    for sign in (1.0, -1.0):
+        for newest, age in (([0.5, 0.5, 0.5], 1), ([0.5, 0.5, 0.25], 0)):
+            assert sums_made([sign * x for x in [big, big, *newest]], window_size=4)[-1] == age
+        for newest, age in (([0.5, 0.5, 1.0, 1.0], 2), ([0.5, 0.25, 1.0, 1.0], 0)):
+            assert sums_made([sign * x for x in [big, big, *newest]], window_size=4)[-1] == age
+    assert sums_made([0.0] * 7, window_size=4) == [1, 2, 3, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e-9, 0.0, 7.3e12, 1e99])
 @pytest.mark.parametrize("size", [4, 20, 150])
 def test_a_constant_window_has_an_improvement_of_exactly_zero_whatever_came_before(value, size):
@@ -522,6 +546,7 @@ def test_an_observation_without_a_loss_changes_nothing_at_all():
 
 
 def test_the_defaults_are_those_of_the_specification():
+    assert CYCLE.tag == "cycle@1"
     assert asdict(CYCLE.config()) == {
         "compat": "default", "base_lr": None, "max_lr": None, "max_lr_factor": 10.0, "window_size": 150,
         "patience": 600, "improvement_threshold": 0.01, "plateau_threshold": 0.005, "smoothing": 0.99,

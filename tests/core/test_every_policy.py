@@ -14,6 +14,7 @@ from statistics import median
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from tests.core.specs import SPECS
 
 from flyball_server.core import run as fold
 from flyball_server.core.events import Attached, Observed, Spec
@@ -21,47 +22,8 @@ from flyball_server.core.policies import ALL, POLICIES
 from flyball_server.core.state import dump_state, load_state
 from flyball_server.core.types import Decision, Group, Observation
 from flyball_server.policy_files import resolve
-from flyball_server.presets import PRESETS
 from flyball_server.service import rules_of
 
-#: What each policy is run with besides its defaults; those that hold other policies have no defaults.
-RULES = {"type": "rules", "ema_loss_beta": 0.5}
-AEES = {"type": "aees", "episode_length": 7, "lr_candidates": [0.5, 1, 2], "noise_candidates": [0, 0.01]}
-INNER = {"type": "windowed", "window_size": 5, "cooldown_steps": 0}
-SPECS = {
-    **{name: {"type": name} for name, policy in POLICIES.items() if not policy.parts},
-    **{f"preset {name}": {"type": name} for name in PRESETS},
-    "cycle, short": {"type": "cycle", "window_size": 10, "patience": 15, "smoothing": 0.5},
-    "cycle, original": {"type": "cycle", "compat": "original", "window_size": 9, "escape_ceiling": "multiplied"},
-    "adaptive, all on": {"type": "adaptive", "use_reward": True, "use_cosine": True, "T0": 30, "patience": 5},
-    "adaptive, original": {"type": "adaptive", "compat": "original", "use_reward": True, "use_cosine": True},
-    "adaptive, beta1": {"type": "adaptive", "use_reward": True, "momentum_target": "beta1"},
-    "rules, trend": {**RULES, "lr_rule": "trend", "momentum_rule": "relative", "reward_rule": "trend"},
-    "rules, variance": {**RULES, "lr_rule": "variance", "momentum_rule": "normalized", "reward_rule": "variance"},
-    "rules, grad_norm": {**RULES, "lr_rule": "grad_norm", "momentum_rule": "exp", "reward_rule": "scaling"},
-    "rules, cyclical": {**RULES, "lr_rule": "cyclical", "momentum_rule": "inverse", "momentum_target": "beta1"},
-    "rules, loss_decay": {**RULES, "lr_rule": "loss_decay", "reward_rule": "kelly"},
-    "windowed, original": {"type": "windowed", "compat": "original"},
-    "windowed, short": INNER,
-    "greedy, short": {"type": "greedy", "patience": 2, "cooldown": 3, "warmup": 2, "smooth": True, "reset_start": 4},
-    "aees, contexts": {**AEES, "context_mode": "trend", "structured_control_mode": "conditional"},
-    "aees, phases": {**AEES, "context_mode": "trend_phase", "total_training_steps": 900, "bonus_scale": "reward_std"},
-    "aees, random": {**AEES, "control_mode": "random"},
-    "gradient_aware": {"type": "gradient_aware", "policy": INNER, "min_samples": 3, "vanish_patience": 2},
-    "per_group": {
-        "type": "per_group",
-        "policy": {"type": "adaptive"},
-        "groups": {"head": {"policy": INNER, "scale": 0.5}, "fro*": {"scale": 2.0}},
-    },
-    "sequence": {
-        "type": "sequence",
-        "stages": [
-            {"policy": {"type": "warmup", "steps": 20}, "until": 20},
-            {"policy": {"type": "gradient_aware", "policy": "steady"}, "until": 90},
-            {"policy": {"type": "per_group", "policy": "cycle", "groups": {"head": {"policy": AEES}}}},
-        ],
-    },
-}
 GROUPS = (Group("body", 1e-3, 0.9), Group("head", 1e-2), Group("frozen", 0.0, None, (0.9, 0.999)))
 #: A policy's LR must stay within this factor of where it started, or be explained by its bounds.
 LARGEST_GROWTH = 1e4

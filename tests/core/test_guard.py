@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball_server.core.errors import Invalid
-from flyball_server.core.guard import GroupLimits, Limits, begin, is_quiet, settle
+from flyball_server.core.guard import GroupLimits, Limits, begin, is_quiet, settle, settle_free
 from flyball_server.core.types import Decision, Group
 from flyball_server.guards import limits_of
 
@@ -236,3 +236,21 @@ def test_a_wrong_limit_is_refused_with_field_value_and_remedy(guard, words):
     for word in words:
         assert word in str(caught.value)
     assert "__" not in str(caught.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    decided=st.lists(st.tuples(st.floats(), st.floats()), min_size=1, max_size=6),
+    momenta=st.lists(st.none() | st.floats(), min_size=6, max_size=6),
+    lrs=st.tuples(st.sampled_from([0.0, 0.1]), st.floats(1e-6, 10)),
+)
+def test_the_short_way_through_a_free_guard_is_the_long_one_to_the_bit(decided, momenta, lrs):
+    groups = (Group("a", lrs[0], 0.9), Group("b", lrs[1]))
+    free = long = begin(groups, on_base=False)
+    for step, lr in enumerate(decided, -1):
+        momentum = None if momenta[step] is None else (momenta[step], None)
+        noise = (0.5, 0.5) if step % 3 == 2 else None
+        decision = Decision(lr, momentum, noise, "p", "c")
+        free, one = settle_free(free, groups, step, decision)
+        long, other = settle(Limits(), long, groups, None, step, decision)
+        assert repr((free, one)) == repr((long, other))

@@ -141,6 +141,27 @@ def settle(
     return GuardState(factors, changed, window, window_factors, note), Settings(lr, momentum, noise)
 
 
+def is_free(limits: Limits) -> bool:
+    """Whether nothing is asked of the guard but what it always asks: finite, not negative, momentum in [0, 1)."""
+    return limits == _NOTHING
+
+
+def settle_free(
+    state: GuardState, groups: tuple[Group, ...], step: int, decision: Decision
+) -> tuple[GuardState, Settings]:
+    """What `settle` gives where the guard is free and there is no base schedule, for much less: some policies move at
+    every observation."""
+    lr = decision.lr
+    for one, group in zip(lr, groups, strict=True):
+        if not 0 < one < inf or group.lr == 0:
+            return settle(_NOTHING, state, groups, None, step, decision)
+    if decision.noise_std is not None or step < 0:
+        return settle(_NOTHING, state, groups, None, step, decision)
+    momentum, note = _momentum(groups, decision.momentum)
+    changed = state.changed if lr == state.factors else step
+    return GuardState(lr, changed, state.window, state.window_factors, note), Settings(lr, momentum, None)
+
+
 def held(
     limits: Limits, state: GuardState, groups: tuple[Group, ...], base: tuple[float, ...] | None, step: int
 ) -> tuple[float, ...]:
@@ -243,3 +264,7 @@ def _ordered(low_name: str, low: float | None, high_name: str, high: float | Non
             raise ValueError(f"{name} is {value!r}: give a finite number, 0 or more")
     if low is not None and high is not None and low > high:
         raise ValueError(f"{low_name} is {low!r}, greater than {high_name} = {high!r}: swap or correct them")
+
+
+#: No limits.
+_NOTHING = Limits()

@@ -65,7 +65,7 @@ def _anew(values: tuple[float, ...]) -> Moments:
     return Moments(values, shift, excess, m2, m2, 0)
 
 
-def spread(moments: Moments) -> tuple[float, float]:
+def mean_and_variance(moments: Moments) -> tuple[float, float]:
     """Mean and sample variance (n - 1); 0 where there are no values, or fewer than two."""
     values, shift, excess, m2, _, _ = moments
     n = len(values)
@@ -74,4 +74,4 @@ def spread(moments: Moments) -> tuple[float, float]:
 
 def variance(moments: Moments) -> float:
     """The sample variance (n - 1); 0 for fewer than two values."""
-    return spread(moments)[1]
+    return mean_and_variance(moments)[1]

@@ -11,17 +11,11 @@ from flyball_server.core.types import Group
 def driven(groups: tuple[Group, ...], target: str, *, off: bool = False) -> tuple[float | None, ...]:
     """Per group the value that a policy drives, as attached; None where it must leave the group alone.
 
-    target: "momentum" drives a momentum above 0; "beta1" drives betas[0] of the Adam family as well. off: drive a
-    momentum that is switched off, too (some published schedulers do).
+    target: "momentum" drives a momentum above 0; "beta1" drives betas[0] above 0 of the Adam family as well. off:
+    drive one that is switched off, too (some published schedulers do).
     """
-    return tuple(
-        group.momentum
-        if group.momentum or (off and group.momentum is not None)
-        else group.betas[0]
-        if target == "beta1" and group.betas is not None
-        else None
-        for group in groups
-    )
+    values = own(groups) if target == "beta1" else tuple(group.momentum for group in groups)
+    return tuple(value if value or off else None for value in values)
 
 
 def own(groups: tuple[Group, ...]) -> tuple[float | None, ...]:

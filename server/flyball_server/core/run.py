@@ -244,6 +244,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
     quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
+    free = rules.base is None and guard.is_free(rules.limits)
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
     receipts, applied = in_force(run.in_force, steps)
@@ -260,7 +261,10 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         ):
             continue
         step, note = seen.step, guard_state.note
-        guard_state, now = settle(rules, guard_state, step, decision)
+        if free:
+            guard_state, now = guard.settle_free(guard_state, rules.groups, step, decision)
+        else:
+            guard_state, now = settle(rules, guard_state, step, decision)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             marks.append(

@@ -21,7 +21,7 @@ from math import cos, pi
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from flyball_server.core.base import about, check
-from flyball_server.core.moments import EMPTY, Moments, push, spread
+from flyball_server.core.moments import EMPTY, Moments, mean_and_variance, push
 from flyball_server.core.momentum import driven, own
 from flyball_server.core.numbers import EPS, LARGEST_SIGNAL, bad, emit
 from flyball_server.core.types import Decision, Group, Observation, Policy
@@ -146,9 +146,7 @@ def init(config: Config, groups: tuple[Group, ...], seed: int) -> tuple[State, D
     if not (original or config.use_reward):
         steers = (None,) * len(groups)
     limits = tuple([None if m is None else _momentum_bounds(config, m) for m in steers])
-    momentum = None
-    if any(limits):
-        momentum = tuple([mine if m is None else m for m, mine in zip(steers, own(groups), strict=True)])
+    momentum = own(groups) if any(limits) else None
     reference = next((i for i, group in enumerate(groups) if group.lr > 0), 0)
     plan = Plan(bounds, limits, reference)
     lr, _ = _scaled(tuple([emit(group.lr) if group.lr > 0 else 0.0 for group in groups]), 1.0, 1.0, plan)
@@ -196,7 +194,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
         elif original or rel < -config.min_rel_improve:
             mark, factor = "down", config.down_factor
         code = mark if loss is not None else "no_loss+" + mark
-    middle, variance = spread(window)
+    middle, variance = mean_and_variance(window)
     cv2 = variance / (middle * middle + EPS)
     if acts:
         damp = 1.0 / (config.var_damp_base + config.var_damp_scale * (variance if original else cv2))

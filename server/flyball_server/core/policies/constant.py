@@ -50,4 +50,4 @@ def explain(config: Config, decision: Decision) -> str:
     return _SENTENCES[decision.code]
 
 
-POLICY = Policy("constant", 1, Config, State, init, step, explain)
+POLICY = Policy("constant", 1, Config, State, init, step, explain, codes=_SENTENCES)

@@ -159,4 +159,4 @@ def reads(config: Config) -> frozenset[str]:
     return frozenset((config.metric,))
 
 
-POLICY = Policy("plateau", 1, Config, State, init, step, explain, reads)
+POLICY = Policy("plateau", 1, Config, State, init, step, explain, reads, _SENTENCES)

@@ -338,7 +338,8 @@ def _momentum_rule(
         value = 1.0 / (1.0 + max(loss, 0.0))
         value = 1.0 - value if config.inverse_direction == "rising" else value
     value = low if value < low else high if value > high else value
-    new = tuple([value if drives else old for old, drives in zip(momentum, moved)])  # noqa: B905 - the hot path
+    one = len(moved) == 1
+    new = (value,) if one else tuple([value if m else old for old, m in zip(momentum, moved)])  # noqa: B905 - hot
     return f"momentum_{rule}", momentum if new == momentum else new
 
 

@@ -396,4 +396,4 @@ def explain(config: Config, decision: Decision) -> str:
     return text
 
 
-POLICY = Policy("windowed", 1, Config, State, init, step, explain)
+POLICY = Policy("windowed", 1, Config, State, init, step, explain, codes=_SENTENCES)
