@@ -38,7 +38,7 @@ SAMPLES = 40
 RUNS = 60
 SETTINGS = ("lr", "momentum", "noise_std")
 ABOUT = (
-    "Decisions on the traces of examples/traces.py, recorded by tests/core/test_golden.py: never edit, never replace."
+    "Decisions on the traces of examples/traces.py, recorded by tests/core/test_golden.py: never edit."
 )
 
 
@@ -240,16 +240,16 @@ def test_every_recorded_folder_belongs_to_a_policy():
 
 
 def test_a_moved_value_is_found_and_rounding_is_not():
-    [record] = [recorded(pinned(SPECS["windowed, short"]), "spike")]
+    record = recorded(pinned(SPECS["windowed, short"]), "spike")
     again = json.loads(json.dumps(record))
     assert moved(again, record) == []
     again["lr"][0] = [value * (1 + 1e-10) for value in again["lr"][0]]
     assert moved(again, record) == []
     again["lr"][0][20] *= 1 + 1e-6
     again["codes"] = [["hold", 1000]]
-    at = sampled(1000)[20]
-    assert [text.split(":")[0] for text in moved(again, record)][0] == f"lr of body at 1 steps, first {at}"
-    assert moved(again, record)[1].startswith("codes [['hold', 1000]] -> ")
+    first, second = moved(again, record)
+    assert first.startswith(f"lr of body at 1 steps, first {sampled(1000)[20]}: ")
+    assert second.startswith("codes [['hold', 1000]] -> ")
 
 
 @pytest.mark.parametrize("name", ["aees, contexts", "windowed, on a schedule", "adaptive, beta1"])

@@ -808,7 +808,7 @@ def test_lr_and_momentum_never_leave_their_bounds_and_a_saved_state_goes_on_alik
         config = RULES.config(**mixture, **extreme)
         state, decision = RULES.init(config, GROUPS, 0)
         low, high = config.min_lr or 1e-3 / 50, config.max_lr or 10 * 1e-3
-        for seen in everything(chance, 60):
+        for seen in everything(chance, 25):
             text = json.dumps(dump_state(state), allow_nan=False)
             _, other = RULES.step(config, load_state(RULES, json.loads(text)), seen)
             before = decision

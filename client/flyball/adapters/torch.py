@@ -317,7 +317,7 @@ class _Noise:
             for a, (group, wanted) in enumerate(zip(self._optimizer.param_groups, std, strict=False)):
                 for b, parameter in enumerate(group["params"] if wanted > 0 else ()):
                     grad = parameter.grad
-                    if grad is not None and self._one(grad, wanted, (seed + 1009 * b + a) % 2**63):
+                    if grad is not None and self._one(grad, wanted, (seed + 1009 * a + b) % 2**63):
                         added[a] = wanted
         return tuple(added) if any(added) else None
 

@@ -1,0 +1,304 @@
+"""Writes docs/policies.md from the code of the policies, and with `--plots` one picture per policy.
+
+Rule of this module: a fact about a policy is taken from its code or from what it did on the traces of
+examples/traces.py; only what holds for all policies is written here. The same code gives the same page, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from flyball_server.core.base import SCHEDULES
+from flyball_server.core.policies import POLICIES
+from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation, Policy
+from flyball_server.policy_files import resolve, summary
+from flyball_server.presets import GUARDS, PRESETS, Preset
+
+DOCS = Path(__file__).resolve().parent
+sys.path.append(str(DOCS.parent))
+
+from examples.traces import KINDS, trace  # noqa: E402 - found through the line above
+
+PAGE, TEMPLATE, PLOTS = DOCS / "policies.md", DOCS / "policies.template.md", DOCS / "plots"
+GROUPS = (Group("body", 1e-3, 0.9), Group("head", 1e-2, None, (0.9, 0.999)))
+SEED = 0
+#: Most codes that one arrow of a diagram shows.
+ARROW = 3
+#: The columns of a plot.
+COLUMNS = ("healthy", "plateau", "spike", "noise", "divergence")
+
+#: What every policy is shown with: the first specification gives the plot and sees the long trace, too. In this order.
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "constant": [{}],
+    "plateau": [{}, {"patience": 3, "cooldown": 5}, {"metric": "reward", "mode": "max"}],
+    "greedy": [{}, {"patience": 3, "cooldown": 5, "warmup": 5, "reset_start": 20}, {"metric": "reward", "mode": "max"}],
+    "cycle": [{}, {"window_size": 20, "patience": 60}],
+    "adaptive": [{}, {"use_reward": True, "use_cosine": True}],
+    "rules": [
+        {"lr_rule": "trend", "ema_loss_beta": 0.9, "momentum_rule": "relative"},
+        {"lr_rule": "variance", "momentum_rule": "normalized", "reward_rule": "trend"},
+        {"lr_rule": "grad_norm", "momentum_rule": "exp", "reward_rule": "scaling"},
+        {"lr_rule": "cyclical", "momentum_rule": "inverse", "reward_rule": "kelly"},
+        {"lr_rule": "loss_decay", "reward_rule": "variance"},
+        {},
+    ],
+    "windowed": [{}, {"window_size": 10, "warmup_steps": 100, "patience": 5, "emergency": {}}],
+    "aees": [
+        {"lr_candidates": [0.5, 1.0, 2.0], "episode_length": 50, "bonus_scale": "reward_std"},
+        {"noise_candidates": [0.0, 0.01], "episode_length": 20, "context_mode": "trend"},
+    ],
+    "warmup": [{"steps": 200}],
+    "gradient_aware": [{"policy": {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96}}],
+    "per_group": [{"policy": {"type": "adaptive"}, "groups": {"head": {"policy": {"type": "windowed"}, "scale": 0.5}}}],
+    "sequence": [
+        {"stages": [{"policy": {"type": "warmup", "steps": 200}, "until": 200}, {"policy": {"type": "windowed"}}]}
+    ],
+}
+
+
+# What the policies do on the traces
+
+
+@cache
+def observations(kind: str) -> list[Observation]:
+    """The trace as a policy sees it."""
+    rows = trace(kind)
+    return [Observation(step, **{name: row.get(name) for name in KNOWN_SIGNALS}) for step, row in rows]  # type: ignore[arg-type]
+
+
+def examples(name: str) -> list[dict[str, Any]]:
+    """The specifications a policy is shown with; its defaults where nobody has thought of any."""
+    return [{"type": name, **spec} for spec in EXAMPLES.get(name, [{}])]
+
+
+def decisions(spec: Mapping[str, Any], kind: str) -> Iterator[Decision]:
+    """The first decision of the policy, then one per observation."""
+    policy, config, _ = resolve(spec)
+    state, decision = policy.init(config, GROUPS, SEED)
+    yield decision
+    for seen in observations(kind):
+        state, decision = policy.step(config, state, seen)
+        yield decision
+
+
+class Seen(NamedTuple):
+    """What was observed: codes by (phase before, phase after), and the names of the audit fields."""
+
+    arrows: dict[tuple[str, str], Counter[str]]
+    audit: set[str]
+
+
+def observed(name: str) -> Seen:
+    """Everything the policy did on all kinds of traces, with all its examples."""
+    seen = Seen({}, set())
+    for number, spec in enumerate(examples(name)):
+        for kind in KINDS:
+            if kind == "long" and number:
+                continue
+            before = "[*]"
+            for decision in decisions(spec, kind):
+                seen.arrows.setdefault((before, decision.phase), Counter())[decision.code] += 1
+                seen.audit.update(_names(decision.fields or {}))
+                before = decision.phase
+    return seen
+
+
+def _names(found: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in found.items():
+        yield from [f"{key}.{inner}" for inner in value] if isinstance(value, Mapping) else [key]
+
+
+# Markdown
+
+
+def code(text: object) -> str:
+    """`text` as code; a value as JSON with 6 significant digits."""
+    return f"`{text if isinstance(text, str) else json.dumps(_rounded(text))}`"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def prose(text: str) -> str:
+    """A docstring's text as Markdown: names of the code as code, a blank line before a list."""
+    lines = "\n".join(line.removeprefix("    ") for line in text.strip().splitlines())
+    lines = re.sub(r"(?<!\n)\n(?=- )", "\n\n", lines, count=1)
+    parts = lines.split("`")
+    name = re.compile(r"\w+=\"\w+\"|\b[A-Za-z]\w*_\w*\*?")
+    return "`".join(part if i % 2 else name.sub(r"`\g<0>`", part) for i, part in enumerate(parts))
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A Markdown table."""
+    cells = [heads, ("---",) * len(heads), *rows]
+    return [*("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells), ""]
+
+
+def rule(policy: Policy) -> str:
+    """The head of the policy's module."""
+    text = (sys.modules[policy.config.__module__].__doc__ or "").strip()
+    text = prose(text.removeprefix(f"Policy `{policy.name}`: "))
+    text = re.sub(r"^Rule: (.)", lambda found: f"**Rule.** {found[1].upper()}", text, flags=re.MULTILINE)
+    return text[0].upper() + text[1:]
+
+
+def parameters(config: type[Any], within: str = "") -> list[tuple[str, ...]]:
+    """One row per parameter, those of nested mappings under their path."""
+    whole = None if any(_required(entry) for entry in fields(config)) else config()
+    hints, rows = get_type_hints(config), []
+    for entry in fields(config):
+        name, hint = within + entry.name, hints[entry.name]
+        value = getattr(whole, entry.name) if whole is not None else entry.default
+        default = "required" if _required(entry) else code(value if value is not MISSING else {})
+        rows.append((code(name), default, _allowed(hint, entry.metadata), prose(entry.metadata["description"])))
+        for path, kind in _nested(hint, name):
+            rows += parameters(kind, path + ".")
+    return rows
+
+
+def _required(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _nested(hint: Any, path: str) -> Iterator[tuple[str, type[Any]]]:
+    """Every dataclass in an annotation, with the path to it."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        yield path, hint
+    for inner in get_args(hint):
+        yield from _nested(inner, path + ".*" if get_origin(hint) in (tuple, Mapping) else path)
+
+
+_TYPES = {int: "integer", float: "number", bool: "`true`, `false`", str: "text", NoneType: "`null`", Any: "policy"}
+_LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "each_ge": "≥"}
+
+
+def _allowed(hint: Any, limits: Mapping[str, Any]) -> str:
+    """Which values an annotation and a field's limits allow."""
+    bounds = [f"{sign} {limits[key]:g}" for key, sign in _LIMITS.items() if key in limits]
+    return ", ".join([_kind(hint), *bounds])
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(code(one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"list of {_kind(get_args(hint)[0])}s"
+    if get_origin(hint) is Mapping or is_dataclass(hint):
+        return "mapping"
+    return ", ".join(map(_kind, get_args(hint))) if get_args(hint) else _TYPES[hint]
+
+
+def sentences(policy: Policy) -> list[str]:
+    """The decision codes with what they say."""
+    title = "What it adds to the codes of the policies inside" if policy.parts else "Decision codes"
+    if not policy.codes:
+        return [f"**{title}:** no code of its own.", ""]
+    plain = [(code(name), re.sub(r"{(\w+)[^}]*}", r"{\1}", text)) for name, text in policy.codes.items()]
+    return [f"**{title}**", "", *table(("Code", "Sentence"), plain)]
+
+
+def diagram(seen: Seen) -> list[str]:
+    """The phases with what leads from one to the other."""
+    phases = sorted({phase for arrow in seen.arrows for phase in arrow} - {"[*]"})
+    names = {"[*]": "[*]"} | {phase: f"p{i}" for i, phase in enumerate(phases)}
+    lines = ["```mermaid", "stateDiagram-v2"]
+    lines += [f'    state "{_said(phase)}" as {names[phase]}' for phase in phases]
+    for (before, after), codes in sorted(seen.arrows.items()):
+        most = sorted(sorted(codes), key=lambda one: -codes[one])[:ARROW]
+        text = ", ".join(map(_said, most)) + (" ..." if len(codes) > ARROW else "")
+        lines.append(f"    {names[before]} --> {names[after]}: {text}")
+    return [*lines, "```", ""]
+
+
+def _said(text: str) -> str:
+    """A phase or code in words that Mermaid does not take for its own."""
+    return "none" if text == "-" else text.replace(": ", " ").replace(" | ", " / ")
+
+
+def section(policy: Policy) -> list[str]:
+    """All about one policy."""
+    seen = observed(policy.name)
+    shown = [code(spec) for spec in examples(policy.name)]
+    lines = [f"## {policy.name}", "", rule(policy), ""]
+    lines += [f"![{policy.name} on five traces](plots/{policy.name}.png)", "", f"The plot shows {shown[0]}.", ""]
+    lines += ["**Parameters.** " + prose(policy.config.__doc__ or ""), ""]
+    rows = parameters(policy.config)
+    lines += table(("Parameter", "Default", "Allowed", "Meaning"), rows) if rows else []
+    lines += sentences(policy)
+    lines += ["**Phases**, and the codes that lead from one to the next, as seen with " + ", ".join(shown) + ":", ""]
+    lines += diagram(seen)
+    audit = ", ".join(map(code, sorted(seen.audit))) or "none"
+    return [*lines, f"**Audit fields** seen with it: {audit}.", ""]
+
+
+def presets(known: Mapping[str, Preset]) -> list[str]:
+    """A table of presets."""
+    return table(("Name", "What for", "Stands for"), [(code(k), one.about, code(one.spec)) for k, one in known.items()])
+
+
+def unusable() -> list[str]:
+    """What each policy says after many unusable losses in a row."""
+    rows = []
+    for policy in POLICIES.values():
+        codes = [name for name in policy.codes if "nonfinite" in name and name != "nonfinite_hold"]
+        rows += [(code(policy.name), code(name), sentences_of(policy, name)) for name in codes]
+    return table(("Policy", "Code", "Sentence"), rows)
+
+
+def page() -> str:
+    """The whole page: the template with everything from code filled in."""
+    ordered = [*EXAMPLES, *sorted(POLICIES.keys() - EXAMPLES.keys())]
+    parts = {
+        "presets": presets(PRESETS),
+        "guards": presets(GUARDS),
+        "schedules": table(("Name", "What"), [(code(name), summary(name, base=True)) for name in SCHEDULES]),
+        "unusable": unusable(),
+        "policies": table(("Name", "What"), [(f"[{name}](#{name})", summary(name)) for name in ordered]),
+        "sections": [line for name in ordered for line in section(POLICIES[name])],
+        **{name: ["```json", json.dumps(examples(name)[0]), "```", ""] for name in EXAMPLES},
+    }
+    text = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"{{(\w+)}}\n", lambda found: "\n".join(parts[found[1]]), text).rstrip() + "\n"
+
+
+# Pictures
+
+
+def plot(name: str) -> Path:
+    """Write the picture of one policy: losses above, learning rates below, with the decisions that moved something."""
+    from matplotlib.figure import Figure  # here, since the page needs no more than the service
+
+    spec = examples(name)[0]
+    figure = Figure(figsize=(14, 4), dpi=64, layout="constrained")
+    axes = figure.subplots(2, len(COLUMNS), sharex=True, squeeze=False)
+    for column, kind in enumerate(COLUMNS):
+        said = list(decisions(spec, kind))
+        losses = [seen.loss for seen in observations(kind)]
+        moved = [i for i, (one, two) in enumerate(pairwise(said), 1) if marks(one, two)]
+        upper, lower = axes[0][column], axes[1][column]
+        _line(upper, "loss", [nan if loss is None or isinf(loss) else loss for loss in losses], "tab:gray")
+        upper.set_title(kind)
+        for g, color in enumerate(("tab:blue", "tab:orange") if resolve(spec).policy.name == "per_group" else ("tab:blue",)):
+            rates = [decision.lr[g] for decision in said]
+            _line(lower, "learning rate", rates, color)
+            lower.plot(moved, [rates[i] for i in moved], "o", color=color, markersize=2.5, alpha=0.6)
+    PLOTS.mkdir(exist_ok=True)
+    path = PLOTS / f"{name}.png"
+    figure.savefig(path, metadata={"Software": None})
+    return path
