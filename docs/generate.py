@@ -11,10 +11,12 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
-from itertools import groupby
+from io import BytesIO
+from itertools import pairwise
+from math import inf, nan
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -140,11 +142,11 @@ def prose(text: str) -> str:
     lines = "\n".join(line.removeprefix("    ") for line in text.strip().splitlines())
     lines = re.sub(r"(?<!\n)\n(?=- )", "\n\n", lines, count=1)
     parts = lines.split("`")
-    name = re.compile(r"\w+=\"\w+\"|\b[A-Za-z]\w*_\w*\*?")
+    name = re.compile(r"\w+=\"\w+\"|\b[A-Za-z][\w.]*_\w*(?:\.\w+|\*)?")
     return "`".join(part if i % 2 else name.sub(r"`\g<0>`", part) for i, part in enumerate(parts))
 
 
-def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """A Markdown table."""
     cells = [heads, ("---",) * len(heads), *rows]
     return [*("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells), ""]
@@ -161,7 +163,8 @@ def rule(policy: Policy) -> str:
 def parameters(config: type[Any], within: str = "") -> list[tuple[str, ...]]:
     """One row per parameter, those of nested mappings under their path."""
     whole = None if any(_required(entry) for entry in fields(config)) else config()
-    hints, rows = get_type_hints(config), []
+    rows: list[tuple[str, ...]] = []
+    hints = get_type_hints(config)
     for entry in fields(config):
         name, hint = within + entry.name, hints[entry.name]
         value = getattr(whole, entry.name) if whole is not None else entry.default
@@ -190,7 +193,7 @@ _LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "each_ge": "≥"}
 
 def _allowed(hint: Any, limits: Mapping[str, Any]) -> str:
     """Which values an annotation and a field's limits allow."""
-    bounds = [f"{sign} {limits[key]:g}" for key, sign in _LIMITS.items() if key in limits]
+    bounds = [f"{sign} {limits[key]:g}".replace("e+", "e") for key, sign in _LIMITS.items() if key in limits]
     return ", ".join([_kind(hint), *bounds])
 
 
@@ -209,8 +212,13 @@ def sentences(policy: Policy) -> list[str]:
     title = "What it adds to the codes of the policies inside" if policy.parts else "Decision codes"
     if not policy.codes:
         return [f"**{title}:** no code of its own.", ""]
-    plain = [(code(name), re.sub(r"{(\w+)[^}]*}", r"{\1}", text)) for name, text in policy.codes.items()]
-    return [f"**{title}**", "", *table(("Code", "Sentence"), plain)]
+    rows = [(code(name), template(policy, name)) for name in policy.codes]
+    return [f"**{title}**", "", *table(("Code", "Sentence"), rows)]
+
+
+def template(policy: Policy, name: str) -> str:
+    """The sentence of a code, with names for its numbers."""
+    return re.sub(r"{(\w+)[^}]*}", r"{\1}", policy.codes[name])
 
 
 def diagram(seen: Seen) -> list[str]:
@@ -257,7 +265,7 @@ def unusable() -> list[str]:
     rows = []
     for policy in POLICIES.values():
         codes = [name for name in policy.codes if "nonfinite" in name and name != "nonfinite_hold"]
-        rows += [(code(policy.name), code(name), sentences_of(policy, name)) for name in codes]
+        rows += [(code(policy.name), code(name), template(policy, name)) for name in codes]
     return table(("Policy", "Code", "Sentence"), rows)
 
 
@@ -274,31 +282,68 @@ def page() -> str:
         **{name: ["```json", json.dumps(examples(name)[0]), "```", ""] for name in EXAMPLES},
     }
     text = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"{{(\w+)}}\n", lambda found: "\n".join(parts[found[1]]), text).rstrip() + "\n"
+    return re.sub(r"{{(\w+)}}", lambda found: "\n".join(parts[found[1]]), text).rstrip() + "\n"
 
 
 # Pictures
 
 
-def plot(name: str) -> Path:
-    """Write the picture of one policy: losses above, learning rates below, with the decisions that moved something."""
+def plot(name: str) -> bytes:
+    """The picture of one policy as PNG: losses above, learning rates below, dots where a decision moved something."""
     from matplotlib.figure import Figure  # here, since the page needs no more than the service
 
-    spec = examples(name)[0]
     figure = Figure(figsize=(14, 4), dpi=64, layout="constrained")
     axes = figure.subplots(2, len(COLUMNS), sharex=True, squeeze=False)
-    for column, kind in enumerate(COLUMNS):
-        said = list(decisions(spec, kind))
-        losses = [seen.loss for seen in observations(kind)]
-        moved = [i for i, (one, two) in enumerate(pairwise(said), 1) if marks(one, two)]
-        upper, lower = axes[0][column], axes[1][column]
-        _line(upper, "loss", [nan if loss is None or isinf(loss) else loss for loss in losses], "tab:gray")
+    colors = ("tab:blue", "tab:orange") if name == "per_group" else ("tab:blue",)
+    for (upper, lower), kind in zip(axes.T, COLUMNS, strict=True):
+        said = list(decisions(examples(name)[0], kind))
         upper.set_title(kind)
-        for g, color in enumerate(("tab:blue", "tab:orange") if resolve(spec).policy.name == "per_group" else ("tab:blue",)):
-            rates = [decision.lr[g] for decision in said]
-            _line(lower, "learning rate", rates, color)
-            lower.plot(moved, [rates[i] for i in moved], "o", color=color, markersize=2.5, alpha=0.6)
-    PLOTS.mkdir(exist_ok=True)
-    path = PLOTS / f"{name}.png"
-    figure.savefig(path, metadata={"Software": None})
-    return path
+        _draw(upper, [nan if seen.loss in (None, inf) else seen.loss for seen in observations(kind)], [], "tab:gray")
+        for group, color in enumerate(colors):
+            pairs = enumerate(pairwise(said), 1)
+            dots = [i for i, (one, other) in pairs if _told(one, other) and one.lr[group] != other.lr[group]]
+            _draw(lower, [decision.lr[group] for decision in said], dots, color, GROUPS[group].name)
+    if len(colors) > 1:
+        axes[1, 0].legend()
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("learning rate")
+    picture = BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    return picture.getvalue()
+
+
+def _told(before: Decision, now: Decision) -> bool:
+    """Does a journal keep the decision with its numbers? As in `core.run`."""
+    return now.milestone or (before[:3] != now[:3] and before.code != now.code)
+
+
+def _draw(axis: Any, values: list[Any], dots: list[int], color: str, label: str = "") -> None:
+    axis.plot(values, color=color, linewidth=1, label=label)
+    axis.plot(dots, [values[i] for i in dots], "o", color=color, markersize=2.5, alpha=0.6)
+    usable = [value for value in values if value == value]
+    if min(usable) > 0 and max(usable) > 10 * min(usable):
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+
+
+def main() -> int:
+    """Write the page (and the plots), or compare the page with what is there; 1: it is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is out of date")
+    parser.add_argument("--plots", action="store_true", help="write docs/plots/NAME.png, too")
+    given, text = parser.parse_args(), page()
+    if given.check:
+        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"docs/{PAGE.name}: out of date\nRun `make docs` and commit what it writes.", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    if given.plots:
+        PLOTS.mkdir(exist_ok=True)
+        for name in POLICIES:
+            (PLOTS / f"{name}.png").write_bytes(plot(name))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

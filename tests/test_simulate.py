@@ -24,7 +24,8 @@ def lines(*losses):
 def test_a_recorded_trace_gives_one_answer_a_line_with_all_its_parts():
     answers = list(simulate({"type": "windowed"}, TRACES / "healthy_decay.jsonl"))
     assert [answer["step"] for answer in answers] == list(range(600))
-    assert {tuple(answer) for answer in answers} == {("step", "settings", "phase", "decision", "reason", "fields")}
+    parts = ("step", "settings", "phase", "decision", "reason", "fields")
+    assert {tuple(answer) for answer in answers} == {(*parts, "lr_multiplier", "noise_std", "noise_seed")}
     assert answers[0]["settings"] == [{"group": "default", "lr": 5e-5, "momentum": None, "noise_std": 0.0}]
     assert answers[599]["settings"][0]["lr"] == pytest.approx(0.0001426558353)
     assert answers[99]["decision"] == "increase"

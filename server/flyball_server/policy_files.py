@@ -34,6 +34,10 @@ MAX_FILE_BYTES = 1 << 20
 _YAML_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
+#: A policy inside a policy: its name, or the whole.
+_INNER_SCHEMA = ({"type": "object", "required": ["type"]}, {"type": "string"})
+
+
 class Resolved(NamedTuple):
     """A checked specification."""
 
@@ -187,6 +191,10 @@ def json_schema(name: str, *, base: bool = False) -> dict[str, Any]:
     if policy is None and name not in SCHEDULES:
         raise Invalid(f"type: {name!r} is no policy or base schedule{nearest(name, [*POLICIES, *PRESETS, *SCHEDULES])}")
     schema = _adapter(name if policy is None else policy.tag).json_schema()
+    if policy is not None and policy.parts:
+        for part in (schema, *schema.get("$defs", {}).values()):
+            inner = part["properties"].get("policy", {})
+            inner["anyOf"] = [*_INNER_SCHEMA, *([{"type": "null"}] if "default" in inner else [])]
     properties = {"type": {"const": name}, **schema.get("properties", {})}
     if policy is not None:
         properties["base"] = {"type": ["object", "null"], "description": "A base schedule the policy multiplies."}

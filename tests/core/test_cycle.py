@@ -288,7 +288,7 @@ def test_the_sums_are_made_anew_once_per_window_length_and_where_one_falls_below
         for newest, age in (([0.5, 0.5, 1.0, 1.0], 2), ([0.5, 0.25, 1.0, 1.0], 0)):
             assert sums_made([sign * x for x in [big, big, *newest]], window_size=4)[-1] == age
         spike = sign * 2.0**21  # the largest size is that of either sum
-        for losses in ([1.0] * 4 + [spike], [1.0, 1.0, spike, -spike, spike + sign]):
+        for losses in ([sign] * 4 + [spike], [sign, sign, spike, -spike, spike + sign]):
             assert sums_made(losses, window_size=4)[-1] == 0
     assert sums_made([0.0] * 7, window_size=4) == [1, 2, 3, 0, 1, 2, 3]
 

@@ -285,6 +285,7 @@ def test_the_rules_agree_with_an_independent_reading_of_them(trial):
 
 
 def test_the_defaults_are_those_of_the_table():
+    assert RULES.tag == "rules@1"
     assert asdict(RULES.config()) == {
         "lr_rule": "none", "momentum_rule": "none", "reward_rule": "none",
         "ema_loss_beta": None, "ema_reward_beta": None, "ema_grad_beta": None,

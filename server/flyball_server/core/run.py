@@ -23,8 +23,8 @@ Odd cases
 - Side signals (`Reported`) wait for the next observation and fill what the driver did not measure itself.
 - An observation without any signal is still a step: it moves `through` and the base schedule, and no counter.
 - The first change of every batch is its first step, even where nothing changed: each journal row stands alone.
-- A streak of one and the same kind of decision is marked once, where it begins: settings are recorded for every
-  step anyway, and the numbers behind each follow from folding again.
+- A streak of one and the same kind of decision is marked once, where it begins, unless the policy calls each one a
+  milestone: settings are recorded for every step anyway, and the numbers behind each follow from folding again.
 - Receipts are folded before the observations they came with, so that a policy can be told what was in force.
 """
 

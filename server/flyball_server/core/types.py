@@ -62,7 +62,8 @@ class Decision(NamedTuple):
     noise_std: standard deviation of Gaussian gradient noise, per group, or None: no noise.
     phase, code: the machine strings of the policy's specification.
     fields: the numbers the decision rests on (finite numbers, strings, None), or None.
-    milestone: whether the journal shall keep it with its numbers even where nothing moved.
+    milestone: whether the journal shall keep it with its numbers in any case: a rare move, or an end of something. Of
+        other decisions that move it keeps the first of a streak.
     """
 
     lr: tuple[float, ...]

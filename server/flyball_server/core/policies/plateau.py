@@ -90,13 +90,14 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     if cooling:
         cooling, waited = cooling - 1, 0  # torch ignores waiting during a cooldown, its last observation included
         code = "cooldown" if code == "waiting" else code
-    fields = {"metric": value, "best": previous, "waited": waited}
+    fields, moved = {"metric": value, "best": previous, "waited": waited}, False
     if waited > config.patience:
         code, reduced = _reduce(config, lr)
         fields |= {"old_lr": lr[0], "new_lr": reduced[0]}
+        moved = reduced is not lr
         lr, waited, cooling = reduced, 0, config.cooldown
     phase = "cooldown" if cooling else "track"
-    return State(lr, best, waited, cooling, bad_run), Decision(lr, None, None, phase, code, fields)
+    return State(lr, best, waited, cooling, bad_run), Decision(lr, None, None, phase, code, fields, moved)
 
 
 def _improved(config: Config, value: float, best: float) -> bool:
@@ -123,13 +124,13 @@ def _reduce(config: Config, lr: tuple[float, ...]) -> tuple[str, tuple[float, ..
 def _bad_loss(config: Config, state: State) -> tuple[State, Decision]:
     """Nothing is ingested; every bad_limit-th unusable loss in a row makes one cut."""
     lr, best, waited, cooling, bad_run = state
-    phase, bad_run, fields = ("cooldown" if cooling else "track"), bad_run + 1, None
+    phase, bad_run, fields, old = ("cooldown" if cooling else "track"), bad_run + 1, None, lr
     code = "nonfinite_hold"
     if bad_run % config.bad_limit == 0:
-        code, old = "nonfinite_backoff", lr
+        code = "nonfinite_backoff"
         lr = _reduce(config, lr)[1]
         fields = {"bad_run": bad_run, "old_lr": old[0], "new_lr": lr[0]}
-    return State(lr, best, waited, cooling, bad_run), Decision(lr, None, None, phase, code, fields)
+    return State(lr, best, waited, cooling, bad_run), Decision(lr, None, None, phase, code, fields, lr is not old)
 
 
 _SENTENCES = {

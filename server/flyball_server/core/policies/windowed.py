@@ -239,7 +239,7 @@ def _bad_loss(config: Config, state: State) -> tuple[State, Decision]:
     numbers = {"bad_run": bad_run, "old_lr": lr, "new_lr": new, "change_pct": _percent(lr, new)}
     return (
         State(new, lrs, (), prev, 0, waited, n, adjustments, bad_run, plan),
-        Decision(lrs, None, None, "adaptive", "nonfinite_backoff", numbers),
+        Decision(lrs, None, None, "adaptive", "nonfinite_backoff", numbers, new != lr),
     )
 
 
@@ -261,7 +261,7 @@ def _brake(emergency: Emergency, state: State, window: tuple[float, ...]) -> tup
     lrs = lrs if new == lr else spread(new, plan[5])
     return (
         State(new, lrs, (), prev, 0, waited, n + 1, adjustments + (new != lr), 0, plan),
-        Decision(lrs, None, None, "adaptive", "emergency", numbers),
+        Decision(lrs, None, None, "adaptive", "emergency", numbers, new != lr),
     )
 
 
@@ -349,7 +349,7 @@ def _evaluate(config: Config, state: State, window: tuple[float, ...]) -> tuple[
         code += "@bound"
     return (
         State(new, lrs, (), seen.mean, since, waited, state.n + 1, adjustments, 0, state.plan),
-        Decision(lrs, None, None, "adaptive", code, numbers),
+        Decision(lrs, None, None, "adaptive", code, numbers, new != old),
     )
 
 
