@@ -193,7 +193,11 @@ _LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "each_ge": "≥"}
 
 def _allowed(hint: Any, limits: Mapping[str, Any]) -> str:
     """Which values an annotation and a field's limits allow."""
-    bounds = [f"{sign} {limits[key]:g}".replace("e+", "e") for key, sign in _LIMITS.items() if key in limits]
+    bounds = [
+        f"{sign} {limits[key]:g}".replace("e+0", "e").replace("e+", "e")
+        for key, sign in _LIMITS.items()
+        if key in limits
+    ]
     return ", ".join([_kind(hint), *bounds])
 
 
@@ -227,7 +231,7 @@ def diagram(seen: Seen) -> list[str]:
     names = {"[*]": "[*]"} | {phase: f"p{i}" for i, phase in enumerate(phases)}
     lines = ["```mermaid", "stateDiagram-v2"]
     lines += [f'    state "{_said(phase)}" as {names[phase]}' for phase in phases]
-    for (before, after), codes in sorted(seen.arrows.items()):
+    for (before, after), codes in sorted(seen.arrows.items(), key=lambda arrow: (arrow[0][0] != "[*]", arrow[0])):
         most = sorted(sorted(codes), key=lambda one: -codes[one])[:ARROW]
         text = ", ".join(map(_said, most)) + (" ..." if len(codes) > ARROW else "")
         lines.append(f"    {names[before]} --> {names[after]}: {text}")
@@ -236,7 +240,7 @@ def diagram(seen: Seen) -> list[str]:
 
 def _said(text: str) -> str:
     """A phase or code in words that Mermaid does not take for its own."""
-    return "none" if text == "-" else text.replace(": ", " ").replace(" | ", " / ")
+    return text.replace(": ", " ").replace(" | ", " / ")
 
 
 def section(policy: Policy) -> list[str]:

@@ -416,8 +416,16 @@ def test_generated_code_is_up_to_date() -> None:
     python = ROOT / ".venv-proto" / "bin" / "python"
     if not python.exists():
         pytest.fail(".venv-proto is missing: run `make check` or `make test`, which build it", pytrace=False)
-    command = [str(python), str(ROOT / "proto" / "generate.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    is_up_to_date(python, "proto/generate.py")
+
+
+def test_the_page_of_policies_is_up_to_date() -> None:
+    is_up_to_date(Path(sys.executable), "docs/generate.py")
+
+
+def is_up_to_date(python: Path, script: str) -> None:
+    """Fail with what the script says about the files it would write."""
+    done = subprocess.run([str(python), str(ROOT / script), "--check"], capture_output=True, text=True, timeout=100)
     if done.returncode:
         pytest.fail(done.stderr, pytrace=False)
 

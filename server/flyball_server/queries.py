@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from flyball_server import limits, records
 from flyball_server.core.errors import Invalid, NotFound
 from flyball_server.core.events import Spec
+from flyball_server.core.policies.aees import episode_log
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
 from flyball_server.names import check_signal_name
@@ -120,6 +121,13 @@ def newest_decisions(journal: Journal, spec: Spec, rules: Rules, limit: int) -> 
     rows = deque((row for row in journal.rows(spec.run) if "marks" in row.meta), limit)
     out = [decision for row in rows for decision in _decisions(row, spec, rules)]
     return {"run": spec.run, "decisions": out[-limit:], "next": None}
+
+
+def episodes(journal: Journal, spec: Spec) -> dict[str, Any]:
+    """The log lists of a run that learns in episodes (the policy `aees`): one entry per closed episode in each."""
+    marks = (mark for row in journal.rows(spec.run) for mark in row.meta.get("marks", ()))
+    closed = (fields for *_, fields in marks if fields and "closed_episode" in fields)
+    return {"run": spec.run, "episodes": episode_log(closed)}
 
 
 def _check_limit(limit: int) -> None:

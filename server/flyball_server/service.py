@@ -167,6 +167,11 @@ class Service:
             return await queries.in_thread(queries.newest_decisions, self._journal, live.spec, live.rules, limit)
         return await queries.in_thread(queries.decisions, self._journal, live.spec, live.rules, after, limit)
 
+    async def episodes(self, run: str) -> dict[str, Any]:
+        """The log lists of a run that learns in episodes; empty ones for any other."""
+        live = await self._engine.find(run)
+        return await queries.in_thread(queries.episodes, self._journal, live.spec)
+
     def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""
         return {"status": "ready", "live_runs": self._engine.live_runs}

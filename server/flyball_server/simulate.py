@@ -20,7 +20,7 @@ from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import Limits
 from flyball_server.core.rng import noise_seed
 from flyball_server.core.run import Rules, settle
-from flyball_server.core.types import KNOWN_SIGNALS, Group, Observation, Settings
+from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation, Settings
 from flyball_server.limits import INTEGER_MAX
 from flyball_server.policy_files import Resolved, load_data, resolve
 
@@ -77,18 +77,21 @@ def _answers(rules: Rules, state: Any, trace: Iterable[tuple[int, Observation]])
                 "decision": decision.code,
                 "reason": policy.explain(config, decision),
                 "fields": dict(decision.fields or {}),
-                **_overall(rules, now, newest + 1),
+                **_overall(rules, decision, now, newest + 1),
             }
         yield answer
 
 
-def _overall(rules: Rules, now: Settings, step: int) -> dict[str, Any]:
+def _overall(rules: Rules, decision: Decision, now: Settings, step: int) -> dict[str, Any]:
     """What multiplier mode and gradient noise go by at `step`: the reference group's factor, and the noise's seed."""
     # The first group that is not frozen.
     reference = next((i for i, group in enumerate(rules.groups) if group.lr > 0), None)
+    factor = 1.0 if reference is None else now.lr[reference] / rules.groups[reference].lr
+    if rules.base is None and decision.fields and "lr_multiplier" in decision.fields:
+        factor = decision.fields["lr_multiplier"]  # the policy's own, without a rounding there and back
     noisy = now.noise_std is not None and any(now.noise_std)
     return {
-        "lr_multiplier": 1.0 if reference is None else now.lr[reference] / rules.groups[reference].lr,
+        "lr_multiplier": factor,
         "noise_std": max(now.noise_std) if now.noise_std else 0.0,
         "noise_seed": noise_seed(rules.seed, step) if noisy else None,
     }

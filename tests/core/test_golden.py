@@ -37,9 +37,7 @@ SAMPLES = 40
 #: Codes and phases are kept as runs where there are at most so many, otherwise counted, with a hash of all.
 RUNS = 60
 SETTINGS = ("lr", "momentum", "noise_std")
-ABOUT = (
-    "Decisions on the traces of examples/traces.py, recorded by tests/core/test_golden.py: never edit."
-)
+ABOUT = "Decisions on the traces of examples/traces.py, recorded by tests/core/test_golden.py: never edit."
 
 
 # What there is to record
@@ -149,7 +147,8 @@ def moved(old, new):
             if pairs:
                 step, before, after = pairs[0]
                 found.append(f"{setting} of {group.name} at {len(pairs)} steps, first {step}: {before} -> {after}")
-    return found + [f"{key} {old[key]} -> {new[key]}" for key in ("phases", "codes") if old[key] != new[key]]
+    words = [key for key in ("phases", "codes") if old[key] != new[key]]
+    return found + [f"{key} {old[key]!s:.90} -> {new[key]!s:.90}" for key in words]
 
 
 def near(one, other):
@@ -231,12 +230,24 @@ def test_a_policy_decides_what_it_decided_when_its_traces_were_recorded(tag, pyt
     ]
     assert not missing, f"not recorded yet, use --rewrite-traces: {missing}"
     assert new["cases"], f"{tag}: no configuration in tests/core/specs.py"
-    assert not differences(old, new)
+    found = differences(old, new)
+    if found:
+        pytest.fail("\n".join([f"{tag} does not decide what it did ({len(found)} cases):", *found[:30]]), pytrace=False)
 
 
 def test_every_recorded_folder_belongs_to_a_policy():
     """A version that left the table would leave its journals without a rule."""
     assert {path.parent.name for path in TRACES.glob("*@*/own.json")} <= set(ALL)
+
+
+@pytest.mark.parametrize("tag", [tag for tag, policy in ALL.items() if not policy.parts])
+def test_every_code_that_was_recorded_is_one_the_policy_lists(tag):
+    told = [kind["codes"] for case in load(tag)["cases"].values() for kind in case["kinds"].values()]
+    codes = {code for one in told for code in (one["counts"] if isinstance(one, dict) else dict(one))}
+    listed = ALL[tag].codes
+    parts = {part.removesuffix("@bound") for code in codes - listed.keys() for part in code.split("+")}
+    assert codes
+    assert parts <= listed.keys()
 
 
 def test_a_moved_value_is_found_and_rounding_is_not():

@@ -638,6 +638,7 @@ def test_d3_8_relative_goes_a_part_of_the_way_up_if_improving_and_down_if_not():
 def test_d3_8_normalized_is_highest_at_no_loss_and_lowest_at_the_largest_so_far():
     config = {"min_momentum": 0.5, "max_momentum": 0.75, "momentum_rule": "normalized"}
     assert momenta(fold(config, [0.0, 4.0, 2.0, -8.0, 4.0, -2.0])) == [0.75, 0.75, 0.5, 0.625, 0.5, 0.625, 0.6875]
+    assert momenta(fold(config, [2.0**-20, 2.0**-21])) == [0.75, 0.5, 0.625]
     smooth = fold({**config, "ema_loss_beta": 0.5}, [4.0, 8.0, 0.0])
     assert [one.fields["labs"] for one in smooth[1:]] == [4.0, 6.0, 6.0]
     assert momenta(smooth)[-1] == 0.625

@@ -125,6 +125,11 @@ def router(service: Service) -> APIRouter:
         """
         return await service.decisions(run, after=after, limit=limit, newest=newest)
 
+    @routes.get("/runs/{run}/episodes")
+    async def episodes(run: str) -> dict[str, Any]:
+        """Of a run under `aees`: arms, rewards, losses and steps of its closed episodes, one list each."""
+        return await service.episodes(run)
+
     @routes.get("/policies")
     async def policies() -> dict[str, Any]:
         """Every policy and base schedule with the JSON Schema of its parameters; presets, guards and profiles."""
