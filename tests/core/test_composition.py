@@ -68,8 +68,8 @@ def test_a_sequence_decides_as_its_stages_would_and_hands_over_at_the_step_it_na
     assert [d.phase for d in decisions[:2]] == ["1.warmup", "1.warmup"]
     assert {d.phase for d in decisions[10:]} == {"2.adaptive"}
     assert decisions[10].fields == {"stage": 2, "from": "warmup@1", "to": "windowed@1"}
-    assert decisions[10].milestone
-    assert not any(d.milestone for d in (*decisions[:10], *decisions[11:]))
+    milestones = [d.milestone for d in decisions]
+    assert milestones == [*(d.milestone for d in alone[0][:10]), True, *(d.milestone for d in alone[1][1:])]
 
 
 def test_a_stage_begins_at_the_settings_the_one_before_had_come_to():

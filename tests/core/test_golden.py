@@ -84,7 +84,7 @@ def digest(kind):
 
 
 def decisions(spec, kind):
-    """(settings, phase, code) after every observation, through the fold's own way."""
+    """(settings, phase, code, milestone) after every observation, through the fold's own way."""
     policy, config, base = resolve(spec)
     rules = Rules(policy, config, base, guard.Limits(), GROUPS, SEED)
     state, _ = policy.init(config, GROUPS, SEED)
@@ -92,7 +92,7 @@ def decisions(spec, kind):
     for seen in observations(kind):
         state, decision = policy.step(config, state, seen)
         held, now = settle(rules, held, seen.step, decision)
-        yield now, decision.phase, decision.code
+        yield now, decision.phase, decision.code, decision.milestone
 
 
 def in_full(now):
@@ -123,12 +123,12 @@ def told(words):
 
 def recorded(spec, kind):
     """All that is kept of one policy on one trace."""
-    settings, phases, codes = zip(*decisions(spec, kind), strict=True)
+    settings, phases, codes, milestones = zip(*decisions(spec, kind), strict=True)
     rows = [in_full(settings[i]) for i in sampled(len(settings))]
     record = {"n": len(settings)}
     for place, setting in enumerate(SETTINGS):
         record[setting] = [column([row[place][group] for row in rows]) for group in range(len(GROUPS))]
-    return {**record, "phases": told(phases), "codes": told(codes)}
+    return {**record, "milestones": sum(milestones), "phases": told(phases), "codes": told(codes)}
 
 
 # Comparing and writing
@@ -137,9 +137,9 @@ def recorded(spec, kind):
 def moved(old, new):
     """What differs between two records, in words."""
     at = sampled(new["n"])
+    found = [f"{key} {old[key]} -> {new[key]}" for key in ("n", "milestones") if old[key] != new[key]]
     if old["n"] != new["n"]:
-        return [f"n {old['n']} -> {new['n']}"]
-    found = []
+        return found
     for setting in SETTINGS:
         for group, one, other in zip(GROUPS, old[setting], new[setting], strict=True):
             one, other = (values if isinstance(values, list) else [values] * len(at) for values in (one, other))
@@ -266,7 +266,7 @@ def test_a_moved_value_is_found_and_rounding_is_not():
 @pytest.mark.parametrize("name", ["aees, contexts", "windowed, on a schedule", "adaptive, beta1"])
 def test_what_is_recorded_is_what_simulate_says(name):
     spec = {**SPECS, **MORE}[name]
-    for (now, phase, code), answer in zip(
+    for (now, phase, code, _), answer in zip(
         decisions(spec, "sparse"), simulate(spec, lines("sparse"), GROUPS, SEED), strict=True
     ):
         assert (phase, code) == (answer["phase"], answer["decision"])

@@ -31,6 +31,10 @@ def far_from_zero(chance, i):
     return 1e9 + 1e-3 * chance.gauss(0, 1)
 
 
+def grainy(chance, i):
+    return 1e9 + 2.0**-23 * chance.choice([0, 0, 0, 1, 2])
+
+
 def spiked(chance, i):
     return 1e12 * chance.random() if i % 37 == 0 else chance.random()
 
@@ -44,7 +48,7 @@ def huge(chance, i):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 20])
-@pytest.mark.parametrize("kind", [ordinary, trending, far_from_zero, spiked, calming, huge])
+@pytest.mark.parametrize("kind", [ordinary, trending, far_from_zero, grainy, spiked, calming, huge])
 def test_mean_and_variance_are_those_of_the_exact_contents(kind, size):
     chance, moments, values = random.Random(size), EMPTY, []
     for i in range(150):

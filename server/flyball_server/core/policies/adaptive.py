@@ -149,7 +149,7 @@ def init(config: Config, groups: tuple[Group, ...], seed: int) -> tuple[State, D
     momentum = own(groups) if any(limits) else None
     reference = next((i for i, group in enumerate(groups) if group.lr > 0), 0)
     plan = Plan(bounds, limits, reference)
-    lr, _ = _scaled(tuple([emit(group.lr) if group.lr > 0 else 0.0 for group in groups]), 1.0, 1.0, plan)
+    lr, _ = _scaled(tuple([group.lr for group in groups]), 1.0, 1.0, plan)
     state = State(lr, lr, momentum, None, None, EMPTY, 0, 0, 0, max(1, config.T0), 1.0, 1.0, 0, plan)
     if not original:
         return state, Decision(lr, momentum, None, "track", "initial")
