@@ -10,7 +10,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # It imports pkg_resources, which setuptools 81 dropped.
 PROTO_TOOLS := grpcio-tools==1.60.1 'setuptools<81'
 
-.PHONY: demo test check bench docs proto
+.PHONY: demo test check bench proto docs mutants
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -45,3 +45,7 @@ $(BIN)/python $(PROTO_BIN)/python:
 .venv-proto/.tools: Makefile | $(PROTO_BIN)/python
 	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
 	@touch $@
+
+mutants: .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut
+	$(BIN)/python -m tests.mutants $(MUTANTS)
