@@ -30,6 +30,10 @@ bench: .venv/.dev
 docs: .venv/.dev
 	$(BIN)/python docs/generate.py --plots
 
+mutants: .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut
+	$(BIN)/python -m tests.mutants $(MUTANTS)
+
 proto: .venv-proto/.tools
 	$(PROTO_BIN)/python proto/generate.py
 
@@ -45,7 +49,3 @@ $(BIN)/python $(PROTO_BIN)/python:
 .venv-proto/.tools: Makefile | $(PROTO_BIN)/python
 	$(PROTO_BIN)/pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
 	@touch $@
-
-mutants: .venv/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut
-	$(BIN)/python -m tests.mutants $(MUTANTS)

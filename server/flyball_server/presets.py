@@ -69,7 +69,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "steady": Preset(
         {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96},
-        "Follow the loss in steps so balanced that noise alone drives the rate nowhere: a good first choice.",
+        "Follow the loss in small steps, down only twice as fast as up: a good first choice.",
     ),
 }
 

@@ -2,8 +2,8 @@
 
 Method: the packages and the tests of one module in a folder of their own, mutmut's every change of a function there,
 each judged by that module's tests. What survives must stand in `equivalent/MODULE.txt` with the reason why it changes
-nothing; anything else is printed, and the exit code is 1. mutmut changes functions only: what stands in class bodies (defaults
-and limits of parameters) is asserted by value in the tests themselves.
+nothing; anything else is printed, and the exit code is 1. mutmut changes functions only: what stands in class bodies
+(defaults and limits of parameters) is asserted by value in the tests themselves.
 
     python -m tests.mutants [MODULE ...]      # cycle, guard ...; all without one
 """
