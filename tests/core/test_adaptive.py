@@ -560,6 +560,9 @@ def test_momentum_stays_within_its_bounds_at_every_step():
                                  (up, {"momentum_max": 0.95}, 0.95)]:  # fmt: skip
         decisions = run([None] * 60, rewards=rewards, use_reward=True, **bounds)
         assert decisions[-1].momentum == (pytest.approx(end, rel=1e-12),)
+    assert run([None] * 2, rewards=[0.0, 1.0], use_reward=True, momentum_min=0.0, momentum_max=0.0)[-1].momentum == (
+        0.0,
+    )
     turned = run([None] * 62, rewards=[*up, -9.0, -99.0], use_reward=True, reward_beta=0.0)[-1]
     assert turned.momentum == (pytest.approx(0.999 * 0.81),)
 
@@ -740,6 +743,7 @@ def test_the_numbers_behind_a_decision_are_recorded():
         "damp": pytest.approx(9 / 11), "reward_ema": 1.5, "ssi": 0, "cd": 0, "T_cur": 0, "T_i": 200, "cosf": 1.0,
         "lr_ctrl": pytest.approx(1e-3 * 1.05 * 1.03),
     }  # fmt: skip
+    assert not decision.milestone
     first = run([4.0])
     assert first[0].fields is None
     assert (first[1].fields["prev_loss"], first[1].fields["rel"], first[1].fields["reward_ema"]) == (None, None, None)

@@ -124,7 +124,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
 
     previous, old = best, lr
     if cooling or warming:
-        code, good, bad = ("cooldown" if cooling else "warmup"), 0, 0
+        code = "cooldown" if cooling else "warmup"  # both counts are 0 since the move
         cooling, warming = (cooling - 1, warming) if cooling else (0, warming - 1)
     elif best is None or _improved(config, value, best):
         code, best, good, bad = ("first" if best is None else "improved"), value, good + 1, 0
