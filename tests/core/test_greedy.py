@@ -227,9 +227,10 @@ def test_after_reset_start_cuts_without_room_all_begins_anew():
     ]  # fmt: skip
     assert decisions[4].fields["best"] is None
     assert (decisions[3].fields["old_lr"], decisions[3].fields["new_lr"]) == (0.5, 1.0)
-    never = run([1.0] * 9000, patience=0, reset_start=None)
+    never = run([1.0] * 9000, patience=0)
     assert "reset" not in {one.code for one in never}
-    assert codes([1.0] * 700, **QUICK).index("reset") == 8 + 499  # the eighth cut, 2 / 2^8, is at the floor
+    # The eighth cut, 2 / 2^8, is at the floor.
+    assert codes([1.0] * 700, **QUICK, reset_start=500).index("reset") == 8 + 499
     with_cooldown = run(losses, **QUICK, min_lr=0.5, max_lr=1.0, reset_start=1, cooldown=1)[1:4]
     assert [(one.code, one.phase) for one in with_cooldown] == [
         ("increase@bound", "track"), ("reset", "cooldown"), ("cooldown", "track"),

@@ -7,6 +7,7 @@ cuts in a row that had no room all begins anew. Differences, each for safety:
 - min_lr and max_lr are by default relative to the LR at attach (a hundredth and ten times), not 1e-3 and 1.0, above
   which most LRs never get and to which they would all be raised;
 - they bound the reference group (the first with a positive LR), and the others keep their ratio to it;
+- `reset_start` is null, never: on a loss that rises for ever, beginning anew would raise the LR (there: 500);
 - eps, the smallest change that is made, is a part of the LR: 1e-8 as an absolute amount would freeze small LRs;
 - the relative threshold is a part of |best|, so that a slightly worse negative value is no improvement;
 - a NaN, infinite or huge loss holds everything; every `bad_limit`-th in a row cuts once.
@@ -55,7 +56,7 @@ class Config:
     smooth: bool = field(default=False, metadata=about("Judge the mean of the newest window_size values."))
     window_size: int = field(default=50, metadata=about("Values in that mean.", ge=1, le=10_000))
     reset_start: int | None = field(
-        default=500, metadata=about("Cuts in a row without room before all begins anew; null: never.", ge=1)
+        default=None, metadata=about("Cuts in a row without room before all begins anew; null: never.", ge=1)
     )
     bad_limit: int = field(default=3, metadata=about("So many unusable losses in a row cause one cut.", ge=1))
 
@@ -144,7 +145,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
         fields |= {"old_lr": old, "new_lr": lr}
     return (
         State(lr, lrs, best, good, bad, cooling, warming, stuck, bad_run, window, plan),
-        Decision(lrs, None, None, _phase(cooling, warming), code, fields),
+        Decision(lrs, None, None, _phase(cooling, warming), code, fields, lr != old),
     )
 
 
@@ -187,15 +188,15 @@ def _bad_loss(config: Config, state: State) -> tuple[State, Decision]:
     """Nothing is ingested; every bad_limit-th unusable loss in a row makes one cut, and counting begins anew."""
     lr, lrs, best, good, bad, cooling, warming, stuck, bad_run, window, plan = state
     bad_run += 1
-    code, fields = "nonfinite_hold", dict[str, float](bad_run=bad_run)
+    code, fields, old = "nonfinite_hold", dict[str, float](bad_run=bad_run), lr
     if bad_run % config.bad_limit == 0:
-        code, good, bad, old = "nonfinite_backoff", 0, 0, lr
+        code, good, bad = "nonfinite_backoff", 0, 0
         lr = _cut(config, plan, lr)[1]
         lrs = _spread(lrs, lr, plan)
         fields |= {"old_lr": old, "new_lr": lr}
     return (
         State(lr, lrs, best, good, bad, cooling, warming, stuck, bad_run, window, plan),
-        Decision(lrs, None, None, _phase(cooling, warming), code, fields),
+        Decision(lrs, None, None, _phase(cooling, warming), code, fields, lr != old),
     )
 
 
