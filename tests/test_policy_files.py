@@ -49,8 +49,14 @@ def test_an_unreadable_file_is_refused_with_its_path(tmp_path, name, text):
         load_policy(tmp_path / "absent.json")
 
 
+#: What the policies that hold others cannot do without.
+INNER = {
+    "gradient_aware": {"policy": "steady"},
+    "per_group": {"policy": "steady"},
+    "sequence": {"stages": [{"policy": "steady"}]},
+}
 SPECS = [
-    *({"type": tag} for tag in ALL),
+    *({"type": tag, **INNER.get(policy.name, {})} for tag, policy in ALL.items()),
     WINDOWED,
     {"type": "windowed", "compat": "seed", "total_steps": 600, "use_moe": True},
     {"type": "windowed", "total_steps": 600, "patience_unit": "steps", "emergency": {"ratio": 2}},
@@ -73,8 +79,9 @@ def test_the_resolved_specification_is_plain_json_and_resolves_to_itself(spec):
 
 def test_a_version_names_the_rule_and_none_means_the_newest():
     for tag, policy in ALL.items():
-        assert resolve({"type": tag}).policy is policy
-        assert resolve({"type": policy.name}).policy is POLICIES[policy.name]
+        inner = INNER.get(policy.name, {})
+        assert resolve({"type": tag, **inner}).policy is policy
+        assert resolve({"type": policy.name, **inner}).policy is POLICIES[policy.name]
 
 
 def test_the_name_of_a_base_schedule_is_short_for_the_constant_policy_on_it():

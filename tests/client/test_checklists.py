@@ -151,7 +151,7 @@ def test_each_path_of_a_decision_is_taken(before, after, code):
 
 def test_the_bounds_for_mixtures_of_experts_hold():
     for lr, low, high in ((5e-5, 1e-5, 1e-3), (1.5e-3, 1.5e-5, 2e-3)):
-        for values in ([0.99**i for i in range(1400)], [1.01**i for i in range(6000)]):
+        for values in ([0.99**i for i in range(1400)], [1.01**i for i in range(8000)]):
             found = [d.lr[0] for d in run({"type": "moe", "window_size": 10}, losses(values), (Group("experts", lr),))]
             assert low <= min(found)
             assert max(found) <= high

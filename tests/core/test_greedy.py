@@ -323,11 +323,11 @@ def test_frozen_groups_keep_the_very_same_lrs():
 # ---- parameters -------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_the_published_ones_except_for_the_bounds():
+def test_the_defaults_are_the_published_ones_except_for_the_bounds_and_the_reset():
     assert GREEDY.tag == "greedy@1"
     ours = asdict(GREEDY.config())
-    assert {name: ours.pop(name) for name in ("metric", "min_lr", "max_lr", "bad_limit")} == {
-        "metric": "loss", "min_lr": None, "max_lr": None, "bad_limit": 3,
+    assert {name: ours.pop(name) for name in ("metric", "min_lr", "max_lr", "bad_limit", "reset_start")} == {
+        "metric": "loss", "min_lr": None, "max_lr": None, "bad_limit": 3, "reset_start": None,
     }  # fmt: skip
     scheduler = GreedyLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
     assert ours == {name: getattr(scheduler, name) for name in ours}

@@ -185,7 +185,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
             return _bad_loss(config, state)
         bad_run, code = 0, "first"
         window = push(window, loss, config.var_window)
-        loss_ema = _average(config.loss_beta, before, loss, original)
+        loss_ema = _average(config.loss_beta, before, loss)
     acts = original or loss is not None
     if acts and before is not None and loss_ema is not None:
         rel, mark, ssi = (before - loss_ema) / (abs(before) + EPS), "flat", ssi + 1
@@ -228,11 +228,8 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
 _new = tuple.__new__
 
 
-def _average(beta: float, before: float | None, value: float, original: bool) -> float:
-    """The exponential average. A value equal to it leaves it alone: rounding would show as a rise or a fall."""
-    if before is None or (value == before and not original):
-        return value
-    return beta * before + (1.0 - beta) * value
+def _average(beta: float, before: float | None, value: float) -> float:
+    return value if before is None else beta * before + (1.0 - beta) * value
 
 
 def _rewarded(
@@ -241,7 +238,7 @@ def _rewarded(
     """(smoothed reward, mark, factor on the LR, factor on momentum, what is added to momentum)."""
     after = before
     if reward is not None and not bad(reward):
-        after = _average(config.reward_beta, before, reward, original)
+        after = _average(config.reward_beta, before, reward)
     elif not original:
         return before, "", 1.0, 1.0, 0.0
     if before is None or after is None:
