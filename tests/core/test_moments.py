@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from flyball_server.core.moments import EMPTY, Moments, mean_and_variance, push, variance
+from flyball_server.core.moments import EMPTY, Moments, _anew, mean_and_variance, push, variance
 
 
 def exact(values):
@@ -94,6 +94,13 @@ def test_everything_is_made_anew_where_the_spread_falls_below_a_ten_thousandth_o
     assert (anew.m2, anew.peak, anew.age) == (0.0, 0.0, 0)
     wider = push(Moments((0.0,) * 4, 0.0, 0.0, 0.0, 0.0, 0), 2.0, 4)
     assert (wider.m2, wider.peak, wider.age) == (3.0, 3.0, 1)
+
+
+def test_the_sum_of_squares_is_the_nearest_float_where_the_grain_of_the_values_shows():
+    moments = EMPTY
+    for value in (2, 10, 10):
+        moments = push(moments, 2.0**53 + value, 3)
+    assert _anew(moments.values).m2 == 128 / 3
 
 
 def test_a_window_that_came_through_json_goes_on_bit_for_bit():

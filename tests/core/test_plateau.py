@@ -1,6 +1,7 @@
 """Goal: `plateau` is torch's ReduceLROnPlateau, except where torch is wrong.
 
-Method: random metric traces through torch's own class beside ours, then each stated difference alone.
+Method: random metric traces through torch's own class beside ours, then each stated difference alone; one trace with
+every code whose states and decisions are spelled out; the edge of every comparison.
 """
 
 import math
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from flyball_server.core.policies import POLICIES
-from flyball_server.core.types import Group, Observation
+from flyball_server.core.state import dump_state
+from flyball_server.core.types import Decision, Group, Observation
 
 PLATEAU = POLICIES["plateau"]
 GROUPS = (Group("body", 0.5), Group("head", 0.01))
@@ -109,6 +111,102 @@ def test_every_third_unusable_loss_in_a_row_cuts_once():
     assert decisions[-1].lr == (0.25, 0.005)
 
 
-def test_one_floor_per_group_must_fit_the_groups():
-    with pytest.raises(ValueError, match="min_lr: 3 values for 2 groups"):
+def judged(metric, best, waited, **lrs):
+    return {"metric": metric, "best": best, "waited": waited, **lrs}
+
+
+def braked(bad_run, old, new):
+    return {"bad_run": bad_run, "old_lr": old, "new_lr": new}
+
+
+#: loss, phase, code, learning rates, [best, waited, cooling, bad_run], fields: patience 1, cooldown 2, bad_limit 2.
+TRACE = [
+    (1.0, "track", "first", (0.5, 0.01), [1.0, 0, 0, 0], judged(1.0, None, 0)),
+    (0.5, "track", "improved", (0.5, 0.01), [0.5, 0, 0, 0], judged(0.5, 1.0, 0)),
+    (0.75, "track", "waiting", (0.5, 0.01), [0.5, 1, 0, 0], judged(0.75, 0.5, 1)),
+    (None, "track", "no_loss", (0.5, 0.01), [0.5, 1, 0, 0], None),
+    (math.nan, "track", "nonfinite_hold", (0.5, 0.01), [0.5, 1, 0, 1], None),
+    (0.75, "cooldown", "reduce", (0.25, 0.005), [0.5, 0, 2, 0], judged(0.75, 0.5, 2, old_lr=0.5, new_lr=0.25)),
+    (None, "cooldown", "no_loss", (0.25, 0.005), [0.5, 0, 2, 0], None),
+    (math.nan, "cooldown", "nonfinite_hold", (0.25, 0.005), [0.5, 0, 2, 1], None),
+    (math.inf, "cooldown", "nonfinite_backoff", (0.2, 0.004), [0.5, 0, 2, 2], braked(2, 0.25, 0.2)),
+    (0.75, "cooldown", "cooldown", (0.2, 0.004), [0.5, 0, 1, 0], judged(0.75, 0.5, 0)),
+    (0.25, "track", "improved", (0.2, 0.004), [0.25, 0, 0, 0], judged(0.25, 0.5, 0)),
+    (0.25, "track", "waiting", (0.2, 0.004), [0.25, 1, 0, 0], judged(0.25, 0.25, 1)),
+    (0.25, "cooldown", "reduce@bound", (0.2, 0.004), [0.25, 0, 2, 0], judged(0.25, 0.25, 2, old_lr=0.2, new_lr=0.2)),
+    (1e101, "cooldown", "nonfinite_hold", (0.2, 0.004), [0.25, 0, 2, 1], None),
+    (-1e101, "cooldown", "nonfinite_backoff", (0.2, 0.004), [0.25, 0, 2, 2], braked(2, 0.2, 0.2)),
+]  # fmt: skip
+
+
+def test_every_code_has_the_state_and_the_numbers_of_its_place():
+    config = PLATEAU.config(factor=0.5, patience=1, cooldown=2, min_lr=(0.2, 0.004), bad_limit=2)
+    state, decision = PLATEAU.init(config, GROUPS, 0)
+    assert dump_state(state) == [[0.5, 0.01], None, 0, 0, 0]
+    assert decision == Decision((0.5, 0.01), None, None, "track", "initial")
+    for step, (loss, phase, code, lr, counters, fields) in enumerate(TRACE):
+        moved = lr != state.lr
+        state, decision = PLATEAU.step(config, state, Observation(step, loss))
+        assert dump_state(state) == [list(lr), *counters], step
+        assert decision == Decision(lr, None, None, phase, code, fields, moved), step
+        assert decision.milestone is moved
+
+
+@pytest.mark.parametrize(
+    ("parameters", "values", "code"),
+    [
+        ({"mode": "min", "threshold_mode": "abs", "threshold": 0.5}, [1.0, 0.5], "waiting"),
+        ({"mode": "min", "threshold_mode": "abs", "threshold": 0.5}, [1.0, 0.4999], "improved"),
+        ({"mode": "max", "threshold_mode": "abs", "threshold": 0.5}, [1.0, 1.5], "waiting"),
+        ({"mode": "max", "threshold_mode": "abs", "threshold": 0.5}, [1.0, 1.5001], "improved"),
+        ({"mode": "min", "threshold": 0.5}, [0.5, 0.25], "waiting"),
+        ({"mode": "min", "threshold": 0.5}, [0.5, 0.2499], "improved"),
+        ({"mode": "max", "threshold": 0.5}, [0.5, 0.75], "waiting"),
+        ({"mode": "max", "threshold": 0.5}, [0.5, 0.7501], "improved"),
+        ({"patience": 0, "eps": 0.25}, [1.0, 1.0], "reduce@bound"),
+        ({"patience": 0, "eps": 0.2499}, [1.0, 1.0], "reduce"),
+        ({}, [1e100], "first"),
+        ({}, [-1e100], "first"),
+        ({}, [1.0001e100], "nonfinite_hold"),
+        ({"metric": "val_loss"}, [1e100], "first"),
+        ({"metric": "val_loss"}, [-1e100], "first"),
+        ({"metric": "val_loss"}, [1.0001e100], "no_metric"),
+        ({"metric": "LOSS"}, [1.0], "first"),
+    ],
+)
+def test_the_edge_of_every_comparison_is_exact(parameters, values, code):
+    config = PLATEAU.config(factor=0.5, **parameters)
+    groups, name = (Group("all", 0.5),), parameters.get("metric")
+    if name == "LOSS":
+        decisions = run(config, [None], groups, others=[{"LOSS": values[0]}])
+    elif name:
+        decisions = run(config, [None] * len(values), groups, val_loss=values)
+    else:
+        decisions = run(config, values, groups)
+    assert decisions[-1].code == code
+
+
+def test_a_cut_goes_down_to_the_smallest_learning_rate_and_no_further():
+    config = PLATEAU.config(factor=0.5, patience=0, eps=0.0)
+    decisions = run(config, [1.0] * 3, (Group("all", 2e-300),))
+    assert [(d.code, d.lr) for d in decisions[2:]] == [("reduce", (1e-300,)), ("reduce@bound", (1e-300,))]
+
+
+def test_its_sentences_name_the_metric_and_the_numbers():
+    config = PLATEAU.config(metric="accuracy", mode="max", patience=1, factor=0.5)
+    assert PLATEAU.reads(config) == frozenset({"accuracy"})
+    decisions = run(config, [None] * 4, others=[None, {"accuracy": 0.5}, {"accuracy": 0.25}, {"accuracy": 0.25}])
+    assert [PLATEAU.explain(config, decision) for decision in decisions] == [
+        "Starting with the learning rates of the optimizer.",
+        "accuracy was not measured, or is not a usable number: nothing counts.",
+        "First value of accuracy: 0.5.",
+        "accuracy 0.25 is no improvement on 0.5: 1 of 1 tolerated.",
+        "accuracy has not improved on 0.5 for more than 1 observations: learning rate cut from 0.5 to 0.25 (group 0).",
+    ]
+
+
+def test_a_parameter_that_cannot_be_is_refused_with_its_remedy():
+    with pytest.raises(ValueError, match=r"^min_lr: 3 values for 2 groups; give one number, or one per group$"):
         PLATEAU.init(PLATEAU.config(min_lr=(0.1, 0.1, 0.1)), GROUPS, 0)
+    with pytest.raises(ValueError, match=r"^metric: '' is empty; give the name of a signal, such as 'loss'$"):
+        PLATEAU.config(metric="")
