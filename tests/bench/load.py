@@ -55,7 +55,16 @@ class Stream:
     """One attached run. per_report: observations in a report; signals: how many of SIGNALS it has."""
 
     def __init__(
-        self, server: Server, run: str, seed: int, *, per_report: int, signals: int, lag: int | None, variety: int
+        self,
+        server: Server,
+        run: str,
+        seed: int,
+        *,
+        per_report: int,
+        signals: int,
+        lag: int | None,
+        variety: int,
+        policy: str = WINDOWED,
     ) -> None:
         self.run = run
         self._per_report = per_report
@@ -63,7 +72,7 @@ class Stream:
         self._channel = grpc.aio.insecure_channel(server.target, options=_OPTIONS)
         self._call: Any = pb_grpc.SteeringStub(self._channel).Steer()
         self._attach = pb.Attach(
-            run=run, session=run, groups=[pb.Group(name="default", lr=0.1)], policy_json=WINDOWED, lag=lag
+            run=run, session=run, groups=[pb.Group(name="default", lr=0.1)], policy_json=policy, lag=lag
         )
         self._reports = list(_reports(run, seed, per_report, signals, variety))
 
@@ -117,10 +126,20 @@ async def streams(
     signals: int = 1,
     lag: int | None = 0,
     variety: int = VARIETY,
+    policy: str = WINDOWED,
 ) -> AsyncIterator[list[Stream]]:
     """That many attached runs."""
     opened = [
-        Stream(server, f"{prefix}-{i}", i, per_report=per_report, signals=signals, lag=lag, variety=variety)
+        Stream(
+            server,
+            f"{prefix}-{i}",
+            i,
+            per_report=per_report,
+            signals=signals,
+            lag=lag,
+            variety=variety,
+            policy=policy,
+        )
         for i in range(count)
     ]
     try:

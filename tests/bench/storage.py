@@ -11,7 +11,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from tests.bench.load import SIGNALS, drive, send, streams
+from tests.bench.load import SIGNALS, WINDOWED, drive, send, streams
 from tests.bench.processes import Server, service, stop
 from tests.bench.table import Row
 
@@ -21,17 +21,26 @@ BYTES_MAX = 17
 
 
 def measure(quick: bool) -> list[Row]:
-    """Reports of 64 observations, and lockstep's reports of one."""
+    """Reports of 64 observations, and lockstep's reports of one; and a policy that moves at every observation."""
     return [
         _stored("64-observation reports", runs=4, reports=256 if quick else 1024, per_report=64),
         _stored("lockstep reports", runs=16, reports=2048 if quick else 8192, per_report=1),
+        _stored("`adaptive` on noise", runs=2, reports=256, per_report=64, policy='{"type": "adaptive"}', budget=None),
     ]
 
 
-def _stored(what: str, *, runs: int, reports: int, per_report: int) -> Row:
+def _stored(
+    what: str,
+    *,
+    runs: int,
+    reports: int,
+    per_report: int,
+    policy: str = WINDOWED,
+    budget: float | None = BYTES_MAX,
+) -> Row:
     async def load(server: Server) -> None:
         lag = None if per_report > 1 else 0
-        size = {"per_report": per_report, "signals": len(SIGNALS), "variety": reports}
+        size = {"per_report": per_report, "signals": len(SIGNALS), "variety": reports, "policy": policy}
         async with streams(server, "s", runs, lag=lag, **size) as opened:
             await send(opened, reports)
 
@@ -54,7 +63,7 @@ def _stored(what: str, *, runs: int, reports: int, per_report: int) -> Row:
         raw,
         "float32",
         used / observations / raw,
-        BYTES_MAX,
+        budget,
         note=note,
     )
 

@@ -315,3 +315,63 @@ def test_a_one_cycle_base_drives_momentum_where_there_is_one():
 def test_a_specification_that_cannot_be_steered_is_refused_by_field(fields, words):
     with pytest.raises(Invalid, match=words):
         rules_of(spec(**fields))
+
+
+def test_a_streak_of_the_same_decision_is_marked_where_it_begins_and_every_setting_is_recorded():
+    rules = rules_of(spec({"type": "adaptive", "var_damp_scale": 0.0}))
+    losses = [5.0 - i / 10 for i in range(20)] + [4.0 + i / 10 for i in range(5)]
+    _, outcome = fold.apply(rules, begun(rules), observed(range(25), {"loss": losses}))
+    assert [(mark.step, mark.code) for mark in outcome.marks] == [(1, "up"), (20, "down")]
+    assert [step for step, _ in outcome.changes] == [0, *range(1, 25)]
+    assert outcome.marks[0].fields["loss_ema"] < 5.0
+
+
+def test_a_milestone_is_marked_however_often_it_comes_and_where_nothing_moves():
+    rules = rules_of(spec({"type": "plateau", "patience": 0, "factor": 0.5}))
+    _, outcome = fold.apply(rules, begun(rules), observed(range(4), {"loss": [1.0] * 4}))
+    assert [(mark.step, mark.code) for mark in outcome.marks] == [(1, "reduce"), (2, "reduce"), (3, "reduce")]
+    single = {"type": "aees", "lr_candidates": [1.0], "episode_length": 2, "guard": False}
+    rules = rules_of(spec(single))
+    _, outcome = fold.apply(rules, begun(rules), observed(range(5), {"loss": [1.0, 0.9, 0.8, 0.7, 0.6]}))
+    assert [(mark.step, mark.code) for mark in outcome.marks] == [(1, "episode_closed"), (3, "episode_closed")]
+    assert all(mark.before == mark.after for mark in outcome.marks)
+
+
+def test_a_policy_that_asks_is_told_which_decision_was_in_force_at_each_step():
+    """Receipts count from the step they name; those that come later count for later observations only."""
+    rules = rules_of(spec({"type": "aees", "lr_candidates": [0.5, 1.0], "episode_length": 4}))
+    told, step = [], rules.policy.step
+
+    def spy(config, state, seen):
+        told.append(seen.applied)
+        return step(config, state, seen)
+
+    rules = rules._replace(policy=rules.policy._replace(step=spy))
+    run = begun(rules)
+
+    def applied(number, step, decided):
+        return Applied(1, (Receipt(number, step, decided, Settings((0.1,) * 3), False, "", 1),))
+
+    for event in (
+        observed(range(2), {"loss": [1.0, 1.0]}),
+        applied(1, 0, -1),
+        applied(2, 4, 1),
+        observed(range(2, 6), {"loss": [1.0] * 4}),
+        observed(range(6, 8), {"loss": [1.0] * 2}),
+        applied(3, 6, 5),
+        observed(range(8, 10), {"loss": [1.0] * 2}),
+    ):
+        run = fold.load(rules, json.loads(json.dumps(fold.dump(run))))
+        run, _ = fold.apply(rules, run, event)
+    assert told == [None, None, -1, -1, 1, 1, 1, 1, 5, 5]
+    assert run.in_force == ((6, 5),)
+
+
+def test_the_end_of_a_run_lets_the_policy_have_the_last_word_and_changes_nothing():
+    rules = rules_of(spec({"type": "aees", "lr_candidates": [0.5, 1.0], "episode_length": 4}))
+    run, _ = fold.apply(rules, begun(rules), observed(range(6), {"loss": [1.0] * 6}))
+    ended, outcome = fold.apply(rules, run, Ended(1, "finished"))
+    assert [(mark.step, mark.code, mark.fields["final"]) for mark in outcome.marks] == [(5, "episode_closed", True)]
+    assert ended == run._replace(seq=run.seq + 1, status="finished")
+    quiet, outcome = fold.apply(rules_of(spec()), begun(rules_of(spec())), Ended(1, "failed"))
+    assert (outcome, quiet.status) == (fold.NOTHING, "failed")
