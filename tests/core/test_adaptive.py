@@ -732,6 +732,85 @@ def test_the_original_mode_has_absolute_bounds():
     assert run(rising, groups, **undamped)[-1].lr == (1e-7, 1e-7)
 
 
+# ---- whole states ---------------------------------------------------------------------------------------------------
+
+STATED = {
+    "loss_beta": 0.5, "reward_beta": 0.5, "var_window": 2, "var_damp_base": 0.5, "var_damp_scale": 0.0,
+    "up_factor": 2.0, "down_factor": 0.5, "patience": 1, "cooldown": 2, "big_drop": 0.25, "use_cosine": True, "T0": 2,
+    "T_mult": 2.0, "eta_min_scale": 0.5, "use_reward": True, "reward_up": 1.5, "reward_down": 0.25,
+    "momentum_up": 0.0625, "momentum_down": 0.5, "momentum_target": "beta1", "bad_limit": 2, "lr_min": 2.0**-6,
+    "lr_max": 8.0,
+}  # fmt: skip
+STATED_GROUPS = (
+    Group("frozen", 0.0, 0.75), Group("body", 1.0, 0.75), Group("head", 2.0), Group("adam", 0.5, None, (0.875, 0.999)),
+)  # fmt: skip
+BOUNDS = [[0.0, 0.0], *[[2.0**-6, 8.0]] * 3]
+NAMES = (
+    "loss_ema", "prev_loss", "rel", "variance", "cv2", "damp", "reward_ema", "ssi", "cd", "T_cur", "T_i", "cosf",
+    "lr_ctrl",
+)  # fmt: skip
+EMPTY_WINDOW, ONE_LOSS = [[], 0.0, 0.0, 0.0, 0.0, 0], [[4.0], 4.0, 0.0, 0.0, 0.0, 0]
+TWO_LOSSES, NEXT_LOSSES = [[4.0, 2.0], 4.0, -1.0, 2.0, 2.0, 1], [[2.0, 5.0], 3.5, 0.0, 4.5, 4.5, 0]
+
+
+def times(factor):
+    return [0.0, factor, 2 * factor, factor / 2]
+
+
+def met(parameters, rows, first):
+    """Whether the state and the decision are exactly as stated, at the start and after every observation."""
+    config = ADAPTIVE.config(**STATED, **parameters)
+    state, decision = ADAPTIVE.init(config, STATED_GROUPS, 0)
+    assert dump_state(state) == first
+    assert decision == (state.out, state.momentum, None, "track", "initial", None, False)
+    for step, (loss, reward, expected, phase, code, numbers) in enumerate(rows):
+        state, decision = ADAPTIVE.step(config, state, Observation(step, loss, reward))
+        assert dump_state(state) == [*expected, first[-1]], step
+        assert decision == (state.out, state.momentum, None, phase, code, numbers, False), step
+
+
+def named(*numbers):
+    return dict(zip(NAMES, numbers, strict=True))
+
+
+def test_every_part_of_the_state_and_of_the_decision_is_as_stated():
+    own, up, down = [0.75, 0.75, None, 0.875], [0.8125, 0.8125, None, 0.9375], [0.40625, 0.40625, None, 0.46875]
+    plan = [BOUNDS, [[0.375, 0.999], [0.375, 0.999], None, [0.4375, 0.999]], 1]
+    rel, cv2 = (4.0 - 3.0) / (4.0 + 1e-12), [2.0 / (9.0 + 1e-12), 4.5 / (12.25 + 1e-12)]
+    fell = (3.0 - 4.0) / (3.0 + 1e-12)
+    met({}, [
+        (4.0, 1.0, [times(1.0), times(2.0), own, 4.0, 1.0, ONE_LOSS, 0, 0, 1, 2, 2.0, 1.0, 0],
+         "track", "first", named(4.0, None, None, 0.0, 0.0, 2.0, 1.0, 0, 0, 1, 2, 1.0, 1.0)),
+        (2.0, 5.0, [times(3.0), [0.0, 4.5, 8.0, 2.25], up, 3.0, 3.0, TWO_LOSSES, 0, 0, 0, 4, 2.0, 0.75, 0],
+         "track", "up+reward_up+cosine_restart_next",
+         named(3.0, 4.0, rel, 2.0, cv2[0], 2.0, 3.0, 0, 0, 0, 4, 0.75, 3.0)),
+        (5.0, 1.0, [times(0.09375), times(0.1875), down, 4.0, 2.0, NEXT_LOSSES, 0, 2, 1, 4, 2.0, 1.0, 0],
+         "cooldown", "down+reward_down+big_drop",
+         named(4.0, 3.0, fell, 4.5, cv2[1], 2.0, 2.0, 0, 2, 1, 4, 1.0, 0.09375)),
+        (nan, 9.0, [times(0.09375), times(0.1875), down, 4.0, 2.0, NEXT_LOSSES, 0, 2, 1, 4, 2.0, 1.0, 1],
+         "cooldown", "nonfinite_hold", {"bad_run": 1, "lr_ctrl": 0.09375}),
+        (inf, 9.0, [[0.0, 0.0234375, 0.046875, 2.0**-6], [0.0, 0.046875, 0.09375, 2.0**-5], down, 4.0, 2.0,
+                    NEXT_LOSSES, 0, 2, 1, 4, 2.0, 1.0, 2],
+         "cooldown", "nonfinite_backoff", {"bad_run": 2, "lr_ctrl": 0.0234375}),
+    ], [times(1.0), times(1.0), own, None, None, EMPTY_WINDOW, 0, 0, 0, 2, 1.0, 1.0, 0, plan])  # fmt: skip
+
+
+def test_every_part_of_the_original_mode_s_state_is_as_stated():
+    own, up = [0.75, 0.75, None, 0.875], [0.8125, 0.8125, None, 0.9375]
+    plan = [BOUNDS, [[0.0, 0.999], [0.0, 0.999], None, [0.0, 0.999]], 1]
+    rel, cv2 = (4.0 - 3.0) / (4.0 + 1e-12), 2.0 / (9.0 + 1e-12)
+    met({"compat": "original"}, [
+        (4.0, 1.0, [times(3.0), times(3.0), own, 4.0, 1.0, ONE_LOSS, 0, 0, 0, 4, 2.0, 0.75, 0],
+         "track", "first+cosine_restart_next", named(4.0, None, None, 0.0, 0.0, 2.0, 1.0, 0, 0, 0, 4, 0.75, 3.0)),
+        (2.0, 5.0, [[0.0, 8.0, 8.0, 8.0], [0.0, 8.0, 8.0, 8.0], up, 3.0, 3.0, TWO_LOSSES, 0, 0, 1, 4, 2.0, 1.0, 0],
+         "track", "up+reward_up", named(3.0, 4.0, rel, 2.0, cv2, 2.0, 3.0, 0, 0, 1, 4, 1.0, 8.0)),
+        (nan, 9.0, [[0.0, 8.0, 8.0, 8.0], [0.0, 8.0, 8.0, 8.0], up, 3.0, 3.0, TWO_LOSSES, 0, 0, 1, 4, 2.0, 1.0, 1],
+         "track", "nonfinite_hold", {"bad_run": 1, "lr_ctrl": 8.0}),
+        (-inf, 9.0, [[0.0, 2.0, 2.0, 2.0], [0.0, 2.0, 2.0, 2.0], up, 3.0, 3.0, TWO_LOSSES, 0, 0, 1, 4, 2.0, 1.0, 2],
+         "track", "nonfinite_backoff", {"bad_run": 2, "lr_ctrl": 2.0}),
+    ], [times(2.0), times(2.0), own, None, None, EMPTY_WINDOW, 0, 0, 1, 2, 2.0, 1.0, 0, plan])  # fmt: skip
+
+
 # ---- records -------------------------------------------------------------------------------------------------------
 
 

@@ -286,16 +286,19 @@ def test_the_defaults_are_those_of_the_package():
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"lr_candidates": ()}, "lr_candidates: 0 values .* give 1 to 100"),
-        ({"noise_candidates": ()}, "noise_candidates: 0 values"),
+        ({"lr_candidates": ()}, "^lr_candidates: 0 values are no choice; give 1 to 100$"),
+        ({"noise_candidates": ()}, "^noise_candidates: 0 values are no choice; give 1 to 100$"),
         ({"lr_candidates": tuple(map(float, range(1, 102)))}, "lr_candidates: 101 values .* give 1 to 100"),
-        ({"lr_candidates": (1.0, 0.0)}, "lr_candidates: .* greater than 0"),
-        ({"lr_candidates": (1.0, 2.0, 1)}, "lr_candidates: .* twice"),
+        ({"lr_candidates": (1.0, 0.0)}, r"^lr_candidates: \(1.0, 0.0\) is out of range; give factors greater than 0$"),
+        ({"lr_candidates": (1.0, 2.0, 1)}, r"^lr_candidates: \(1.0, 2.0, 1\) holds a value twice; give each once$"),
         ({"noise_candidates": (0.0, 0.0)}, "noise_candidates: .* twice"),
         ({"noise_candidates": (0.0, -0.1)}, "noise_candidates: .* at least 0"),
         ({"episode_length": 0}, "episode_length: 0 .* at least 1"),
         ({"episode_length": 10_001}, "episode_length: 10001 .* at most 10000"),
-        ({"context_mode": "trend_phase"}, "total_training_steps: None .*trend_phase'; give the length"),
+        (
+            {"context_mode": "trend_phase"},
+            "^total_training_steps: None is not enough for context_mode='trend_phase'; give the length of the run$",
+        ),
         ({"total_training_steps": 0}, "total_training_steps: 0 .* at least 1"),
         ({"context_trend_window": 0}, "context_trend_window: 0 .* at least 1"),
         ({"context_trend_window": 10_001}, "context_trend_window: 10001 .* at most 10000"),
@@ -303,7 +306,10 @@ def test_the_defaults_are_those_of_the_package():
         ({"reward_instability_lambda": -1.0}, "reward_instability_lambda: .* at least 0"),
         ({"reward_instability_lambda": 2e6}, "reward_instability_lambda: .* at most 1"),
         ({"reward_epsilon": 0.0}, "reward_epsilon: 0.0 .* greater than 0"),
-        ({"reward_clip_min": 0.5, "reward_clip_max": 0.25}, "reward_clip_min: 0.5 is above reward_clip_max = 0.25"),
+        (
+            {"reward_clip_min": 0.5, "reward_clip_max": 0.25},
+            "^reward_clip_min: 0.5 is above reward_clip_max = 0.25; give reward_clip_min <= reward_clip_max$",
+        ),
         ({"reward_clip_min": -2e6}, "reward_clip_min: .* at least -1"),
         ({"reward_clip_max": 2e6}, "reward_clip_max: .* at most 1"),
         ({"ema_alpha": 0.0}, "ema_alpha: 0.0 .* greater than 0"),
@@ -345,6 +351,154 @@ def test_noise_is_left_alone_only_where_the_one_candidate_is_zero():
     assert run(AEES.config(), [])[1][0].noise_std is None
     assert run(AEES.config(noise_candidates=(0.25,)), [])[1][0].noise_std == (0.25,)
     assert run(AEES.config(noise_candidates=(0.0, 0.25), seed=0), [])[1][0].noise_std in ((0.0,), (0.25,))
+
+
+#: Everything at once; a reward of exact parts but for the logarithm.
+FULL = {
+    "lr_candidates": (0.5, 2.0), "noise_candidates": (0.0, 0.25), "episode_length": 2, "context_mode": "trend",
+    "structured_control_mode": "conditional", "bad_limit": 2, "ema_alpha": 0.5, "reward_epsilon": 0.5,
+    "context_trend_window": 2, "discount": 0.5,
+}  # fmt: skip
+SEEN = (
+    Observation(0, 4.0, update_norm=2.0, applied=-1), Observation(1, 2.0, update_norm=3.0, applied=0),
+    Observation(3, 2.0, update_norm=1.0, applied=2), Observation(4, math.nan), Observation(5, math.inf),
+    Observation(6, 2.0, applied=5), Observation(7, 2.0, applied=4), Observation(8, -1.0, applied=5),
+)  # fmt: skip
+NOTHING = [[0.0, 0.0], [0.0, 0.0], [0, 0], 0, 0.0, None]
+
+
+def context(arms, visits=0, total=0.0, chosen=(), opened=True):
+    """A controller that only ever was in the second of three contexts, where it learnt all it knows."""
+    return [arms, [None, arms if opened else None, None], [0, visits, 0], [0.0, total, 0.0], [[], list(chosen), []]]
+
+
+def test_a_run_through_every_code_has_these_states_and_sentences():
+    r = math.log(4.5) - math.log(3.5) - 0.1 * (1.0 / 9.5)
+    blank = context(NOTHING, opened=False)
+    once = [[0.0, 1.0], [0.0, r], [0, 1], 1, r * r, None]
+    clean = [[1.0, 0.0], [r, 0.0], [1, 0], 1, r * r, None]
+    twice = [[1.0, 0.5], [-1.0, r / 2], [1, 1], 2, r * r / 2 + 1, None]
+    worst = [[0.0, 1.0], [0.0, -1.0], [0, 1], 1, 1.0, None]
+    start = [context(NOTHING, chosen=[1]), blank, context(NOTHING, chosen=[0])]
+    later = [context(once, 1, r, [1, 0]), context(NOTHING, chosen=[1]), context(clean, 1, r, [0])]
+    last = [context(twice, 2, r - 1, [1, 0]), context(worst, 1, -1.0, [1]), context(clean, 1, r, [0, 1])]
+    low, high = [[0.5, 2.0], [0.25, 0.25]], [[2.0, 8.0], [0.25, 0.25]]
+    first, second = [0, 1, 0, 2.0, 0.0, "lr2_n0", "stable", 0, -1], [1, 0, 1, 0.5, 0.25, "lr0p5_n0p25", "stable", 2, 1]
+    third, fourth = ([n, 1, 1, 2.0, 0.25, "lr2_n0p25", "stable", at, 5] for n, at in ((2, 6), (3, 8)))
+    bad = "The loss is not a usable number (1 in a row): nothing counts, the episode goes on."
+    table = (
+        ([[], [4.0], 1, 2.0, 1, 1, 0, 0, [2.0, 8.0], [0.0, 0.0], first], start, [], "in_episode", False,
+         "Episode 0 goes on with lr2_n0."),
+        ([[], [], 2, 0.0, 0, 0, 1, 0, *low, second], later, [2.0], "episode_closed", True,
+         "Episode 0 (lr2_n0) took the loss from 4 to 3 (smoothed): reward 0.2408. "
+         "From here on lr0p5_n0p25: learning rate x 0.5, noise 0.25."),
+        ([[], [2.0], 1, 1.0, 1, 1, 3, 0, *low, second], later, [2.0], "in_episode", False,
+         "Episode 1 goes on with lr0p5_n0p25."),
+        ([[], [2.0], 1, 1.0, 1, 1, 3, 1, *low, second], later, [2.0], "nonfinite_hold", False, bad),
+        ([[], [], 2, 0.0, 0, 0, 3, 2, *high, third], last, [2.0], "episode_aborted_nonfinite", True,
+         "Episode 1 (lr0p5_n0p25) ends at 2 unusable losses in a row: reward -1. "
+         "From here on lr2_n0p25: learning rate x 2, noise 0.25."),
+        ([[], [2.0], 1, 0.0, 0, 1, 6, 0, *high, third], last, [2.0], "in_episode", False,
+         "Episode 2 goes on with lr2_n0p25."),
+        ([[], [], 2, 0.0, 0, 0, 7, 0, *high, fourth], last, [2.0, 2.0], "episode_stale", True,
+         "Episode 2 (lr2_n0p25) counts for nothing: only 1 of its 2 steps ran with its candidate. "
+         "From here on lr2_n0p25: learning rate x 2, noise 0.25."),
+        ([[], [-1.0], 1, 0.0, 0, 1, 8, 0, *high, fourth], last, [2.0, 2.0], "in_episode", False,
+         "Episode 3 goes on with lr2_n0p25."),
+    )  # fmt: skip
+    config, base = AEES.config(**FULL), [1.0, 4.0]
+    state, decision = AEES.init(config, (Group("a", 1.0), Group("b", 4.0)), 5)
+    assert dump_state(state) == [
+        [], [], 2, 0.0, 0, 0, -1, 0, [2.0, 8.0], [0.0, 0.0], first, [5, base, [], start]
+    ]  # fmt: skip
+    assert AEES.explain(config, decision) == "Episode 0 begins. From here on lr2_n0: learning rate x 2, noise 0."
+    assert (decision.phase, decision.milestone) == ("episode", False)
+    for seen, (expected, controllers, ends, code, milestone, text) in zip(SEEN, table, strict=True):
+        state, decision = AEES.step(config, state, seen)
+        *plain, memory = dump_state(state)
+        assert plain == expected, seen
+        assert memory[:3] == [5, base, ends]
+        assert rounded(memory[3]) == rounded(controllers), seen
+        assert decision[:5] == (state.lr, None, state.noise, "episode", code)
+        assert decision.milestone is milestone
+        assert AEES.explain(config, decision) == text
+    ended = AEES.finish(config, state)
+    assert ended[:5] == (state.lr, None, state.noise, "episode", "episode_closed")
+    assert AEES.explain(config, ended) == "Episode 3 (lr2_n0p25) took the loss from -1 to -1 (smoothed): reward 0."
+
+
+def rounded(value):
+    """Nested lists with every float to twelve places."""
+    return [rounded(one) for one in value] if isinstance(value, list) else round(value, 12) if value else value
+
+
+def test_in_any_state_an_unusable_loss_adds_one_to_its_row_and_touches_nothing_else():
+    config = AEES.config(**FULL | {"bad_limit": 9})
+    state, _ = AEES.init(config, ONE_GROUP, 5)
+    for seen in (one for one in SEEN if math.isfinite(one.loss)):
+        state, before = AEES.step(config, state, seen)
+        after, decision = AEES.step(config, state, Observation(99, math.nan, update_norm=1.0, applied=98))
+        assert after == state._replace(bad_run=1)
+        assert decision[:5] == (before.lr, None, before.noise_std, "episode", "nonfinite_hold")
+        assert set(decision.fields) == {*("episode", "lr_index", "noise_index", "lr_multiplier"), "noise_std",
+                                        "candidate", "bucket", "bad_run"}  # fmt: skip
+        after, decision = AEES.step(config, after, Observation(99, None))
+        assert after.bad_run == 1
+        assert decision[:5] == (before.lr, None, before.noise_std, "episode", "no_loss")
+        assert decision.fields["episode"] == before.fields["episode"]
+        assert AEES.explain(config, decision) == "No loss was measured: nothing counts."
+
+
+def test_a_closing_decision_tells_all_of_the_episode_and_what_is_known_by_then():
+    config = AEES.config(**FULL)
+    decisions = run(config, SEEN, seed=5)[1]
+    closed, aborted, stale = closings(decisions)
+    r = closed["reward"]
+    assert r == pytest.approx(math.log(4.5 / 3.5) - 0.1 / 9.5, rel=1e-14)
+    known = {
+        "closed_episode": 1, "closed_lr_index": 0, "closed_noise_index": 1, "closed_lr_multiplier": 0.5,
+        "closed_noise_std": 0.25, "closed_candidate": "lr0p5_n0p25", "closed_bucket": "stable", "start_step": 2,
+        "end_step": 2, "last_step": 3, "losses": 1, "used": 1, "start_loss": 2.0, "end_loss": 2.0,
+        "mean_update_norm": 1.0, "outcome": "aborted", "bad_run": 2, "reward": -1.0,
+        "lr_updates": 2, "lr_counts": [1.0, 0.5], "lr_sums": [-1.0, r / 2], "lr_prior_counts": [1.0, 0.5],
+        "lr_prior_sums": [-1.0, r / 2], "lr_bucket_visits": [0, 2, 0], "lr_bucket_reward_sums": [0.0, r - 1, 0.0],
+        "lr_bucket_distinct_arms": [0, 2, 0], "noise_updates": 1, "noise_counts": [0.0, 1.0],
+        "noise_sums": [0.0, -1.0], "noise_prior_counts": [0.0, 1.0], "noise_prior_sums": [0.0, -1.0],
+        "noise_bucket_visits": [0, 1, 0], "noise_bucket_reward_sums": [0.0, -1.0, 0.0],
+        "noise_bucket_distinct_arms": [0, 1, 0],
+    }  # fmt: skip
+    opened = {
+        "episode": 2, "lr_index": 1, "noise_index": 1, "lr_multiplier": 2.0, "noise_std": 0.25,
+        "candidate": "lr2_n0p25", "bucket": "stable", "lr_tie": [1], "lr_u": rng.uniform(5, 0x100 + 2 * 65536, 6),
+        "noise_scores": None, "noise_tie": [1], "noise_u": rng.uniform(5, 0x201 + 2 * 65536, 6),
+    }  # fmt: skip
+    scores = aborted.pop("lr_scores")
+    assert scores == pytest.approx(
+        [-1 + math.sqrt(math.log(2.5)), r + math.sqrt(math.log(2.5) / 0.5)], rel=1e-12
+    )  # fmt: skip
+    assert aborted == known | opened
+    assert (closed["mean_update_norm"], closed["used"], stale["used"], stale["reward"]) == (2.5, 2, 1, 0.0)
+    assert list(closed)[-6:] == ["lr_scores", "lr_tie", "lr_u", "noise_scores", "noise_tie", "noise_u"]
+    assert episode_log(closings(decisions)) == {
+        "selected_lr_indices": [1], "selected_noise_indices": [0], "selected_lr_values": [2.0],
+        "selected_noise_values": [0.0], "selected_combined_names": ["lr2_n0"], "episode_rewards": [r],
+        "episode_start_steps": [0], "episode_end_steps": [1], "episode_start_losses": [4.0],
+        "episode_end_losses": [2.0], "episode_ema_loss_starts": [4.0], "episode_ema_loss_ends": [3.0],
+        "reward_base": [closed["reward_base"]], "reward_instability": [pytest.approx(1 / 9.5, rel=1e-14)],
+        "reward_penalty": [pytest.approx(0.1 / 9.5, rel=1e-14)], "reward_final_unclipped": [r],
+        "reward_final_clipped": [r], "mean_update_norms": [2.5], "context_buckets": ["stable"],
+        "context_bucket_ids": ["stable"], "context_bucket_names": ["stable"], "context_trends": ["stable"],
+        "context_phases": [None],
+    }  # fmt: skip
+
+
+def test_at_random_a_controller_has_no_contexts_and_without_a_choice_there_is_none():
+    random_one = AEES.config(**FULL | {"control_mode": "random"})
+    assert dump_state(AEES.init(random_one, ONE_GROUP, 5)[0])[-1][3] == [NOTHING] * 3
+    assert AEES.init(AEES.config(lr_candidates=(0.5, 2.0)), ONE_GROUP, 5)[0].memory[3][1] is None
+    assert AEES.init(AEES.config(noise_candidates=(0.0, 1.0)), ONE_GROUP, 5)[0].memory[3][0] is None
+    negative = AEES.init(AEES.config(), (Group("a", -1.0), Group("b", 1.0)), 5)[1]
+    assert negative.lr == (0.0, 1.0)
 
 
 def test_what_did_not_change_is_the_same_object():
@@ -422,6 +576,12 @@ def test_update_norms_are_averaged_over_the_usable_ones_of_the_episode():
     state, decisions = run(config, seen)
     assert [fields["mean_update_norm"] for fields in closings(decisions)] == [2.0, 3.0]
     assert AEES.finish(config, state).fields["mean_update_norm"] is None
+
+
+def test_update_norms_are_usable_up_to_1e100():
+    config = AEES.config(episode_length=2)
+    seen = [Observation(i, 1.0, update_norm=norm) for i, norm in enumerate((1e100, 1.1e100, -1e100, -1.1e100))]
+    assert [fields["mean_update_norm"] for fields in closings(run(config, seen)[1])] == [1e100, -1e100]
 
 
 def test_a_missing_loss_moves_nothing_and_does_not_end_a_row_of_unusable_ones():
@@ -617,6 +777,25 @@ def test_losses_that_are_not_positive_are_compared_by_their_difference(losses, e
     assert reward(losses, 0.5, 0.0, 1e-12, (-1.0, 1.0)) == pytest.approx(expected)
 
 
+def test_a_reward_has_these_parts_where_epsilon_counts():
+    unstable = (8 / 3) / (16.0 + 0.5)
+    losses = (6.0, 4.0, 2.0)  # smoothed: 6, 5, 3.5; mean 4, variance 8/3
+    base = math.log(6.5) - math.log(4.0)
+    parts = (6.0, 3.5, base, unstable, unstable / 4, base - unstable / 4, base - unstable / 4, False)
+    assert reward(losses, 0.5, 0.25, 0.5, (-9.0, 9.0)) == pytest.approx(parts, rel=1e-14)
+    assert reward(losses, 0.5, 0.25, 0.5, (-9.0, 0.125)).reward_final_clipped == 0.125
+    assert reward(losses, 0.5, 0.25, 0.5, (0.5, 9.0)).reward_final_clipped == 0.5
+    fallen = reward((-2.0, -4.0), 0.5, 0.25, 0.5, (-9.0, 9.0))
+    assert fallen == pytest.approx((-2.0, -3.0, 2 / 5.5, 1 / 9.5, 0.25 / 9.5, *[2 / 5.5 - 0.25 / 9.5] * 2, True))
+    assert reward((0.0, 1.0), 0.25, 0.0, 0.5, (-9.0, 9.0))[2] == pytest.approx(math.log(0.5) - math.log(0.75))
+
+
+def test_a_small_spread_far_from_zero_is_not_lost():
+    losses = (1e15, 1e15 + 7, 1e15 + 50)  # about their mean, 1e15 + 19: squares of 19, 12 and 31
+    variance, mean = 1466 / 3, 1e15 + 19
+    assert reward(losses, 0.5, 0.25, 0.5, (-9.0, 9.0)).reward_instability == variance / (mean * mean + 0.5)
+
+
 def test_the_logarithm_is_taken_wherever_it_exists():
     assert reward((-0.5, 1.0), 1.0, 0.0, 0.5, (-9.0, 9.0)).reward_fallback  # start + epsilon is 0
     assert reward((1.0, -0.5), 1.0, 0.0, 0.5, (-9.0, 9.0)).reward_fallback
@@ -669,9 +848,14 @@ def test_a_doubtful_configuration_is_named_at_the_start_and_only_there():
         config = AEES.config(**parameters)
         return AEES.explain(config, run(config, [])[1][0])
 
+    begins = "Episode 0 begins. From here on lr1_n0: learning rate x 1, noise 0."
+    ignored = " total_training_steps is ignored: only context_mode='trend_phase' reads it."
+    assert first() == begins
     assert "Warning" not in first(lr_candidates=(0.5, 1.0, 2.0))
-    assert "Warning: 0.49, 10 beyond [0.5, 2]" in first(lr_candidates=(0.49, 1.0, 10.0))
-    assert "total_training_steps is ignored" in first(total_training_steps=5, context_mode="trend")
+    assert first(lr_candidates=(0.49, 1.0, 10.0)).endswith(
+        ". Warning: 0.49, 10 beyond [0.5, 2] may ruin a run: each is played in full."
+    )
+    assert first(total_training_steps=5, context_mode="trend") == begins + ignored
     assert "ignored" not in first(total_training_steps=5, context_mode="trend_phase")
     config = AEES.config(lr_candidates=(9.0,), episode_length=1, bad_limit=2)
     decisions = run(config, [4.0, None, math.nan, math.nan])[1]

@@ -79,10 +79,32 @@ def test_the_bonus_may_follow_the_spread_of_the_rewards():
     assert all(map(math.isfinite, bandit.scores(by_spread, rounded)))
 
 
+def test_the_spread_is_that_of_faded_counts_sums_and_squares():
+    arms = known((1.5, 0.5), (1.0, -0.5), 2.5)  # mean 1/4, mean square 5/4: variance 19/16
+    bonus = 0.5 * math.sqrt(19 / 16) * math.sqrt(math.log(3))
+    expected = (1.0 / 1.5 + bonus / math.sqrt(1.5), -1.0 + bonus / math.sqrt(0.5))
+    assert bandit.scores(rule(coef=0.5, bonus_scale="reward_std"), arms) == pytest.approx(expected, rel=1e-14)
+
+
 def test_scores_within_1e_12_are_a_tie():
-    for gap, tie in ((0.9e-12, (0, 1)), (1.1e-12, (1,))):
+    for gap, tie in ((1e-12, (0, 1)), (1.1e-12, (1,))):
         arms = known((1.0, 1.0), (0.0, gap))
         assert bandit.choose(rule(coef=0.0), arms, None, chance(0))[1].tie == tie
+
+
+def test_choosing_changes_nothing_but_a_generator_of_its_own():
+    arms = Arms((1.0, 2.0), (0.5, 0.25), (3, 4), 7, 0.75, None)
+    for r in (rule(), rule(warmup_rounds=9), rule(control_mode="random")):
+        assert bandit.choose(r, arms, None, chance(0))[0] == arms
+    for rounds in (0, 9):
+        choice = bandit.choose(rule(control_mode="random", warmup_rounds=rounds), arms, None, chance(0))[1]
+        assert (choice.tie, choice.scores) == ((0, 1), None)
+    own = arms._replace(generator=mersenne.seeded(4))
+    after, choice = bandit.choose(rule(warmup_rounds=9), own, None, chance(0))
+    assert after == own._replace(generator=mersenne.below(1, own.generator)[1])
+    assert choice == (0, None, (0,), None)
+    learnt = bandit.learn(rule(), own, None, 1, -0.5)
+    assert learnt == ((0.5, 2.0), (0.25, -0.375), (3, 5), 8, 0.625, own.generator)
 
 
 def test_chance_decides_a_tie_by_the_counter_generator():
@@ -107,8 +129,10 @@ def test_a_random_controller_plays_every_arm_alike_and_learns_nothing():
 def test_a_bucket_begins_as_a_copy_of_the_prior_and_then_learns_alone():
     context, r = bandit.begin(2, 3, None), rule()
     assert context == (bandit.begin(2, 0, None), (None,) * 3, (0, 0, 0), (0.0, 0.0, 0.0), ((), (), ()))
+    chosen = []
     for bucket, arm, reward in ((1, 0, 1.0), (1, 1, 0.5)):
-        context, _ = bandit.choose(r, context, bucket, chance(0))
+        context, choice = bandit.choose(r, context, bucket, chance(0))
+        chosen.append(choice.arm)
         context = bandit.learn(r, context, bucket, arm, reward)
     context, choice = bandit.choose(r, context, 2, chance(5))
     assert choice.scores is not None  # the warm-up of the prior is not repeated
@@ -119,11 +143,23 @@ def test_a_bucket_begins_as_a_copy_of_the_prior_and_then_learns_alone():
     assert context[0][:2] == ((1.25, 0.5), (-0.75, 0.25))
     assert context[1][1][:2] == ((0.5, 1.0), (0.5, 0.5))
     assert (context[2], context[3]) == ((0, 2, 1), (0.0, 1.5, -1.0))
+    assert bandit.audit(context[1][1], None) == {"counts": [0.5, 1.0], "sums": [0.5, 0.5], "updates": 2}
     assert bandit.audit(context, 1) == {
         "counts": [0.5, 1.0], "sums": [0.5, 0.5], "updates": 2, "prior_counts": [1.25, 0.5],
         "prior_sums": [-0.75, 0.25], "bucket_visits": [0, 2, 1], "bucket_reward_sums": [0.0, 1.5, -1.0],
-        "bucket_distinct_arms": [0, len(context[4][1]), 1],
+        "bucket_distinct_arms": [0, len(set(chosen)), 1],
     }  # fmt: skip
+    assert context[4] == ((), tuple(dict.fromkeys(chosen)), (choice.arm,))
+
+
+def test_a_bucket_remembers_each_arm_it_chose_once_in_their_order_and_forgets_none():
+    context, r, chosen = bandit.begin(4, 2, None), rule(control_mode="random"), []
+    for step in range(30):
+        context, choice = bandit.choose(r, context, 1, chance(step))
+        chosen.append(choice.arm)
+        assert context[4] == ((), tuple(dict.fromkeys(chosen)))
+    assert len(context[4][1]) == 4
+    assert (context[0], context[1][0], context[2:4]) == (bandit.begin(4, 0, None), None, ((0, 0), (0.0, 0.0)))
 
 
 def test_every_bucket_has_a_stream_of_its_own():

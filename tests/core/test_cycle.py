@@ -14,6 +14,7 @@ import pytest
 
 from flyball_server.core import rng
 from flyball_server.core.policies import POLICIES
+from flyball_server.core.state import dump_state
 from flyball_server.core.types import Group, Observation
 
 CYCLE = POLICIES["cycle"]
@@ -426,6 +427,32 @@ def test_a_rise_during_the_refractory_waits():
     assert codes(losses, **SMALL, patience=1, escape_steps=1, refractory=1)[3:] == [
         "patience", "escape_over", "loss_increasing",
     ]  # fmt: skip
+
+
+def test_the_whole_state_from_the_start_to_a_second_burst_without_a_refractory():
+    config = CYCLE.config(**SMALL | {"patience": 1, "escape_steps": 2, "refractory": 0, "bad_limit": 2})
+    plan, zero, sums = [BASE, 16 * BASE, 4 * BASE, 24 * BASE, [1.0], 7], [0.0] * 5, [2.0, 0.0, 2.0, 0.0, 2.0]
+    low, high, ones = [BASE, BASE, [BASE]], [16 * BASE, 16 * BASE, [16 * BASE]], [1.0] * 4
+    state, decision = CYCLE.init(config, ONE_GROUP, 7)
+    assert decision == ((BASE,), None, None, "exploit", "initial", None, False)
+    assert dump_state(state) == [*low, "exploit", 0, 0, 0, 0, [], [], zero, plan]
+    for loss, code, *expected in (
+        (1.0, "filling_window", *low, "exploit", 0, 0, 0, 0, [], [1.0], zero),
+        (math.nan, "nonfinite_hold", *low, "exploit", 0, 0, 0, 1, [], [1.0], zero),
+        (None, "no_loss", *low, "exploit", 0, 0, 0, 1, [], [1.0], zero),
+        (1.0, "filling_window", *low, "exploit", 0, 0, 0, 0, [], [1.0] * 2, zero),
+        (1.0, "filling_window", *low, "exploit", 0, 0, 0, 0, [], [1.0] * 3, zero),
+        (1.0, "patience", *high, "escape", 0, 2, 0, 0, ones, [], sums),
+        (1.0, "escape_burst", *high, "escape", 0, 1, 0, 0, ones, [1.0], sums),
+        (math.nan, "nonfinite_hold", *high, "escape", 0, 1, 0, 1, ones, [1.0], sums),
+        (math.nan, "nonfinite_backoff", *low, "exploit", 0, 0, 0, 2, ones, [1.0], sums),
+        (math.nan, "nonfinite_hold", *low, "exploit", 0, 0, 0, 3, ones, [1.0], sums),
+        (1.0, "patience", *high, "escape", 0, 2, 0, 0, ones, [1.0] * 2, sums),
+    ):
+        state, decision = CYCLE.step(config, state, Observation(0, loss))
+        assert (decision.code, decision.phase, decision.lr) == (code, state.phase, state.lrs)
+        assert not decision.milestone
+        assert dump_state(state) == [*expected, plan]
 
 
 # ---- learning rates ---------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Goal: `greedy` is transformers' GreedyLR, except for what makes it safe.
 
 Method: random metric traces through transformers' own class beside ours, with the same absolute bounds; then every
-threshold where equality is exact, and each stated difference alone.
+threshold where equality is exact, each stated difference alone, and one run with its whole state and every sentence.
 """
 
 import math
 import random
+import re
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ import torch
 from transformers.optimization import GreedyLR
 
 from flyball_server.core.policies import POLICIES
+from flyball_server.core.state import dump_state
 from flyball_server.core.types import Group, Observation
 
 GREEDY = POLICIES["greedy"]
@@ -129,6 +131,8 @@ def test_with_the_published_defaults_and_a_usual_lr_only_ours_goes_down_on_a_ris
         ("max", "abs", -1.0, -0.75, -0.75 + 2**-30),
         ("min", "rel", 2.0, 1.5, 1.5 - 2**-30),
         ("max", "rel", 2.0, 2.5, 2.5 + 2**-30),
+        ("min", "rel", 0.5, 0.375, 0.375 - 2**-30),
+        ("max", "rel", 0.5, 0.625, 0.625 + 2**-30),
         ("min", "rel", -2.0, -2.5, -2.5 - 2**-30),  # a part of |best|, where the published class accepts -1.6
         ("max", "rel", -2.0, -1.5, -1.5 + 2**-30),
         ("min", "rel", 0.0, 0.0, -(2**-30)),
@@ -152,6 +156,7 @@ def test_smoothing_judges_the_mean_of_the_newest_values():
     spiked = run([1.0, 1e99, 0.1, 0.2], smooth=True, window_size=2)[-1]
     assert spiked.fields["metric"] == (0.1 + 0.2) / 2  # the published running sum would be left with 0
     assert GREEDY.explain(GREEDY.config(smooth=True), spiked).startswith("The mean loss ")
+    assert GREEDY.explain(GREEDY.config(), run([1.0])[-1]) == "First value of loss: 1."
 
 
 # ---- moves ------------------------------------------------------------------------------------------------
@@ -266,6 +271,8 @@ def test_an_lr_that_eps_holds_above_its_floor_counts_as_being_there():
     parameters = {"patience": 0, "factor": 0.5, "max_lr": 1.0, "reset_start": 2}
     assert codes([1.0, 2.0, 2.0], **parameters, min_lr=0.75, eps=0.25)[1:] == ["reduce@bound", "reset"]
     assert codes([1.0, 2.0, 2.0], **parameters, min_lr=0.25, eps=0.0)[1:] == ["reduce", "reduce"]
+    twice = {"groups": (Group("all", 2.0),), "patience": 0, "factor": 0.5, "max_lr": 2.0, "reset_start": 2}
+    assert codes([1.0, 2.0, 2.0], **twice, min_lr=1.5, eps=0.25)[1:] == ["reduce@bound", "reset"]
 
 
 # ---- signals ----------------------------------------------------------------------------------------------
@@ -320,6 +327,104 @@ def test_frozen_groups_keep_the_very_same_lrs():
     assert decisions[0].lr == (0.0, 0.0)
 
 
+# ---- the whole state --------------------------------------------------------------------------------------
+
+
+#: Every move, every count and every phase: LR 1 and 4 within [0.5, 1], the mean of two losses.
+ALL = {
+    "patience": 1, "factor": 0.5, "cooldown": 2, "warmup": 1, "smooth": True, "window_size": 2, "bad_limit": 2,
+    "reset_start": 2, "min_lr": 0.5, "max_lr": 1.0,
+}  # fmt: skip
+#: loss, code, phase, milestone; then lr, best, good, bad, cooling, warming, stuck, bad_run, window; then the sentence.
+TABLE = (
+    (8.0, "first", "track", False, 1.0, 8.0, 1, 0, 0, 0, 0, 0, [8.0], "First value of The mean loss: 8."),
+    (4.0, "increase@bound", "warmup", False, 1.0, 6.0, 0, 0, 0, 1, 0, 0, [8.0, 4.0],
+     "The mean loss improved 2 times in a row, but the learning rate 1 is at its upper bound."),
+    (math.nan, "nonfinite_hold", "warmup", False, 1.0, 6.0, 0, 0, 0, 1, 0, 1, [8.0, 4.0],
+     "The loss is not a usable number (1 in a row): nothing counts, the learning rate stays."),
+    (2.0, "warmup", "track", False, 1.0, 6.0, 0, 0, 0, 0, 0, 0, [4.0, 2.0],
+     "The mean loss 3: after a rise this does not count."),
+    (None, "no_loss", "track", False, 1.0, 6.0, 0, 0, 0, 0, 0, 0, [4.0, 2.0], "No loss was measured: nothing counts."),
+    (1.0, "improved", "track", False, 1.0, 1.5, 1, 0, 0, 0, 0, 0, [2.0, 1.0],
+     "The mean loss improved from 6 to 1.5: 1 in a row."),
+    (9.0, "waiting", "track", False, 1.0, 1.5, 0, 1, 0, 0, 0, 0, [1.0, 9.0],
+     "The mean loss 5 is no improvement on 1.5: 1 of 1 tolerated."),
+    (9.0, "reduce", "cooldown", True, 0.5, 1.5, 0, 0, 2, 0, 1, 0, [9.0, 9.0],
+     "The mean loss has not improved on 1.5 for 2 observations: learning rate cut from 1 to 0.5."),
+    (9.0, "cooldown", "cooldown", False, 0.5, 1.5, 0, 0, 1, 0, 1, 0, [9.0, 9.0],
+     "The mean loss 9: after a cut this does not count."),
+    (1.0, "cooldown", "track", False, 0.5, 1.5, 0, 0, 0, 0, 1, 0, [9.0, 1.0],
+     "The mean loss 5: after a cut this does not count."),
+    (1.0, "improved", "track", False, 0.5, 1.0, 1, 0, 0, 0, 1, 0, [1.0, 1.0],
+     "The mean loss improved from 1.5 to 1: 1 in a row."),
+    (0.0, "increase", "warmup", True, 1.0, 0.5, 0, 0, 0, 1, 0, 0, [1.0, 0.0],
+     "The mean loss improved 2 times in a row: learning rate raised from 0.5 to 1."),
+    (math.inf, "nonfinite_hold", "warmup", False, 1.0, 0.5, 0, 0, 0, 1, 0, 1, [1.0, 0.0],
+     "The loss is not a usable number (1 in a row): nothing counts, the learning rate stays."),
+    (-math.inf, "nonfinite_backoff", "warmup", True, 0.5, 0.5, 0, 0, 0, 1, 0, 2, [1.0, 0.0],
+     "2 unusable losses in a row: learning rate 1 -> 0.5."),
+    (1.0, "warmup", "track", False, 0.5, 0.5, 0, 0, 0, 0, 0, 0, [0.0, 1.0],
+     "The mean loss 0.5: after a rise this does not count."),
+    (1.0, "waiting", "track", False, 0.5, 0.5, 0, 1, 0, 0, 0, 0, [1.0, 1.0],
+     "The mean loss 1 is no improvement on 0.5: 1 of 1 tolerated."),
+    (1.0, "reduce@bound", "cooldown", False, 0.5, 0.5, 0, 0, 2, 0, 1, 0, [1.0, 1.0],
+     "The mean loss has not improved on 0.5 for 2 observations, but the learning rate 0.5 is at its lower bound."),
+    (1.0, "cooldown", "cooldown", False, 0.5, 0.5, 0, 0, 1, 0, 1, 0, [1.0, 1.0],
+     "The mean loss 1: after a cut this does not count."),
+    (1.0, "cooldown", "track", False, 0.5, 0.5, 0, 0, 0, 0, 1, 0, [1.0, 1.0],
+     "The mean loss 1: after a cut this does not count."),
+    (1.0, "waiting", "track", False, 0.5, 0.5, 0, 1, 0, 0, 1, 0, [1.0, 1.0],
+     "The mean loss 1 is no improvement on 0.5: 1 of 1 tolerated."),
+    (1.0, "reset", "cooldown", True, 1.0, None, 0, 0, 2, 0, 0, 0, [],
+     "The mean loss has not improved through 2 cuts at the lower bound: all begins anew, learning rate 0.5 -> 1."),
+)  # fmt: skip
+
+
+def test_a_run_through_every_move_has_these_states_and_sentences():
+    config, plan = GREEDY.config(**ALL), [0.5, 1.0, 1.0, [1.0, 4.0]]
+    state, decision = GREEDY.init(config, (Group("a", 1.0), Group("b", 4.0)), 0)
+    assert decision == ((1.0, 4.0), None, None, "track", "initial", None, False)
+    assert GREEDY.explain(config, decision) == "Starting with the learning rates of the optimizer."
+    assert dump_state(state) == [1.0, [1.0, 4.0], None, 0, 0, 0, 0, 0, 0, [], plan]
+    for number, (loss, code, phase, milestone, lr, *counts, text) in enumerate(TABLE):
+        state, decision = GREEDY.step(config, state, Observation(number, loss))
+        assert (decision.code, decision.phase, decision.milestone) == (code, phase, milestone), number
+        assert dump_state(state) == [lr, [lr, 4 * lr], *counts, plan], number
+        assert decision.lr is state.lrs
+        assert GREEDY.explain(config, decision) == text
+
+
+def test_in_any_state_a_missing_metric_and_an_unusable_loss_touch_only_what_they_say():
+    """A metric that is missing ends the row of unusable losses; one of those adds to it, at the limit it also cuts."""
+    signals, config = (8.0, 4.0, 2.0, 9.0, 9.0, 9.0, 1.0, 0.0, 1.0, 1.0, 1.0), GREEDY.config(**ALL, metric="x")
+    state, _ = GREEDY.init(config, ONE_GROUP, 0)
+    for signal in signals:
+        state, decision = GREEDY.step(config, state, Observation(0, None, others={"x": signal}))
+        held, holding = GREEDY.step(config, state, Observation(1, math.nan))
+        assert held == state._replace(bad_run=1)
+        assert (holding.lr, holding.phase, holding.code) == (state.lrs, decision.phase, "nonfinite_hold")
+        assert (holding.fields, holding.milestone) == ({"bad_run": 1}, False)
+        for value in (None, 1.1e100, -1.1e100, math.nan):
+            for loss, row in ((None, 1), (1.0, 0)):
+                after, missing = GREEDY.step(config, held, Observation(2, loss, others={"x": value}))
+                assert after == state._replace(bad_run=row)
+                assert missing == (state.lrs, None, None, decision.phase, "no_metric", None, False)
+                assert GREEDY.explain(config, missing) == (
+                    "The mean x was not measured, or is not a usable number: nothing counts."
+                )
+        after, cutting = GREEDY.step(config, held, Observation(2, math.nan))
+        assert after == state._replace(bad_run=2, lr=0.5, lrs=(0.5,), good=0, bad=0)
+        assert cutting.fields == {"bad_run": 2, "old_lr": state.lr, "new_lr": 0.5}
+        assert (cutting.phase, cutting.milestone) == (decision.phase, state.lr != 0.5)
+        assert (after.lrs is state.lrs) == (state.lr == 0.5)
+
+
+def test_usable_values_of_another_signal_reach_to_1e100():
+    signals = [{"x": value} for value in (1e100, -1e100, 1.0000001e100, -1.0000001e100)]
+    expected = ["first", "improved", "no_metric", "no_metric"]
+    assert codes([None] * 4, signals=signals, metric="x") == expected
+
+
 # ---- parameters -------------------------------------------------------------------------------------------
 
 
@@ -336,8 +441,8 @@ def test_the_defaults_are_the_published_ones_except_for_the_bounds_and_the_reset
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"metric": ""}, "metric: '' is empty"),
-        ({"min_lr": 0.2, "max_lr": 0.1}, r"min_lr: 0\.2 is above max_lr = 0\.1"),
+        ({"metric": ""}, "^metric: '' is empty; give the name of a signal, such as 'loss'$"),
+        ({"min_lr": 0.2, "max_lr": 0.1}, r"^min_lr: 0\.2 is above max_lr = 0\.1; give min_lr <= max_lr$"),
         ({"factor": 1.0}, "factor: 1.0 .* less than 1"),
         ({"factor": 0.0}, "factor: 0.0 .* greater than 0"),
         ({"patience": -1}, "patience: -1 .* at least 0"),
@@ -365,9 +470,18 @@ def test_a_wrong_parameter_is_refused_with_its_name_and_the_remedy(parameters, w
 
 def test_bounds_that_shut_out_the_optimizer_s_lr_are_refused_at_attach():
     for parameters, words in (
-        ({"min_lr": 1e-3}, r"min_lr: 0\.001 shuts out the optimizer's learning rate 0\.0001"),
-        ({"max_lr": 1e-5}, r"max_lr: 1e-05 shuts out the optimizer's learning rate 0\.0001"),
+        ({"min_lr": 1e-3}, "min_lr: 0.001 shuts out the optimizer's learning rate 0.0001"),
+        ({"max_lr": 1e-5}, "max_lr: 1e-05 shuts out the optimizer's learning rate 0.0001"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}; leave it null or let them fit$"):
             GREEDY.init(GREEDY.config(**parameters), (Group("all", 1e-4),), 0)
     assert GREEDY.init(GREEDY.config(min_lr=1e-4, max_lr=1e-4), (Group("all", 1e-4),), 0)[1].lr == (1e-4,)
+    assert GREEDY.config(min_lr=1e-4, max_lr=1e-4).max_lr == 1e-4
+    with pytest.raises(ValueError, match=r"^max_lr: 1e-301 shuts out"):
+        GREEDY.init(GREEDY.config(max_lr=1e-301), (Group("all", 1e-300),), 0)
+
+
+def test_the_smallest_and_the_largest_lr_still_have_bounds():
+    for lr, bounds in ((1e-299, (1e-300, 1e-298)), (1e100, (1e98, 1e100)), (1e-301, (1e-300, 1e-299))):
+        state, _ = GREEDY.init(GREEDY.config(), (Group("all", lr),), 0)
+        assert state.plan[:2] == pytest.approx(bounds, rel=1e-12)

@@ -1,18 +1,30 @@
 """Goal: whatever a policy says, what leaves the guard is finite, not negative and inside the limits.
 
-Method: property tests with any float as a decision, then each limit alone, driven by a decision of known factor.
+Method: property tests with any float as a decision, then each limit alone, driven by a decision of known factor; whole
+states and settings, as literals, on both sides of every edge.
 """
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball_server.core.errors import Invalid
-from flyball_server.core.guard import GroupLimits, Limits, begin, is_quiet, settle, settle_free
-from flyball_server.core.types import Decision, Group
+from flyball_server.core.guard import (
+    GroupLimits,
+    GuardState,
+    Limits,
+    begin,
+    held,
+    is_free,
+    is_quiet,
+    settle,
+    settle_free,
+)
+from flyball_server.core.types import Decision, Group, Settings
 from flyball_server.guards import limits_of
 
 GROUPS = (Group("a", 0.1, 0.9), Group("b", 0.01, None, (0.9, 0.999)), Group("frozen", 0.0))
@@ -254,3 +266,245 @@ def test_the_short_way_through_a_free_guard_is_the_long_one_to_the_bit(decided, 
         free, one = settle_free(free, groups, step, decision)
         long, other = settle(Limits(), long, groups, None, step, decision)
         assert repr((free, one)) == repr((long, other))
+
+
+PAIR = (Group("a", 1.0, 0.9), Group("b", 0.25, None, (0.8, 0.99)), Group("frozen", 0.0))
+ATTACHED = (1.0, 0.25, 0.0)
+DOUBLE, SAME = (2.0, 0.5, 0.0), (1.0, 0.25, 0.0)
+
+
+def wants(*lr, momentum=None, noise=None):
+    return Decision(lr, momentum, noise, "p", "c")
+
+
+def state_of(factors=ATTACHED, changed=None, window=0, window_factors=ATTACHED):
+    return GuardState(factors, changed, window, window_factors, "before")
+
+
+def test_the_guard_begins_at_the_references():
+    assert begin(PAIR, on_base=True) == GuardState((1.0, 1.0, 1.0), None, 0, (1.0, 1.0, 1.0), "")
+    assert begin(PAIR, on_base=False) == GuardState(ATTACHED, None, 0, ATTACHED, "")
+
+
+def relative(lrs):
+    """As factors on the references, which of a frozen group is 1."""
+    return tuple(lr / group.lr if group.lr else 1.0 for lr, group in zip(lrs, PAIR, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("limits", "settled", "expected"),
+    [
+        (Limits(), -1, True),
+        (Limits(warmup_steps=4), 2, True),
+        (Limits(warmup_steps=4), 1, False),
+        (Limits(cooldown_steps=1), 9, False),
+        (Limits(max_change=2.0), 9, False),
+        (Limits(max_change_per_window=2.0), 9, False),
+        (Limits(max_lr=1.0, min_factor=0.5), 9, True),
+    ],
+)
+def test_it_is_quiet_where_nothing_depends_on_the_step(limits, settled, expected):
+    assert is_quiet(limits, settled) is expected
+
+
+def test_it_is_free_only_without_any_limit():
+    assert is_free(Limits()) is True
+    assert is_free(Limits(max_lr=1.0)) is is_free(Limits(warmup_steps=1)) is False
+
+
+WINDOW = Limits(max_change_per_window=2.0, window_steps=4)
+WAITS = Limits(cooldown_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "state", "step", "lr", "factors", "changed", "window", "window_factors", "note"),
+    [
+        (Limits(), state_of(), -1, DOUBLE, DOUBLE, None, 0, DOUBLE, ""),
+        (Limits(), state_of(), 0, DOUBLE, DOUBLE, 0, 0, ATTACHED, ""),
+        (Limits(), state_of(), 9, SAME, SAME, None, 0, ATTACHED, ""),
+        (Limits(), state_of(changed=2), 9, SAME, SAME, 2, 0, ATTACHED, ""),
+        (Limits(window_steps=4), state_of(), 9, DOUBLE, DOUBLE, 9, 0, ATTACHED, ""),
+        # a window begins with the decision of its first step, at the factors in force
+        (WINDOW, state_of(DOUBLE, 1), 2, (8.0, 2.0, 0.0), DOUBLE, 1, 0, ATTACHED, "guard_max_change"),
+        (WINDOW, state_of(DOUBLE, 1), 3, (8.0, 2.0, 0.0), (4.0, 1.0, 0.0), 3, 4, DOUBLE, "guard_max_change"),
+        (WINDOW, state_of(DOUBLE, 1, 2, SAME), 4, DOUBLE, DOUBLE, 1, 2, SAME, ""),
+        (WINDOW, state_of(DOUBLE, 1, 2, SAME), 5, DOUBLE, DOUBLE, 1, 6, DOUBLE, ""),
+        (WINDOW, state_of(), 1, (0.25, 0.125, 0.0), (0.5, 0.125, 0.0), 1, 0, ATTACHED, "guard_max_change"),
+        (WINDOW, state_of(), 1, (0.5, 0.5, 0.0), (0.5, 0.5, 0.0), 1, 0, ATTACHED, ""),
+        # in a cooldown
+        (WAITS, state_of(changed=2), 4, DOUBLE, SAME, 2, 0, ATTACHED, "guard_cooldown"),
+        (WAITS, state_of(changed=2), 5, DOUBLE, DOUBLE, 5, 0, ATTACHED, ""),
+        (WAITS, state_of(changed=0), 2, DOUBLE, SAME, 0, 0, ATTACHED, "guard_cooldown"),
+        (WAITS, state_of(), 0, DOUBLE, DOUBLE, 0, 0, ATTACHED, ""),
+        # one decision
+        (Limits(max_change=4.0), state_of(), 0, (8.0, 2.0, 0.0), (4.0, 1.0, 0.0), 0, 0, ATTACHED, "guard_max_change"),
+        (Limits(max_change=4.0), state_of(), 0, (0.1, 1.0, 0.0), (0.25, 1.0, 0.0), 0, 0, ATTACHED, "guard_max_change"),
+        (Limits(max_change=4.0), state_of(), 0, (4.0, 0.0625, 0.0), (4.0, 0.0625, 0.0), 0, 0, ATTACHED, ""),
+        (Limits(max_change=4.0), state_of(), -1, (8.0, 2.0, 0.0), (8.0, 2.0, 0.0), None, 0, (8.0, 2.0, 0.0), ""),
+        # unusable numbers
+        (Limits(), state_of(), 0, (0.0, 0.25, 0.0), (0.0, 0.25, 0.0), 0, 0, ATTACHED, ""),
+        (Limits(), state_of(DOUBLE, 1), 4, (math.inf, 0.25, 0.0), DOUBLE, 1, 0, ATTACHED, "guard_nonfinite"),
+        (Limits(), state_of(DOUBLE, 1), 4, (1.0, -1e-9, 0.0), DOUBLE, 1, 0, ATTACHED, "guard_nonfinite"),
+        (Limits(), state_of(DOUBLE, 1), 4, (1.0, 0.25, math.nan), DOUBLE, 1, 0, ATTACHED, "guard_nonfinite"),
+        (Limits(), state_of(), 0, (2.0, 0.5, 7.0), DOUBLE, 0, 0, ATTACHED, ""),
+    ],
+)  # fmt: skip
+def test_the_factors_and_what_is_remembered_of_them(
+    limits, state, step, lr, factors, changed, window, window_factors, note
+):
+    settled = settle(limits, state, PAIR, None, step, wants(*lr))
+    assert settled == (GuardState(factors, changed, window, window_factors, note), Settings(factors))
+    if is_free(limits):
+        assert settle_free(state, PAIR, step, wants(*lr)) == settled
+    if note != "guard_nonfinite":  # the same in factors, under a base schedule of three times the references
+        before = GuardState(relative(state.factors), state.changed, state.window, relative(state.window_factors), "")
+        after, out = settle(limits, before, PAIR, (3.0, 0.75, 0.0), step, wants(*lr))
+        assert after == GuardState(relative(factors), changed, window, relative(window_factors), note)
+        assert out == Settings(tuple(3 * f for f in factors))
+
+
+def test_a_quotient_too_large_for_a_number_is_unusable_under_a_base_schedule():
+    groups = (Group("tiny", 1e-300), Group("b", 1.0))
+    state, out = settle(Limits(), state_of((1.0, 1.0)), groups, (0.5, 0.5), 3, wants(1e100, 2.0))
+    assert state == GuardState((1.0, 1.0), None, 0, ATTACHED, "guard_nonfinite")
+    assert out.lr == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("limits", "step", "lr", "expected", "note"),
+    [
+        (Limits(warmup_steps=4), -1, DOUBLE, (0.5, 0.125, 0.0), ""),
+        (Limits(warmup_steps=4), 1, DOUBLE, (1.5, 0.375, 0.0), ""),
+        (Limits(warmup_steps=4), 2, DOUBLE, DOUBLE, ""),
+        (Limits(warmup_steps=4), 3, DOUBLE, DOUBLE, ""),
+        (Limits(max_lr=2.0, min_lr=0.5), 9, DOUBLE, DOUBLE, ""),
+        (Limits(max_lr=1.5), 9, DOUBLE, (1.5, 0.5, 0.0), "guard_max"),
+        (Limits(min_lr=0.75), 9, DOUBLE, (2.0, 0.75, 0.0), "guard_min"),
+        (Limits(max_lr=1.5, min_lr=0.75), 9, DOUBLE, (1.5, 0.75, 0.0), "guard_max"),
+        (Limits(max_lr=1.5, min_lr=0.75), 9, (0.5, 2.0, 0.0), (0.75, 1.5, 0.0), "guard_min"),
+        (Limits(max_factor=1.5), 9, DOUBLE, (1.5, 0.375, 0.0), "guard_max"),
+        (Limits(min_factor=3.0), 9, DOUBLE, (3.0, 0.75, 0.0), "guard_min"),
+        (Limits(max_factor=1.5, max_lr=1.0), 9, DOUBLE, (1.0, 0.375, 0.0), "guard_max"),
+        (Limits(min_factor=3.0, min_lr=1.0), 9, DOUBLE, (3.0, 1.0, 0.0), "guard_min"),
+        (Limits(min_factor=3.0, max_lr=1.0), 9, DOUBLE, (1.0, 0.75, 0.0), "guard_min"),  # upper bounds win
+        (Limits(max_factor=1.5, min_lr=0.4375), 9, DOUBLE, (1.5, 0.375, 0.0), "guard_max"),
+        (Limits(groups={"b": GroupLimits(scale=0.5)}), 9, DOUBLE, (2.0, 0.25, 0.0), ""),
+        (Limits(groups={"b": GroupLimits(scale=0.5)}, warmup_steps=4), 0, DOUBLE, (1.0, 0.125, 0.0), ""),
+        (Limits(groups={"b": GroupLimits(min_lr=0.75)}), 9, DOUBLE, (2.0, 0.75, 0.0), "guard_min"),
+        (Limits(groups={"b": GroupLimits(max_lr=0.375)}), 9, DOUBLE, (2.0, 0.375, 0.0), "guard_max"),
+        (Limits(groups={"b": GroupLimits(min_lr=0.75)}, min_lr=1.0), 9, DOUBLE, (2.0, 1.0, 0.0), "guard_min"),
+        (Limits(groups={"b": GroupLimits(max_lr=0.375)}, max_lr=0.25), 9, DOUBLE, (0.25, 0.25, 0.0), "guard_max"),
+        (Limits(groups={"b": GroupLimits(), "frozen": GroupLimits(min_lr=1.0)}), 9, DOUBLE, DOUBLE, ""),
+        (Limits(groups={"a": GroupLimits(scale=1e300)}), 9, (1e100, 0.5, 0.0), (1.0, 0.5, 0.0), "guard_nonfinite"),
+        (
+            Limits(groups={"a": GroupLimits(scale=1e300)}, max_lr=0.75),
+            9,
+            (1e100, 2.0, 0.0),
+            (0.75, 0.75, 0.0),
+            "guard_nonfinite",
+        ),
+        (
+            Limits(groups={"a": GroupLimits(scale=1e300)}, min_lr=1.5),
+            9,
+            (1e100, 1.0, 0.0),
+            (1.5, 1.5, 0.0),
+            "guard_nonfinite",
+        ),
+    ],
+)
+def test_every_bound_holds_at_its_edge_and_what_it_did_is_noted(limits, step, lr, expected, note):
+    state, out = settle(limits, state_of(), PAIR, None, step, wants(*lr))
+    assert (out, state.note) == (Settings(expected), note)
+    assert held(limits, state, PAIR, None, step) == expected
+    assert held(limits, state_of(relative(lr)), PAIR, ATTACHED, step) == expected
+
+
+def test_frozen_groups_may_stand_anywhere_and_all_may_be_frozen():
+    state, out = settle(Limits(max_lr=1.5), begin(PAIR[::-1], on_base=False), PAIR[::-1], None, 3, wants(7.0, 0.5, 2.0))
+    assert (out.lr, state.factors, state.note) == ((0.0, 0.5, 1.5), (0.0, 0.5, 2.0), "guard_max")
+    frozen = PAIR[2:]
+    state, out = settle_free(begin(frozen, on_base=False), frozen, 3, wants(7.0))
+    assert (out.lr, state.factors) == ((0.0,), (0.0,))
+
+
+@pytest.mark.parametrize("lr", [(1.0,), (1.0, 0.25, 1.0)])
+def test_a_decision_for_another_number_of_groups_is_an_error_of_the_policy(lr):
+    groups, state = PAIR[:2], begin(PAIR[:2], on_base=False)
+    for base in (None, (1.0, 1.0)):
+        with pytest.raises(ValueError, match="zip"):
+            settle(Limits(), state, groups, base, 3, wants(*lr))
+    with pytest.raises(ValueError, match="zip"):
+        settle_free(state, groups, 3, wants(*lr))
+    with pytest.raises(ValueError, match="zip"):
+        settle(Limits(), state, groups, None, 3, wants(1.0, 0.25, momentum=(0.5,) * len(lr)))
+
+
+@pytest.mark.parametrize(
+    ("momentum", "noise", "limits", "expected", "note"),
+    [
+        (None, None, Limits(), (None, None), ""),
+        ((0.5, 0.0, None), (0.0, 0.5, 0.25), Limits(), ((0.5, 0.0, None), (0.0, 0.5, 0.25)), ""),
+        ((1.0, 0.5, None), None, Limits(), ((0.9, None, None), None), "guard_nonfinite"),
+        ((0.5, -1e-9, None), None, Limits(), ((0.9, None, None), None), "guard_nonfinite"),
+        ((math.nan, 0.5, None), None, Limits(), ((0.9, None, None), None), "guard_nonfinite"),
+        ((0.5, 0.5, 0.5), None, Limits(), ((0.9, None, None), None), "guard_no_momentum"),
+        ((0.5, 0.5, 2.0), None, Limits(), ((0.9, None, None), None), "guard_nonfinite"),
+        (None, (0.1, -1e-9, 0.0), Limits(), (None, None), "guard_nonfinite"),
+        (None, (0.1, math.inf, 0.0), Limits(), (None, None), "guard_nonfinite"),
+        # the first of factors, noise, bounds and momentum that has something to say is noted
+        ((0.5, 0.5, 0.5), (0.0, 0.0, -1.0), Limits(), ((0.9, None, None), None), "guard_nonfinite"),
+        ((0.5, 0.5, 0.5), None, Limits(max_lr=1.5), ((0.9, None, None), None), "guard_max"),
+        (None, (0.0, 0.0, math.nan), Limits(max_lr=1.5), (None, None), "guard_nonfinite"),
+        ((0.5, 0.5, 0.5), None, Limits(max_lr=1.25, max_change=1.5), ((0.9, None, None), None), "guard_max_change"),
+    ],
+)
+def test_momentum_and_noise_are_usable_or_left_alone(momentum, noise, limits, expected, note):
+    state, out = settle(limits, state_of(), PAIR, None, 3, wants(*DOUBLE, momentum=momentum, noise=noise))
+    assert ((out.momentum, out.noise_std), state.note) == (expected, note)
+    if is_free(limits):
+        assert settle_free(state_of(), PAIR, 3, wants(*DOUBLE, momentum=momentum, noise=noise)) == (state, out)
+        free = settle_free(state_of(), PAIR[:2], 3, wants(*DOUBLE[:2], momentum=momentum and momentum[:2]))
+        assert free == settle(
+            limits, state_of(), PAIR[:2], None, 3, wants(*DOUBLE[:2], momentum=momentum and momentum[:2])
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "words"),
+    [
+        (Limits, {"min_lr": -1.0}, "min_lr is -1.0: give a finite number, 0 or more"),
+        (Limits, {"max_lr": math.inf}, "max_lr is inf: give a finite number, 0 or more"),
+        (Limits, {"min_factor": -0.5}, "min_factor is -0.5: give a finite number, 0 or more"),
+        (Limits, {"max_factor": math.nan}, "max_factor is nan: give a finite number, 0 or more"),
+        (Limits, {"min_lr": 2.0, "max_lr": 1.0}, "min_lr is 2.0, greater than max_lr = 1.0: swap or correct them"),
+        (
+            Limits,
+            {"min_factor": 2.0, "max_factor": 1.0},
+            "min_factor is 2.0, greater than max_factor = 1.0: swap or correct them",
+        ),
+        (Limits, {"max_change": 1.0}, "max_change is 1.0: give a ratio greater than 1, or leave it out"),
+        (Limits, {"max_change": math.nan}, "max_change is nan: give a ratio greater than 1, or leave it out"),
+        (
+            Limits,
+            {"max_change_per_window": math.inf},
+            "max_change_per_window is inf: give a ratio greater than 1, or leave it out",
+        ),
+        (Limits, {"window_steps": 0}, "window_steps is 0: give at least 1"),
+        (Limits, {"warmup_steps": -1}, "warmup_steps is -1: give 0 or more"),
+        (Limits, {"cooldown_steps": -1}, "cooldown_steps is -1: give 0 or more"),
+        (GroupLimits, {"scale": 0.0}, "scale is 0.0: give a finite number greater than 0"),
+        (GroupLimits, {"scale": math.inf}, "scale is inf: give a finite number greater than 0"),
+        (GroupLimits, {"min_lr": -1.0}, "min_lr is -1.0: give a finite number, 0 or more"),
+        (GroupLimits, {"max_lr": math.nan}, "max_lr is nan: give a finite number, 0 or more"),
+        (GroupLimits, {"min_lr": 2.0, "max_lr": 1.0}, "min_lr is 2.0, greater than max_lr = 1.0: swap or correct them"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_in_these_words(kind, parameters, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        kind(**parameters)
+
+
+def test_limits_may_stand_at_their_edge():
+    assert Limits(min_lr=0.0, max_lr=0.0, min_factor=1.0, max_factor=1.0, max_change=1.001, window_steps=1)
+    assert Limits(max_change_per_window=1.001, warmup_steps=0, cooldown_steps=0)
+    assert GroupLimits(min_lr=0.5, max_lr=0.5, scale=1e-300)

@@ -366,6 +366,10 @@ def test_with_all_rules_off_nothing_is_written_whatever_comes():
     config = RULES.config(min_lr=2.0, max_lr=4.0, min_momentum=0.1, max_momentum=0.2, reward_momentum=True)
     state, first = RULES.init(config, (Group("a", 1.0, 0.9), Group("b", 0.0)), 0)
     assert first[:5] == ((1.0, 0.0), None, None, "-", "initial")
+    nothing = [[], 0.0, 0.0, 0.0, 0.0, 0]
+    assert dump_state(state) == [
+        1.0, 1.0, [1.0, 0.0], *[None] * 4, nothing, nothing, 1.0, 1.0, [0, 500], 0.0, 0, [],
+    ]  # fmt: skip
     for seen in (1.0, math.nan, math.inf, None, math.nan, math.nan):
         before = state
         state, decision = RULES.step(config, state, Observation(0, seen, seen, seen))
@@ -577,7 +581,10 @@ def test_the_cycle_counts_observations_but_not_unusable_losses():
 
 
 def test_a_bottom_above_the_base_is_no_cycle():
-    assert lrs(fold({"lr_rule": "cyclical", "min_lr": 2.0, "cycle_length": 2}, [1.0] * 3)) == [2.0] * 4
+    decisions = fold({"lr_rule": "cyclical", "min_lr": 2.0, "cycle_length": 2}, [1.0] * 3)
+    assert lrs(decisions) == [2.0] * 4
+    frozen = fold({"lr_rule": "cyclical", "cycle_length": 2}, [1.0] * 3, (Group("frozen", 0.0),))
+    assert {one.fields["f_lr"] for one in decisions[1:] + frozen[1:]} == {1.0}
 
 
 # ---- the reward's rules ----------------------------------------------------------------------------------
@@ -735,6 +742,79 @@ def test_d3_10_the_bounds_follow_the_reference_group():
     momentum = fold({"momentum_rule": "relative"}, [-float(i) for i in range(900)])
     assert momenta(momentum)[-1] == pytest.approx(0.95)
     assert momenta(fold({"momentum_rule": "relative"}, [float(i) for i in range(900)]))[-1] == pytest.approx(0.5)
+
+
+# ---- whole states ----------------------------------------------------------------------------------------
+
+
+def test_every_part_of_the_state_and_of_the_decision_is_as_stated():
+    config = RULES.config(
+        lr_rule="variance", variance_window=2, variance_alpha=0.125, reward_rule="variance", reward_window=2,
+        reward_alpha=0.5, momentum_rule="normalized", min_momentum=0.5, max_momentum=0.75, momentum_target="beta1",
+        ema_loss_beta=0.5, ema_reward_beta=0.5, ema_grad_beta=0.25, min_lr=2.0**-10, max_lr=2.0, bad_limit=2,
+    )  # fmt: skip
+    groups = (
+        Group("frozen", 0.0, 0.75), Group("body", 1.0, 0.75), Group("head", 4.0), Group("adam", 0.5, None, (0.8, 0.9)),
+    )  # fmt: skip
+    plan = [2.0**-10, 2.0, 2.0**-10, [0.0, 1.0, 4.0, 0.5], [1, 1, 0, 1]]
+    empty, start = [[], 0.0, 0.0, 0.0, 0.0, 0], [0.0, 1.0, 4.0, 0.5]
+    first = [[4.0], 4.0, 0.0, 0.0, 0.0, 0], [[1.0], 1.0, 0.0, 0.0, 0.0, 0]
+    full = [[4.0, 8.0], 4.0, 2.0, 8.0, 8.0, 1], [[1.0, 3.0], 1.0, 1.0, 2.0, 2.0, 1]
+    quarter, eighth = ([part * one for one in start] for part in (0.25, 0.125))
+    high, low, gone = [0.75, 0.75, None, 0.75], [0.5, 0.5, None, 0.5], [None] * 3
+    names = ("loss_s", "reward_s", "grad_s", "improving", "var", "eta", "f_lr", "f_rw", "t_c", "T", "labs")
+    both, silent = "variance+reward_variance+momentum_normalized", "no_loss+no_reward+momentum_no_loss"
+    rows = [
+        ((4.0, 1.0, 2.0), [1.0, 1.0, start, low, 4.0, 1.0, 2.0, *first, 1.0, 1.0, [0, 500], 4.0, 0, plan], both,
+         dict(zip(names, (4.0, 1.0, 2.0, None, 0.0, 1.0, 1.0, 1.0, 0, 500, 4.0), strict=True))),
+        ((8.0, 5.0, 6.0), [1.0, 0.25, quarter, low, 6.0, 3.0, 5.0, *full, 0.5, 0.5, [0, 500], 6.0, 0, plan], both,
+         dict(zip(names, (6.0, 3.0, 5.0, False, 8.0, 1.0, 0.5, 0.5, 0, 500, 6.0), strict=True))),
+        ((math.nan, 9.0, 9.0), [1.0, 0.25, quarter, low, 6.0, 3.0, 5.0, *full, 0.5, 0.5, [0, 500], 6.0, 1, plan],
+         "nonfinite_hold", {"bad_run": 1}),
+        ((math.inf, 9.0, 9.0), [0.5, 0.125, eighth, low, 6.0, 3.0, 5.0, *full, 0.5, 0.5, [0, 500], 6.0, 2, plan],
+         "nonfinite_backoff", {"bad_run": 2, "old_lr": 0.25, "new_lr": 0.125, "eta": 0.5}),
+        ((None, None, None), [0.5, 0.125, eighth, low, 6.0, 3.0, 5.0, *full, 0.5, 0.5, [0, 500], 6.0, 2, plan], silent,
+         dict(zip(names, (None, None, None, None, None, 0.5, 0.5, 0.5, 0, 500, 6.0), strict=True))),
+    ]  # fmt: skip
+    state, decision = RULES.init(config, groups, 0)
+    assert dump_state(state) == [1.0, 1.0, start, high, *gone, empty, empty, 1.0, 1.0, [0, 500], 0.0, 0, plan]
+    assert decision == (tuple(start), tuple(high), None, "-", "initial", None, False)
+    for step, (seen, expected, code, numbers) in enumerate(rows):
+        state, decision = RULES.step(config, state, Observation(step, *seen))
+        assert dump_state(state) == expected, step
+        assert decision == (state.lrs, state.momentum, None, "-", code, numbers, False), step
+
+
+def test_every_part_of_the_state_of_a_cycle_is_as_stated():
+    config = RULES.config(
+        lr_rule="cyclical", cycle_length=2, cycle_mult=2, reward_rule="trend", reward_up=2.0, reward_down=0.5,
+        reward_momentum=True, relative_rate=0.5, min_momentum=0.5, max_momentum=0.875, min_lr=0.25,
+    )  # fmt: skip
+    state, _ = RULES.init(config, (Group("a", 1.0, 0.75), Group("b", 1.0)), 0)
+    empty, plan = [[], 0.0, 0.0, 0.0, 0.0, 0], [0.25, 10.0, 0.25, [1.0, 1.0], [1, 0]]
+    rows = [
+        ((None, 1.0), 1.0, 1.0, 0.75, 1.0, 1.0, [1, 2], "cyclical+reward_first"),
+        ((3.0, 5.0), 2.0, 1.25, 0.8125, 5.0, 0.625, [0, 4], "cyclical_restart_next+reward_up"),
+        ((2.0, 4.0), 1.0, 1.0, 0.65625, 4.0, 1.0, [1, 4], "cyclical+reward_down"),
+    ]  # fmt: skip
+    for step, (seen, eta, lr, mu, reward, factor, cycle, code) in enumerate(rows):
+        loss, labs = seen[0], 3.0 if step else 0.0
+        state, decision = RULES.step(config, state, Observation(step, *seen))
+        numbers = [eta, lr, [lr, lr], [mu, None], loss, reward, None, empty, empty, factor, 1.0, cycle, labs, 0, plan]
+        assert dump_state(state) == numbers, step
+        assert decision[:5] == ((lr, lr), (mu, None), None, "-", code), step
+
+
+def test_each_mark_is_said_in_a_whole_sentence():
+    config = RULES.config(lr_rule="trend", reward_rule="kelly", momentum_rule="relative")
+    state, decision = RULES.init(config, ONE, 0)
+    assert RULES.explain(config, decision) == "Starting with the optimizer's own settings, within the bounds."
+    for step, loss in enumerate((4.0, 3.0)):
+        state, decision = RULES.step(config, state, Observation(step, loss, 0.0))
+    assert RULES.explain(config, decision) == (
+        "Loss 3 improved: learning rate x 1.02. Reward 0: factor 1 on the learning rate. "
+        "Momentum goes 0.05 of its way to a bound: up if the loss improves, else down."
+    )
 
 
 # ---- what is said ----------------------------------------------------------------------------------------

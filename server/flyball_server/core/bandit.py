@@ -94,10 +94,10 @@ def choose(
     if bucket is None:
         return _select(rule, controller, chance)
     prior, buckets, visits, rewards, chosen = controller
-    arms, (seed, stream, step, own) = buckets[bucket], chance
+    arms = buckets[bucket]
     if arms is None:
-        arms = (*prior[:5], None if own is None else mersenne.seeded(own + 1000 + bucket))
-    arms, choice = _select(rule, arms, Chance(seed, stream + ((bucket + 1) << 16), step, own))
+        arms = (*prior[:5], None if chance.own is None else mersenne.seeded(chance.own + 1000 + bucket))
+    arms, choice = _select(rule, arms, chance._replace(stream=chance.stream + ((bucket + 1) << 16)))
     if choice.arm not in chosen[bucket]:
         chosen = put(chosen, bucket, (*chosen[bucket], choice.arm))
     return Context(prior, put(buckets, bucket, arms), visits, rewards, chosen), choice
@@ -137,9 +137,9 @@ def scores(rule: Rule, arms: tuple[Any, ...]) -> tuple[float, ...]:
     """Per arm its mean reward and the bonus for being uncertain."""
     counts, sums, _, _, squares, _ = arms
     n, coef = fsum(counts), rule.exploration_coef
-    if rule.bonus_scale == "reward_std":
-        mean = fsum(sums) / n if n else 0.0
-        coef *= max(sqrt(max(squares / n - mean * mean, 0.0)) if n else 0.0, SMALLEST_SPREAD)
+    if n and rule.bonus_scale == "reward_std":  # without counts there is no bonus to scale
+        mean = fsum(sums) / n
+        coef *= max(sqrt(max(squares / n - mean * mean, 0.0)), SMALLEST_SPREAD)
     span = log(n + 1.0)
     known = [max(count, SMALLEST_COUNT) for count in counts]
     return tuple([total / count + coef * sqrt(span / count) for total, count in zip(sums, known, strict=True)])

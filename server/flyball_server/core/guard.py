@@ -128,7 +128,7 @@ def settle(
         else:
             # The first decision (step -1) is where a run starts, not a change of it.
             if step >= 0:
-                factors, note = _slowed(limits, state.factors, window_factors, factors, note)
+                factors, note = _slowed(limits, state.factors, window_factors, factors)
                 changed = step if factors != state.factors else changed
             else:
                 window_factors = factors
@@ -186,7 +186,7 @@ def _factors(
 
 
 def _slowed(
-    limits: Limits, old: tuple[float, ...], window: tuple[float, ...], new: tuple[float, ...], note: str
+    limits: Limits, old: tuple[float, ...], window: tuple[float, ...], new: tuple[float, ...]
 ) -> tuple[tuple[float, ...], str]:
     """The new factors, held inside the largest allowed ratio to the old ones and to the window's first."""
     wanted = new
@@ -196,7 +196,7 @@ def _slowed(
     if limits.max_change_per_window is not None:
         r = limits.max_change_per_window
         new = tuple(min(max(n, o / r), o * r) for n, o in zip(new, window, strict=True))
-    return new, note if new == wanted else "guard_max_change"
+    return new, "" if new == wanted else "guard_max_change"
 
 
 def _bounded(

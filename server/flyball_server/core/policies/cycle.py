@@ -275,7 +275,8 @@ def _judge(
         if left == 0:
             return "escape_over", "explore", 0, 0, refractory
         return "escape_burst", phase, stuck, left, refr
-    refr = refr - 1 if refr > 0 else 0
+    if refr:
+        refr -= 1
     if better:
         return "improving", "exploit", 0, 0, refr
     if diverging:

@@ -75,7 +75,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     part: Part = config.policy
     inner, decision = part.step(inner, seen)
     lr, momentum, noise, phase, code, fields, milestone = decision
-    factor, grad, mark = old, seen.grad_norm, ""
+    factor, grad = old, seen.grad_norm
     if grad is not None and not bad(grad) and grad >= 0:
         running = norm
         factor, norm, low, mark = _judge(config, old, norm, samples, low, log(max(grad, SMALLEST_NORM)))

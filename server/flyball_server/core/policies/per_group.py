@@ -76,7 +76,7 @@ def entry_of(config: Config, name: str) -> str | None:
     """The name or pattern in `config.groups` that the group `name` belongs to, or None: the default."""
     if name in config.groups:
         return name
-    fits = [label for label in config.groups if any(c in label for c in _WILD) and fnmatchcase(name, label)]
+    fits = [label for label in config.groups if fnmatchcase(name, label)]
     return max(fits, key=lambda label: (len(label), label), default=None)
 
 

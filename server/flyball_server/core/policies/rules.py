@@ -177,7 +177,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     if not plan:
         return state, Decision(lrs, None, None, "-", "inert")
     loss, reward, grad = seen.loss, seen.reward, seen.grad_norm
-    improving, var, code, mark, (t_c, period) = None, None, "", "", cycle
+    improving, var, code, (t_c, period) = None, None, "", cycle
     if loss is not None:
         if not -LARGEST_SIGNAL <= loss <= LARGEST_SIGNAL:
             return _bad_loss(config, state)

@@ -101,8 +101,7 @@ class Config:
         check(self)
         for name, value in _derived(self).items():
             object.__setattr__(self, name, value)
-        if self.lr_min or self.lr_max or self.use_moe:
-            _bounds(self, self.lr_min or 0.0, self.lr_max or math.inf)
+        _bounds(self, self.lr_min or 0.0, self.lr_max or math.inf)
 
 
 def _derived(config: Config) -> dict[str, Any]:
