@@ -40,13 +40,19 @@ class Decisions:
         self._lag = attach.lag
         self._attach = attach
         self._base = base
-        self._bounds = Bounds(attach.guard, attach.groups)
+        self._multiplier = attach.mode == "multiplier"
+        self._bounds = Bounds(attach.guard, attach.groups, self._multiplier)
         self._unread = ""
         #: The job's own settings, where they are out of its bounds: in force until the service says more.
         self._own = self._bounded_own()
         self._first = -1
         self._decided: list[int] = []
         self._settings: list[Settings] = []
+
+    @property
+    def absolute(self) -> tuple[tuple[float, float], ...]:
+        """The lowest and the highest learning rate per group, whatever is multiplied."""
+        return self._bounds.absolute
 
     def _bounded_own(self) -> Target | None:
         own = Settings(tuple(group.lr for group in self._attach.groups))
@@ -65,7 +71,7 @@ class Decisions:
             if guard and not isinstance(guard, Mapping):
                 raise ValueError("it is no mapping")
             groups = tuple(g._replace(lr=lr) for g, lr in zip(self._attach.groups, self.reference, strict=True))
-            self._bounds = Bounds(guard or self._attach.guard, groups)
+            self._bounds = Bounds(guard or self._attach.guard, groups, self._multiplier)
         except (TypeError, ValueError, ArithmeticError) as error:
             self._unread = f"the run's recorded guard {guard!r:.80} was ignored: {error}"
         self._own = self._bounded_own()

@@ -36,11 +36,19 @@ SIGNAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
 class Optimizer(Protocol):
     """A library's optimizer, as the governor needs it. Nothing here may synchronise a device."""
 
-    def write(self, settings: Settings | None, reference: tuple[float, ...], noise_seed: int | None) -> str:
+    def write(
+        self,
+        settings: Settings | None,
+        reference: tuple[float, ...],
+        bounds: tuple[tuple[float, float], ...],
+        noise_seed: int | None,
+    ) -> str:
         """Write the settings, if any. Returns who else had written since the last step, in words, or "".
 
-        reference: the learning rate per group that factors multiply. noise_seed: what gradient noise is drawn from;
-        None: there is none to add. Where the optimizer cannot take noise, `read_back` says that none was added.
+        reference: the learning rate per group that factors multiply. bounds: what the product of a factor and an
+        in-process scheduler's value must lie in, per group; settings themselves lie in it already. noise_seed: what
+        gradient noise is drawn from; None: there is none to add. Where the optimizer cannot take noise, `read_back`
+        says that none was added.
         """
 
     def read_back(self) -> Settings:
@@ -198,12 +206,13 @@ class Governor:
                 started += self._wait(step)
             target = session.target(step)
             if target is None:
-                conflict = self._optimizer.write(None, session.reference, None)
+                conflict = self._optimizer.write(None, session.reference, session.bounds, None)
             else:
                 wanted, self._decided, self._late = target
                 self._wanted = wanted
                 noisy = wanted.noise_std is not None and any(wanted.noise_std)
-                conflict = self._optimizer.write(wanted, session.reference, session.noise_seed(step) if noisy else None)
+                seed = session.noise_seed(step) if noisy else None
+                conflict = self._optimizer.write(wanted, session.reference, session.bounds, seed)
             if conflict:
                 self._conflicts += 1
                 self._conflict = conflict

@@ -16,14 +16,19 @@ from flyball.wire import Group, Settings
 class Bounds:
     """The bounds in a `guard` mapping: min_lr, max_lr, min_factor, max_factor, and the bounds by group.
 
+    absolute: (lowest, highest) learning rate per group. In multiplier mode only the product with the scheduler's value
+    can be held against these, so settings are held against the factor bounds alone.
     Raises ValueError for a bound that is no number; everything else about the mapping the service checks.
     """
 
-    def __init__(self, guard: Mapping[str, Any], groups: tuple[Group, ...]) -> None:
+    def __init__(self, guard: Mapping[str, Any], groups: tuple[Group, ...], multiplier: bool = False) -> None:
         own = guard.get("groups") or {}
         if not isinstance(own, Mapping) or not all(isinstance(limits, Mapping) for limits in own.values()):
             raise ValueError(f"guard: groups is {own!r:.80}: give limits by group name")
-        self._lr = [_range(guard, own.get(group.name, {}), group.lr) for group in groups]
+        limits = [own.get(group.name, {}) for group in groups]
+        self.absolute = tuple(_within(_absolute(guard, one)) for one in limits)
+        pairs = zip(limits, groups, strict=True)
+        self._lr = [_range([] if multiplier else _absolute(guard, one), guard, group.lr) for one, group in pairs]
 
     def within(self, settings: Settings) -> Settings | None:
         """The settings inside the bounds; the same object where nothing had to be done, None where unusable."""
@@ -39,12 +44,22 @@ class Bounds:
         return settings._replace(lr=lr)
 
 
-def _range(guard: Mapping[str, Any], own: Mapping[str, Any], reference: float) -> tuple[float, float]:
+_Pairs = list[tuple[float | None, float | None]]
+
+
+def _range(absolute: _Pairs, guard: Mapping[str, Any], reference: float) -> tuple[float, float]:
     if reference == 0:
         return 0.0, inf  # frozen by its owner: no bound may wake it
-    lows = [_bound(guard, "min_lr"), _bound(own, "min_lr"), _bound(guard, "min_factor", reference)]
-    highs = [_bound(guard, "max_lr"), _bound(own, "max_lr"), _bound(guard, "max_factor", reference)]
-    return max((x for x in lows if x is not None), default=0.0), min((x for x in highs if x is not None), default=inf)
+    return _within([*absolute, (_bound(guard, "min_factor", reference), _bound(guard, "max_factor", reference))])
+
+
+def _absolute(guard: Mapping[str, Any], own: Mapping[str, Any]) -> _Pairs:
+    return [(_bound(given, "min_lr"), _bound(given, "max_lr")) for given in (guard, own)]
+
+
+def _within(pairs: _Pairs) -> tuple[float, float]:
+    lows, highs = [low for low, _ in pairs if low is not None], [high for _, high in pairs if high is not None]
+    return max(lows, default=0.0), min(highs, default=inf)
 
 
 def _bound(given: Mapping[str, Any], name: str, times: float = 1.0) -> float | None:

@@ -48,6 +48,8 @@ class Session:
         self._decisions = Decisions(attach, base)
         #: The learning rate per group that the run's factors multiply, as recorded once that is known.
         self.reference = self._decisions.reference
+        #: The lowest and the highest learning rate per group.
+        self.bounds = self._decisions.absolute
         self._seed = attach.seed
         self._on_outage = on_outage
         self._lock = threading.Lock()
@@ -158,7 +160,7 @@ class Session:
             self._in_flight = None
             self._seed = message.seed
             error = self._decisions.adopt(message.guard, message.reference)
-            self.reference = self._decisions.reference
+            self.reference, self.bounds = self._decisions.reference, self._decisions.absolute
             if message.through < message.from_step or self.lag is None:
                 # Nothing observed yet, or only the newest counts: these are the settings to go on with.
                 self._decisions.learn(message.changes, message.through)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -53,6 +53,12 @@ def limits_of(guard: Mapping[str, Any]) -> Limits:
         return _ADAPTER.validate_json(json.dumps(dict(guard)), strict=True)
     except ValidationError as error:
         raise Invalid("; ".join(_problem(found) for found in error.errors())) from None
+
+
+def relative(limits: Limits) -> Limits:
+    """The limits without absolute bounds, for multiplier mode: only the client knows what a factor multiplies there."""
+    groups = {name: replace(one, min_lr=None, max_lr=None) for name, one in limits.groups.items()}
+    return replace(limits, min_lr=None, max_lr=None, groups=groups)
 
 
 def json_schema() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from flyball_server.core.events import Applied, Ended, Event, Observed, Reported
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
-from flyball_server.guards import limits_of
+from flyball_server.guards import limits_of, relative
 from flyball_server.messages import Advice, Attach, Attached, Report
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
@@ -52,7 +52,10 @@ def rules_of(spec: Spec) -> Rules:
     fold.check_spec(spec)
     policy, config, _ = resolve(spec.policy)
     base = None if spec.base is None else build(spec.base)
-    return Rules(policy, config, base, limits_of(spec.guard), spec.groups, spec.seed)
+    limits = limits_of(spec.guard)
+    if spec.mode == "multiplier":
+        limits = relative(limits)
+    return Rules(policy, config, base, limits, spec.groups, spec.seed)
 
 
 class Service:

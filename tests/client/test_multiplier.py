@@ -212,3 +212,29 @@ def test_a_short_multiplier_comes_back_to_the_last_bit(reference, m):
 @given(reference=st.floats(1e-12, 1e3), m=st.floats(1e-6, 1e6))
 def test_any_multiplier_comes_back_within_rounding(reference, m):
     assert factor(reference * m, reference) == pytest.approx(m, rel=4e-16)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_absolute_bounds_hold_for_the_product_and_factor_bounds_for_the_multiplier(scripted, steer, tensor):
+    """A schedule far above and below its start: min_lr and max_lr clip what is used, never the multiplier itself."""
+    optimizer = optimizer_of(0.1, tensor)
+    schedule = S.LambdaLR(optimizer, lambda t: [1.0, 10.0, 0.01, 0.0][min(t, 3)])
+    guard = {"min_lr": 0.004, "max_lr": 0.5, "max_factor": 4.0, "groups": {"group1": {"max_lr": 0.1}}}
+    governor, used = steer(optimizer, policy=scripted(factor=[2.0, 2.0, 2.0, 9.0]), guard=guard), spied(optimizer)
+    for _ in range(4):
+        before = rates(optimizer)
+        optimizer.step()
+        assert rates(optimizer) == before
+        governor.step(1.0)
+        schedule.step()
+    assert [row[0] for row in used] == pytest.approx([0.2, 0.5, 0.004, 0.0])
+    assert [row[1] for row in used] == pytest.approx([0.2 / 7, 0.1, 0.004, 0.0])
+
+
+def test_bounds_hold_before_the_service_was_ever_heard(steer):
+    optimizer = optimizer_of(0.1)
+    steer(optimizer, server="http://127.0.0.1:9", guard={"max_lr": 0.05}, lag=None, start_wait_s=0.1)
+    used = spied(optimizer)
+    optimizer.step()
+    assert used[0][0] == 0.05
+    assert rates(optimizer)[0] == 0.1

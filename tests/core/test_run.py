@@ -338,7 +338,8 @@ def test_a_milestone_is_marked_however_often_it_comes_and_where_nothing_moves():
 
 
 def test_a_policy_that_asks_is_told_which_decision_was_in_force_at_each_step():
-    """Receipts count from the step they name; those that come later count for later observations only."""
+    """Receipts count from the step they name, those that come later for later observations only. What nothing newer
+    has changed counts as decided just now."""
     rules = rules_of(spec({"type": "aees", "lr_candidates": [0.5, 1.0], "episode_length": 4}))
     told, step = [], rules.policy.step
 
@@ -363,7 +364,7 @@ def test_a_policy_that_asks_is_told_which_decision_was_in_force_at_each_step():
     ):
         run = fold.load(rules, json.loads(json.dumps(fold.dump(run))))
         run, _ = fold.apply(rules, run, event)
-    assert told == [None, None, -1, -1, 1, 1, 1, 1, 5, 5]
+    assert told == [None, None, 1, 2, 1, 1, 1, 1, 7, 8]
     assert run.in_force == ((6, 5),)
 
 
@@ -375,3 +376,13 @@ def test_the_end_of_a_run_lets_the_policy_have_the_last_word_and_changes_nothing
     assert ended == run._replace(seq=run.seq + 1, status="finished")
     quiet, outcome = fold.apply(rules_of(spec()), begun(rules_of(spec())), Ended(1, "failed"))
     assert (outcome, quiet.status) == (fold.NOTHING, "failed")
+
+
+def test_an_arm_that_the_guard_clips_to_what_was_in_force_before_is_still_learnt_from():
+    guard = {"max_factor": 1.0}
+    rules = rules_of(spec({"type": "aees", "lr_candidates": [1.0, 2.0], "episode_length": 4}, None, guard))
+    receipt = Receipt(1, 0, -1, Settings(tuple(group.lr for group in GROUPS)), False, "", 1)
+    run, _ = fold.apply(rules, begun(rules), Applied(1, (receipt,)))
+    _, outcome = fold.apply(rules, run, observed(range(40), {"loss": [1 / (1 + i) for i in range(40)]}))
+    assert {mark.fields["closed_lr_index"] for mark in outcome.marks} == {0, 1}
+    assert {mark.code for mark in outcome.marks} == {"episode_closed"}

@@ -27,7 +27,7 @@ def say(**what):
 class Optimizer:
     lr, changes = 0.1, 0
 
-    def write(self, settings, reference, noise_seed):
+    def write(self, settings, reference, bounds, noise_seed):
         if settings is not None and settings.lr[0] != self.lr:
             self.lr = settings.lr[0]
             self.changes += 1

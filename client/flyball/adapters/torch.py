@@ -9,11 +9,13 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 import torch
 
 from flyball.adapters.around import behind, factor, finally_do
+from flyball.adapters.groups import momentum_of, names
 from flyball.connect import connect
 from flyball.governor import Governor, plain_number
 from flyball.options import check_seconds
@@ -81,7 +83,7 @@ def attach(
         raise ValueError("optimizer is steered by another governor already: close that one first")
     check_seconds("wait_s", wait_s, or_none=True)
     check_seconds("close_s", close_s)
-    named = zip(_names(optimizer), optimizer.param_groups, strict=True)
+    named = zip(names(optimizer.param_groups), optimizer.param_groups, strict=True)
     groups = tuple(_group(name, group, mode == "multiplier") for name, group in named)
     session, link = connect(
         groups=groups,
@@ -120,6 +122,7 @@ class _Groups:
         self._noise = _Noise(optimizer)
         self._wanted: Settings | None = None
         self._reference = tuple(group.lr for group in declared)
+        self._bounds: tuple[tuple[float, float], ...] = ((0.0, inf),)
         self._factors: tuple[Settings, list[float]] | None = None
         self._known: list[Any] | None = None
         #: Multiplier mode, during a step: the group, the object it held, and a tensor's value.
@@ -160,9 +163,15 @@ class _Groups:
             return None
         return ((args[0], noisy, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": noisy})
 
-    def write(self, settings: Settings | None, reference: tuple[float, ...], noise_seed: int | None) -> str:
+    def write(
+        self,
+        settings: Settings | None,
+        reference: tuple[float, ...],
+        bounds: tuple[tuple[float, float], ...],
+        noise_seed: int | None,
+    ) -> str:
         """See `governor.Optimizer`."""
-        self._added = None
+        self._added, self._bounds = None, bounds
         groups = self._optimizer.param_groups
         same = settings is self._wanted and self._used is not None and self._untouched(groups)
         conflict = "" if same else self._write(settings, reference, groups)
@@ -205,7 +214,7 @@ class _Groups:
             return used
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
         self._known = None if self._multiplier else lr
-        momentum = tuple(_momentum(g, d) for g, d in zip(groups, self._declared, strict=False))
+        momentum = tuple(momentum_of(g, d) for g, d in zip(groups, self._declared, strict=False))
         self._put_back()
         n = len(self._declared)
         # Where no group has momentum, or ever had, there is nothing to tell.
@@ -267,19 +276,25 @@ class _Groups:
         """Multiplier mode: the scheduler's value times the policy's factor, until the step is done."""
         self._put_back()  # a step that failed on the way left its values behind
         if settings is None:
-            return
+            if all(bounds == (0.0, inf) for bounds in self._bounds):
+                return
+            settings = Settings(self._reference)  # nothing is known yet, but the bounds hold
         if self._factors is None or self._factors[0] is not settings:
             self._factors = settings, [factor(*pair) for pair in zip(settings.lr, self._reference, strict=True)]
         factors, shared = self._factors[1], set[int]()
         for i, group in enumerate(groups):
             lr, times = group["lr"], factors[i] if i < len(factors) else factors[0]
+            low, high = self._bounds[i] if i < len(self._bounds) else self._bounds[0]
             if not isinstance(lr, torch.Tensor):
                 self._restore.append((group, lr, None))
-                group["lr"] = lr * times
+                # A scheduler's 0 stays 0: no bound may wake what its owner froze.
+                group["lr"] = min(max(lr * times, low), high) if lr else lr
             elif id(lr) not in shared:  # several groups may hold one tensor
                 shared.add(id(lr))
                 self._restore.append((group, lr, lr.clone()))
-                lr.mul_(times)
+                lr.mul_(times).clamp_(max=high)
+                if low:
+                    lr.copy_(torch.where(lr > 0, lr.clamp(min=low), lr))
 
     def _put_back(self) -> None:
         restore, self._restore = self._restore, []
@@ -359,17 +374,6 @@ class _FromDevice:
         return float(self._host.item())
 
 
-def _names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """A name for every group: its own, else default (a single one) or its place."""
-    groups = optimizer.param_groups
-    if len(groups) == 1:
-        return [str(groups[0].get("name") or "default")]
-    names = [str(group.get("name") or f"group{i}") for i, group in enumerate(groups)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the parameter groups' names are {names}: give each its own")
-    return names
-
-
 def _group(name: str, group: Mapping[str, Any], multiplier: bool) -> Group:
     momentum, betas = group.get("momentum"), group.get("betas")
     if not momentum and betas is not None:
@@ -390,10 +394,3 @@ def _plain(value: Any) -> float:
 
 def _on_device(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "cpu"
-
-
-def _momentum(group: Mapping[str, Any], declared: Group) -> float | None:
-    if declared.momentum is not None:
-        return float(group.get("momentum", 0.0))
-    betas = group.get("betas")
-    return float(betas[0]) if declared.betas is not None and betas else None

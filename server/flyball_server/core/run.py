@@ -71,8 +71,7 @@ class Run(NamedTuple):
     seq and parent of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
     (from_step - 1 at an attempt's start). settings: what is in force from step through + 1 on; decided: the step
     that decided it.
-    in_force: (step, the step that decided what was applied from there on), of the receipts that matter for steps to
-    come; only kept for a policy that reads APPLIED.
+    in_force: (step, the step that decided what was applied from there on), for a policy that reads APPLIED.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
     infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
     settings, None before the first.
@@ -250,6 +249,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     receipts, applied = in_force(run.in_force, steps)
     for seen in observations(steps, new.signals, run.side, rules.policy.reads(config), applied):
         before = decision.code
+        if seen.applied is not None and seen.applied >= decided:
+            seen = seen._replace(applied=seen.step - 1)  # nothing decided since then has changed the settings
         state, decision = policy_step(config, state, seen)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if (
