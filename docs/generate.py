@@ -273,13 +273,25 @@ def unusable() -> list[str]:
     return table(("Policy", "Code", "Sentence"), rows)
 
 
+def schedules() -> list[str]:
+    """What each base schedule is, and its parameters."""
+    lines = table(("Name", "What"), [(code(name), summary(name, base=True)) for name in SCHEDULES])
+    rows = [
+        (code(name), parameter, default, about)
+        for name, schedule in SCHEDULES.items()
+        for parameter, default, _, about in parameters(schedule.config)
+        if parameter != "`warmup_steps`" or name == "wsd"
+    ]
+    return lines + table(("Schedule", "Parameter", "Default", "Meaning"), rows)
+
+
 def page() -> str:
     """The whole page: the template with everything from code filled in."""
     ordered = [*EXAMPLES, *sorted(POLICIES.keys() - EXAMPLES.keys())]
     parts = {
         "presets": presets(PRESETS),
         "guards": presets(GUARDS),
-        "schedules": table(("Name", "What"), [(code(name), summary(name, base=True)) for name in SCHEDULES]),
+        "schedules": schedules(),
         "unusable": unusable(),
         "policies": table(("Name", "What"), [(f"[{name}](#{name})", summary(name)) for name in ordered]),
         "sections": [line for name in ordered for line in section(POLICIES[name])],

@@ -95,7 +95,7 @@ def test_the_name_of_a_base_schedule_is_short_for_the_constant_policy_on_it():
     [
         ({"type": "windowd"}, ["type", "'windowd'", "did you mean 'windowed'"]),
         ({"type": "windowed@99"}, ["type", "'windowed@99'", "did you mean 'windowed@1'"]),
-        ({"type": "windowed@"}, []),
+        ({"type": "windowed@"}, ["type", "'windowed@'", "did you mean 'windowed@1'"]),
         ({"type": 3}, ["type", "3"]),
         ({}, ["type", "None"]),
         ([], ["a list", "a mapping"]),
@@ -115,7 +115,8 @@ def test_the_name_of_a_base_schedule_is_short_for_the_constant_policy_on_it():
         ({"type": "plateau", "metric": {1, 2}}, ["JSON"]),
         ({"type": "constant", "warmup_steps": 10}, ["warmup_steps", "under 'base'"]),
         ({"type": "constant", "base": {"type": "cosine", "Tmax": 10}}, ["base.Tmax", "did you mean 'T_max'"]),
-        ({"type": "constant", "base": "cosine"}, ["base", "a string", "a mapping"]),
+        ({"type": "constant", "base": "cosine"}, ["base.T_max", "needs it"]),
+        ({"type": "constant", "base": 3}, ["base", "3", "a mapping"]),
         ({"type": "cosine", "T_max": -1}, ["T_max", "-1", "at least 1"]),
         ({"type": "cosine", "T_max": 5, "base": {"type": "linear"}}, ["base", "only one"]),
     ],
@@ -146,3 +147,46 @@ def test_a_schema_tells_limits_and_distinguishes_the_two_constants():
     assert set(json_schema("constant", base=True)["properties"]) == {"type", "warmup_steps", "factor", "total_iters"}
     with pytest.raises(Invalid, match="did you mean 'plateau'"):
         json_schema("platau")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"type": "gradient_aware", "policy": None}, "policy: null is not allowed"),
+        ({"type": "per_group", "policy": None}, "policy: null is not allowed"),
+        ({"type": "sequence", "stages": [{"policy": None}]}, "stages.0.policy: null is not allowed"),
+        ({"type": "windowed", "increase_factor": 1e101}, "increase_factor: .*at most 1e100"),
+        (
+            {"type": "steady", "guard": {"max_lr": 1}},
+            "guard: adaptive has no such parameter; give it beside the policy",
+        ),
+        ({"type": "x" * 10_000}, "^type: .{1,900}$"),
+        ({"type": "vishion"}, "did you mean 'vision'"),
+    ],
+)
+def test_what_a_newcomer_tried_is_refused_with_the_way_out(spec, words):
+    with pytest.raises(Invalid, match=words):
+        resolve(spec, profiles=["vision"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.yaml", "type: windowed\nwindow_size: 5\nwindow_size: 6\n", "'window_size' stands twice"),
+        ("p.json", '{"type": "windowed", "type": "steady"}', "'type' stands twice"),
+        ("p.json", "[" * 100_000, "nested too deeply"),
+        ("p.yaml", "[" * 5000, "p.yaml: "),
+    ],
+)
+def test_a_file_that_would_lose_something_is_refused(tmp_path, name, text, words):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(Invalid, match=words):
+        load_policy(path)
+
+
+def test_numbers_that_overflow_in_the_reasons_of_a_decision_do_not_reach_the_record():
+    from flyball_server.core.numbers import finite
+
+    given = {"a": float("inf"), "b": [1.0, float("nan")], "c": {"d": -1e300}, "e": "x", "f": None}
+    assert finite(given) == {"a": None, "b": [1.0, None], "c": {"d": -1e300}, "e": "x", "f": None}

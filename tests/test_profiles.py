@@ -11,6 +11,7 @@ import torch
 import flyball
 import flyball_server
 from flyball_server import limits
+from flyball_server.cli import cli
 from flyball_server.core.errors import Invalid
 from flyball_server.guards import expanded, limits_of
 from flyball_server.policy_files import json_schema, resolve
@@ -174,3 +175,20 @@ def test_the_seed_of_a_policy_file_wins_over_the_run_s(service):
     too_large = attach(service, "p9", policy=spec | {"seed": limits.INTEGER_MAX + 1})
     assert too_large.status_code == 422
     assert "seed" in too_large.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["cosine", "windowed@1", "moe", "steady", "careful", "vision", None])
+def test_everything_that_is_listed_can_be_described(name, tmp_path, capsys):
+    path = write(tmp_path, TEXT)
+    cli(["policies", *([name] if name else []), "--profiles", path], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) > 2
+    assert name or all(word in told for word in ("vision", "ResNets", "steady", "cosine", "aees@1", "careful"))
+
+
+def test_a_job_that_misspells_a_profile_is_told_its_name(service):
+    answer = attach(service, "p10", policy={"type": "visoin"})
+    assert answer.status_code == 422
+    assert "did you mean 'vision'" in answer.json()["detail"]
+    twice = attach(service, "p11", policy={"type": "vision"}, base={"type": "linear"})
+    assert "base is given twice, in the profile 'vision' and beside it" in twice.json()["detail"]

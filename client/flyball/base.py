@@ -26,10 +26,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 #: No schedule returns more than this, however long a growing one (gamma > 1) runs.
 LARGEST_LR = 1e100
+#: Products and quotients of larger parameters may overflow.
+LARGEST_FLOAT = 1e100
 #: The integers every float can hold; no count of steps needs more.
 LARGEST_INT = 2**53
 
-_TYPE_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", NoneType: "null"}
+_TYPE_WORDS = {
+    int: "an integer",
+    float: "a finite number of at most 1e100 in size",
+    bool: "true or false",
+    str: "a string",
+    NoneType: "null",
+}
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "ge": (lambda value, limit: value >= limit, "at least"),
     "gt": (lambda value, limit: value > limit, "greater than"),
@@ -64,7 +72,7 @@ def check(config: Any) -> None:
 
 def nearest(name: object, known: Mapping[str, Any] | list[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or the list of known names."""
-    close = get_close_matches(name, list(known), 1, 0.5) if isinstance(name, str) else []
+    close = get_close_matches(name[:100], list(known), 1, 0.6) if isinstance(name, str) else []
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
@@ -81,7 +89,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and abs(value) <= LARGEST_INT
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= 1.7e308
+        return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
     if get_origin(hint) is Literal:
         return type(value) is str and value in get_args(hint)
     if get_origin(hint) is tuple:

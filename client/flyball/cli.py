@@ -176,6 +176,7 @@ def _joined(found: Mapping[str, Mapping[str, Sequence[Any]]]) -> tuple[list[str]
 
 def _print_run(run: Mapping[str, Any]) -> None:
     base = "" if run["base"] is None else f" on base {run['base']['type']}"
+    base += f" (profile {run['profile']})" if run.get("profile") else ""
     labels = "".join(f" {key}={value}" for key, value in sorted(run["labels"].items()))
     facts = {
         "run": run["run"] + labels,

@@ -67,9 +67,10 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
         policy, guard = use_profile(profile, policy), joined(profile.guard, guard, profile.name)
     if request.base is not None:
         if policy.get("base") is not None:
-            raise Invalid("base is given twice, in the policy and beside it: give it once")
+            where = "in the policy" if profile is None else f"in the profile {profile.name!r}"
+            raise Invalid(f"base is given twice, {where} and beside it: give it once")
         policy["base"] = request.base
-    resolved = resolve(policy).spec()
+    resolved = resolve(policy, profiles).spec()
     base = resolved.pop("base", None)
     seed = request.seed if resolved.get("seed") is None else resolved["seed"]
     check_seed(seed)

@@ -118,7 +118,7 @@ def simulate_command(
 @cli.command()
 def policies(
     name: Annotated[
-        str | None, typer.Argument(help="A policy, preset or base schedule; all are listed without one.")
+        str | None, typer.Argument(help="A policy, preset, base schedule, guard or profile; all are listed without.")
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its parameters.")] = False,
     profiles: Annotated[Path | None, typer.Option(help="List (and check) the profiles in this file, too.")] = None,
@@ -129,6 +129,13 @@ def policies(
         if name is None:
             for kind, title, text in _listed(known):
                 print(f"{kind:<8}{title:<20} {text}")
+            return
+        if name in known:
+            profile = known[name]
+            print(json.dumps({"about": profile.about, "policy": profile.policy, "guard": profile.guard}, indent=2))
+            return
+        if name in GUARDS:
+            print(json.dumps({"about": GUARDS[name].about, "guard": dict(GUARDS[name].spec)}, indent=2))
             return
         described = json_schema(name)
         if schema:

@@ -37,7 +37,8 @@ def joined(profile: Mapping[str, Any], guard: Mapping[str, Any], name: str) -> d
     for key in sorted(profile.keys() & guard.keys()):
         if profile[key] != guard[key]:
             raise Invalid(
-                f"guard.{key}: {guard[key]!r:.60} is not allowed; the profile {name!r} says {profile[key]!r:.60}: "
+                f"guard.{key}: {guard[key]!r:.60} is not allowed; the profile {name!r} says {profile[key]!r:.60}, "
+                "and no job may change that: "
                 "leave it out"
             )
     return {**guard, **profile}

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -75,20 +75,34 @@ def load_data(path: str | Path) -> Any:
         if suffix in (".yaml", ".yml"):
             return _yaml(text)
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=_once)
         except ValueError:
             if suffix == ".json":
                 raise
             return _yaml(text)
     except ValueError as error:
         raise Invalid(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise Invalid(f"{path}: nested too deeply to be read") from error
+
+
+def _once(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, Any]:
+    """The mapping of the pairs; a key that stands twice would silently lose its first value."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.60} stands twice in one mapping; give it once")
+        found[key] = value
+    return found
 
 
 def _yaml(text: str) -> Any:
     import yaml  # not at the top: a service that gets its policies over the wire never needs it
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
     try:
@@ -97,8 +111,11 @@ def _yaml(text: str) -> Any:
         raise ValueError(f"not readable as YAML ({error})") from error
 
 
-def resolve(spec: Mapping[str, Any]) -> Resolved:
-    """The policy, its checked parameters and the base schedule of a specification. Raises Invalid."""
+def resolve(spec: Mapping[str, Any], profiles: Iterable[str] = ()) -> Resolved:
+    """The policy, its checked parameters and the base schedule of a specification. Raises Invalid.
+
+    profiles: names that may have been meant, too, by a wrong one.
+    """
     spec = _mapping(spec, "")
     kind = spec.get("type")
     if isinstance(kind, str) and kind in SCHEDULES and kind not in POLICIES:
@@ -107,7 +124,9 @@ def resolve(spec: Mapping[str, Any]) -> Resolved:
         constant = POLICIES["constant"]
         return Resolved(constant, constant.config(), _base(spec, ""))
     base = spec.get("base")
-    part = _part({key: value for key, value in spec.items() if key != "base"}, "", [*POLICIES, *PRESETS, *SCHEDULES])
+    part = _part(
+        {key: value for key, value in spec.items() if key != "base"}, "", [*POLICIES, *PRESETS, *SCHEDULES, *profiles]
+    )
     return Resolved(*part, None if base is None else _base(base, "base."))
 
 
@@ -130,10 +149,16 @@ def _part(spec: Mapping[str, Any], where: str, known: list[str], within: tuple[s
     """
     kind = spec.get("type")
     name, _, version = kind.partition("@") if isinstance(kind, str) else ("", "", "")
-    if name not in POLICIES or (version and kind not in ALL):
-        known = [tag for tag in ALL if tag.startswith(name + "@")] if name in POLICIES else list(dict.fromkeys(known))
-        shown = repr(kind) if "type" in spec else f"None (the keys are {', '.join(map(repr, spec)) or 'none'})"
-        raise Invalid(f"{where}type: {shown} is no policy or base schedule{nearest(kind, known)}")
+    if name in POLICIES and kind not in ALL and kind != name:
+        tags = [tag for tag in ALL if tag.startswith(name + "@")]
+        raise Invalid(f"{where}type: {kind!r:.60} is no version of {name} that is known{nearest(kind, tags)}")
+    if name in SCHEDULES and name not in POLICIES:
+        raise Invalid(f"{where}type: {kind!r:.60} is a base schedule, which may only stand beside the outermost policy")
+    if name not in POLICIES:
+        shown = repr(kind)[:80] if "type" in spec else f"None (the keys are {', '.join(map(repr, spec)) or 'none'})"
+        raise Invalid(
+            f"{where}type: {shown} is no policy, preset or profile{nearest(kind, list(dict.fromkeys(known)))}"
+        )
     policy = ALL[str(kind)] if version else POLICIES[name]
     if name in within:
         raise Invalid(f"{where}type: {kind!r} is not allowed in here; a {name} cannot hold another one")
@@ -218,7 +243,9 @@ def summary(name: str, *, base: bool = False) -> str:
     """What a policy (or base schedule) does, in one line: the head of its module (or of its parameters)."""
     if not base and name in PRESETS:
         return PRESETS[name].about
-    text = SCHEDULES[name].config.__doc__ if base else sys.modules[POLICIES[name].config.__module__].__doc__
+    policy = None if base else ALL.get(name, POLICIES.get(name))
+    text = SCHEDULES[name].config.__doc__ if policy is None else sys.modules[policy.config.__module__].__doc__
+    name = name if policy is None else policy.name
     return (text or "").strip().splitlines()[0].removeprefix(f"Policy `{name}`: ")
 
 
@@ -229,6 +256,7 @@ def _adapter(name: str) -> TypeAdapter[Any]:
 
 
 def _base(spec: Any, prefix: str) -> Base:
+    spec = {"type": spec} if isinstance(spec, str) else spec
     if not isinstance(spec, Mapping):
         raise Invalid(f"base: {_kind(spec)} is not allowed; give a mapping with a key 'type'")
     try:
@@ -259,7 +287,9 @@ def _problems(policy: Policy, parameters: dict[str, Any], error: ValidationError
     found: dict[str, str] = {}
     for one in error.errors(include_url=False):
         path, holder = _path(parameters, one["loc"])
-        if one["type"] == "unexpected_keyword_argument":
+        if one["type"] == "unexpected_keyword_argument" and path in ("guard", "seed", "lag", "mode"):
+            text = f"{path}: {policy.name} has no such parameter; give it beside the policy, not in it"
+        elif one["type"] == "unexpected_keyword_argument":
             text = f"{path}: {policy.name} has no such parameter{_nearest_field(policy, holder, one['loc'])}"
         elif one["type"] == "value_error":  # from __post_init__, which names the field itself
             text = (f"{path}." if path else "") + str(one["ctx"]["error"])

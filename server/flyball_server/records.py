@@ -35,6 +35,7 @@ from flyball_server.core.events import (
     Reported,
     Spec,
 )
+from flyball_server.core.numbers import finite
 from flyball_server.core.run import NOTHING
 from flyball_server.core.types import Group, Settings
 from flyball_server.storage.journal import Column, Row
@@ -244,7 +245,7 @@ def _values(column: Column) -> list[Any]:
 
 
 def _mark_json(mark: Mark) -> list[Any]:
-    return [mark.step, mark.phase, mark.code, mark.note, list(mark.before), list(mark.after), mark.fields]
+    return [mark.step, mark.phase, mark.code, mark.note, list(mark.before), list(mark.after), finite(mark.fields)]
 
 
 def _mark(data: Sequence[Any]) -> Mark:

@@ -18,6 +18,7 @@ from typing import Any
 from flyball_server.core import guard
 from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import Limits
+from flyball_server.core.numbers import finite
 from flyball_server.core.rng import noise_seed
 from flyball_server.core.run import Rules, settle
 from flyball_server.core.types import KNOWN_SIGNALS, Decision, Group, Observation, Settings
@@ -76,7 +77,7 @@ def _answers(rules: Rules, state: Any, trace: Iterable[tuple[int, Observation]])
                 "phase": decision.phase,
                 "decision": decision.code,
                 "reason": policy.explain(config, decision),
-                "fields": dict(decision.fields or {}),
+                "fields": finite(decision.fields or {}),
                 **_overall(rules, decision, now, newest + 1),
             }
         yield answer

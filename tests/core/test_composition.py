@@ -209,7 +209,7 @@ def test_momentum_and_noise_of_a_stage_that_has_ended_do_not_linger_as_unknown()
         ([{"policy": {"type": "windowed", "patiense": 3}}], "stages.0.policy.patiense: .*did you mean 'patience'"),
         ([{"policy": {"type": "windowed", "base": {"type": "cosine"}}}], "stages.0.policy.base: not allowed in here"),
         ([{"policy": {"type": "aees", "seed": 3}}], "stages.0.policy.seed: not allowed in here"),
-        ([{"policy": "cosine"}], "stages.0.policy.type: 'cosine' is no policy"),
+        ([{"policy": "cosine"}], "stages.0.policy.type: 'cosine' is a base schedule"),
     ],
 )
 def test_a_sequence_that_cannot_be_is_refused_with_the_path(stages, words):
@@ -702,7 +702,7 @@ def test_the_correction_is_a_factor_on_what_the_inner_policy_says():
     ],
 )
 def test_the_judgement_of_one_gradient_norm_is_exact(factor, samples, low, value, expected):
-    config = Aware(policy=None, beta=0.5, min_samples=2, vanish_patience=2, recovery=1.25)
+    config = Aware(policy={}, beta=0.5, min_samples=2, vanish_patience=2, recovery=1.25)
     assert _judge(config, factor, 0.0, samples, low, value) == expected
 
 
@@ -715,13 +715,19 @@ def test_a_correction_keeps_to_what_may_be_emitted_and_one_of_1_is_no_rounding()
         assert decision.lr == (lr,)
 
 
+@pytest.mark.parametrize("holder", [Aware, PerGroup, Stage])
+def test_no_policy_at_all_is_refused(holder):
+    with pytest.raises(ValueError, match=r"^policy: null is not allowed; give \{type: NAME, parameters \.\.\.\}$"):
+        holder(policy=None)
+
+
 def test_an_inner_policy_that_does_not_fit_is_refused_with_its_place():
     with pytest.raises(ValueError, match=r"^policy\.most: 0\.5 is too little$"):
         POLICIES["gradient_aware"].init(Aware(policy=says(said(1.0), most=0.5)), THREE, 0)
 
 
 def test_the_defaults_of_the_correction_are_those_of_its_description():
-    config = Aware(policy=None)
+    config = Aware(policy={})
     assert (config.explode_ratio, config.vanish_ratio, config.vanish_patience) == (4.0, 0.1, 20)
     assert (config.cut_factor, config.raise_factor, config.recovery) == (0.5, 1.1, 1.02)
     assert (config.min_factor, config.max_factor, config.beta, config.min_samples) == (0.1, 2.0, 0.98, 20)

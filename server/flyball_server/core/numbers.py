@@ -6,6 +6,10 @@ group with base LR 0 keeps 0.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
 from flyball_server.core.types import Group
 
 #: Squares of larger values overflow, so a larger value is as bad as an infinite one.
@@ -24,6 +28,15 @@ def bad(value: float) -> bool:
 def emit(lr: float) -> float:
     """`lr` (positive or 0) within what may leave a policy."""
     return LARGEST_LR if lr > LARGEST_LR else lr if lr >= SMALLEST_LR else SMALLEST_LR
+
+
+def finite(value: Any) -> Any:
+    """`value` (numbers, strings, None, lists and mappings of such) with None for every number that is none."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def reference_lr(groups: tuple[Group, ...]) -> float:

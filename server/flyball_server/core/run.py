@@ -21,7 +21,7 @@ Odd cases
 ---------
 - A gap in the steps is allowed: policies count observations; only base schedules and chance read step numbers.
 - Side signals (`Reported`) wait for the next observation and fill what the driver did not measure itself.
-- An observation without any signal is still a step: it moves `through` and the base schedule, and no counter.
+- An observation without any signal is still a step: it moves `through` and the base schedule, no counter.
 - The first change of every batch is its first step, even where nothing changed: each journal row stands alone.
 - A streak of one and the same kind of decision is marked once, where it begins, unless the policy calls each one a
   milestone: settings are recorded for every step anyway, and the numbers behind each follow from folding again.
@@ -49,6 +49,7 @@ from flyball_server.core.events import (
     Reported,
     Spec,
 )
+from flyball_server.core.numbers import finite
 from flyball_server.core.state import dump_state, load_state
 from flyball_server.core.types import APPLIED, Decision, Group, Policy, Settings
 
@@ -269,7 +270,9 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             marks.append(
-                Mark(step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, decision.fields)
+                Mark(
+                    step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, finite(decision.fields)
+                )
             )
         lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
         if now != settings:
@@ -329,7 +332,7 @@ def dump(run: Run) -> dict[str, Any]:
     data = run._asdict()
     data["attempts"] = [list(attempt) for attempt in run.attempts]
     data["policy_state"] = dump_state(run.policy_state)
-    data["decision"] = list(run.decision)
+    data["decision"] = finite(run.decision)
     data["guard_state"] = list(run.guard_state)
     data["settings"] = list(run.settings)
     data["in_force"] = [list(pair) for pair in run.in_force]

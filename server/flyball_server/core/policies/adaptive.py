@@ -57,7 +57,7 @@ class Config:
     var_damp_base: float = field(default=1.0, metadata=about("The LR is divided by base + scale * cv².", ge=1e-100))
     var_damp_scale: float = field(default=1.0, metadata=about("cv is the spread over the mean.", ge=0))
     use_cosine: bool = field(default=False, metadata=about("Scale the LR by a cosine with restarts."))
-    T0: int = field(default=200, metadata=about("Steps of the cosine's first period (at least 1)."))
+    T0: int = field(default=200, metadata=about("Steps of the cosine's first period; below 1 counts as 1."))
     T_mult: float = field(default=2.0, metadata=about("Factor from one period to the next.", ge=0, le=1e6))
     eta_min_scale: float = field(default=0.1, metadata=about("Where the cosine ends, as a factor.", ge=0, le=1))
     lr_min: float | None = field(default=None, metadata=about("Lowest LR; null: base / 100 (original: 1e-7).", gt=0))

@@ -41,6 +41,8 @@ class Config:
     min_samples: int = field(default=20, metadata=about("Observations before it may act.", ge=1))
 
     def __post_init__(self) -> None:
+        if self.policy is None:
+            raise ValueError("policy: null is not allowed; give {type: NAME, parameters ...}")
         check(self)
 
 

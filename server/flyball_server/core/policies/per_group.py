@@ -50,6 +50,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.policy is None:
+            raise ValueError("policy: null is not allowed; give {type: NAME, parameters ...}")
         for label in self.groups:
             # Codes and phases are told apart by these.
             if not label or label == DEFAULT or any(mark in label for mark in ("|", ": ")):

@@ -25,6 +25,10 @@ class Stage:
         default=None, metadata=about("The optimizer step at which the next stage takes over; null in the last.")
     )
 
+    def __post_init__(self) -> None:
+        if self.policy is None:
+            raise ValueError("policy: null is not allowed; give {type: NAME, parameters ...}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
