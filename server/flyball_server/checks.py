@@ -94,6 +94,23 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
     return spec
 
 
+def check_spec(spec: Spec) -> None:
+    """Raise Invalid where a specification cannot be steered: no group, a name twice, two owners of the base."""
+    if not spec.groups:
+        raise Invalid("groups is empty: an optimizer has at least one parameter group")
+    names = [g.name for g in spec.groups]
+    for name in names:
+        if names.count(name) > 1:
+            raise Invalid(f"groups: the name {name!r} stands twice; give each parameter group its own name")
+    if spec.mode not in ("absolute", "multiplier"):
+        raise Invalid(f"mode is {spec.mode!r}: give 'absolute' or 'multiplier'")
+    if spec.mode == "multiplier" and spec.base is not None:
+        raise Invalid(
+            "base is given in multiplier mode: the in-process scheduler owns the base there; drop base, or use "
+            "mode='absolute' and remove the scheduler"
+        )
+
+
 def check_seed(seed: int) -> None:
     """Raise Invalid where a seed does not fit the wire."""
     if abs(seed) > limits.INTEGER_MAX:

@@ -15,6 +15,7 @@ from flyball_server.checks import (
     check_room,
     check_same,
     check_signal_names,
+    check_spec,
     checked_receipt,
     spec_from,
 )
@@ -49,7 +50,7 @@ class RunView(NamedTuple):
 
 def rules_of(spec: Spec) -> Rules:
     """What a specification means. Raises Invalid where it names something that does not exist."""
-    fold.check_spec(spec)
+    check_spec(spec)
     policy, config, _ = resolve(spec.policy)
     base = None if spec.base is None else build(spec.base)
     limits = limits_of(spec.guard)

@@ -47,7 +47,6 @@ from flyball_server.core.events import (
     Observed,
     Outcome,
     Reported,
-    Spec,
 )
 from flyball_server.core.numbers import finite
 from flyball_server.core.state import dump_state, load_state
@@ -384,20 +383,3 @@ def _numbers_of(data: Sequence[Any]) -> Settings:
 
 def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
-
-
-def check_spec(spec: Spec) -> None:
-    """Raise Invalid where a specification cannot be steered: no group, a name twice, two owners of the base."""
-    if not spec.groups:
-        raise Invalid("groups is empty: an optimizer has at least one parameter group")
-    names = [g.name for g in spec.groups]
-    for name in names:
-        if names.count(name) > 1:
-            raise Invalid(f"groups: the name {name!r} stands twice; give each parameter group its own name")
-    if spec.mode not in ("absolute", "multiplier"):
-        raise Invalid(f"mode is {spec.mode!r}: give 'absolute' or 'multiplier'")
-    if spec.mode == "multiplier" and spec.base is not None:
-        raise Invalid(
-            "base is given in multiplier mode: the in-process scheduler owns the base there; drop base, or use "
-            "mode='absolute' and remove the scheduler"
-        )
