@@ -152,14 +152,18 @@ def settle_free(
     """What `settle` gives where the guard is free and there is no base schedule, for much less: some policies move at
     every observation."""
     lr = decision.lr
-    for one, group in zip(lr, groups, strict=True):
+    if decision.noise_std is not None or step < 0 or len(lr) != len(groups):
+        return settle(_NOTHING, state, groups, None, step, decision)
+    for one, group in zip(lr, groups):  # noqa: B905 - the hot path
         if not 0 < one < inf or group.lr == 0:
             return settle(_NOTHING, state, groups, None, step, decision)
-    if decision.noise_std is not None or step < 0:
-        return settle(_NOTHING, state, groups, None, step, decision)
-    momentum, note = _momentum(groups, decision.momentum)
+    momentum, note = decision.momentum, ""
+    if momentum is not None:
+        momentum, note = _momentum(groups, momentum)
     changed = state.changed if lr == state.factors else step
-    return GuardState(lr, changed, state.window, state.window_factors, note), Settings(lr, momentum, None)
+    # Half the cost of calling the classes.
+    after = _new(GuardState, (lr, changed, state.window, state.window_factors, note))
+    return after, _new(Settings, (lr, momentum, None))
 
 
 def held(
@@ -268,3 +272,4 @@ def _ordered(low_name: str, low: float | None, high_name: str, high: float | Non
 
 #: No limits.
 _NOTHING = Limits()
+_new = tuple.__new__

@@ -268,11 +268,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
             guard_state, now = settle(rules, guard_state, step, decision)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
-            marks.append(
-                Mark(
-                    step, decision.phase, decision.code, guard_state.note, settings.lr, now.lr, finite(decision.fields)
-                )
-            )
+            note = guard_state.note
+            marks.append(Mark(step, decision.phase, decision.code, note, settings.lr, now.lr, decision.fields))
         lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
         if now != settings:
             settings, decided = now, step
