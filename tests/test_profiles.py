@@ -192,3 +192,17 @@ def test_a_job_that_misspells_a_profile_is_told_its_name(service):
     assert "did you mean 'vision'" in answer.json()["detail"]
     twice = attach(service, "p11", policy={"type": "vision"}, base={"type": "linear"})
     assert "base is given twice, in the profile 'vision' and beside it" in twice.json()["detail"]
+
+
+def test_a_run_whose_parameters_overflow_is_recorded_like_any_other(service):
+    spec = {"type": "windowed", "window_size": 4, "cooldown_steps": 0, "increase_factor": 1e308}
+    spec |= {"max_change_per_step": 1e308, "lr_max": 1e308}
+    assert attach(service, "p12", policy=spec).status_code == 200
+    body = {
+        "session": "s",
+        "attempt": 1,
+        "step": list(range(40)),
+        "signals": {"loss": [1 / (1 + i) for i in range(40)]},
+    }
+    assert httpx.post(f"{service.http}/v1/runs/p12/report", json=body, trust_env=False).status_code == 200
+    assert detail(service, "p12")["observations"] == 40

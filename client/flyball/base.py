@@ -26,18 +26,10 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 #: No schedule returns more than this, however long a growing one (gamma > 1) runs.
 LARGEST_LR = 1e100
-#: Products and quotients of larger parameters may overflow.
-LARGEST_FLOAT = 1e100
 #: The integers every float can hold; no count of steps needs more.
 LARGEST_INT = 2**53
 
-_TYPE_WORDS = {
-    int: "an integer",
-    float: "a finite number of at most 1e100 in size",
-    bool: "true or false",
-    str: "a string",
-    NoneType: "null",
-}
+_TYPE_WORDS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", NoneType: "null"}
 _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "ge": (lambda value, limit: value >= limit, "at least"),
     "gt": (lambda value, limit: value > limit, "greater than"),
@@ -89,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and abs(value) <= LARGEST_INT
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
+        return type(value) in (int, float) and abs(value) <= 1.7e308
     if get_origin(hint) is Literal:
         return type(value) is str and value in get_args(hint)
     if get_origin(hint) is tuple:

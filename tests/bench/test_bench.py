@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.bench.fold import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +29,8 @@ def test_prints_a_table_with_verdicts(tmp_path: Path) -> None:
     assert set(line) <= set("-+")
     assert all(row.rstrip().endswith(("met", "MISSED")) for row in rows)
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert len(written["rows"]) == len(rows) == 11
+    of_fold = sum(1 + (base is None) for *_, base in CASES)
+    assert len(written["rows"]) == len(rows) == of_fold + 4
     assert written["failed"] == []
 
 

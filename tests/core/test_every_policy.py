@@ -12,7 +12,7 @@ from dataclasses import fields
 from statistics import median
 
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.core.specs import SPECS
 
@@ -111,7 +111,7 @@ def test_no_sequence_of_floats_breaks_a_policy(policy, config, values, lr):
     try:
         state, decision = policy.init(config, groups, 0)
     except ValueError:  # absolute bounds that leave nothing between them and these LRs
-        reject()
+        return
     for step, value in enumerate(values):
         state, decision = policy.step(config, state, Observation(step, value, value, value, value, value))
         check(decision, groups)
