@@ -39,7 +39,7 @@ CASES: tuple[tuple[str, Mapping[str, Any], Mapping[str, Any] | None], ...] = (
     ("aees", {"type": "aees", "lr_candidates": [0.5, 1, 2], "noise_candidates": [0, 0.01]}, None),
     ("windowed x cosine", {"type": "windowed"}, COSINE),
 )
-PLAIN = ("constant", "plateau", "windowed", "aees")
+PLAIN = ("constant", "plateau", "aees")
 
 
 class Ema(NamedTuple):
