@@ -26,12 +26,9 @@ from flyball import limits
 from flyball.base import Base
 from flyball.columns import Signals, columns
 from flyball.decisions import Decisions, Target
-from flyball.rng import u64
+from flyball.rng import noise_seed
 from flyball.status import Status
 from flyball.wire import Advice, Answer, Attach, Attached, Receipt, Report, Settings
-
-#: The stream of the run's chance that gradient noise is drawn from (see rng.py).
-NOISE_STREAM = 0x300
 
 
 class Session:
@@ -104,7 +101,7 @@ class Session:
 
     def noise_seed(self, step: int) -> int:
         """What gradient noise of optimizer `step` is drawn from: the run's seed and count, whichever process steps."""
-        return u64(self._seed, NOISE_STREAM, step + self._offset) >> 1
+        return noise_seed(self._seed, step + self._offset)
 
     def missed(self) -> None:
         """A step waited in vain: no further step waits until the link is healthy."""
