@@ -4,6 +4,7 @@ Method: files of every kind, wrong specifications beside the words their refusal
 """
 
 import json
+import sys
 
 import pytest
 
@@ -188,4 +189,5 @@ def test_numbers_that_overflow_in_the_reasons_of_a_decision_do_not_reach_the_rec
     from flyball_server.core.numbers import finite
 
     given = {"a": float("inf"), "b": [1.0, float("nan")], "c": {"d": -1e300}, "e": "x", "f": None}
-    assert finite(given) == {"a": None, "b": [1.0, None], "c": {"d": -1e300}, "e": "x", "f": None}
+    assert finite(given) == {"a": sys.float_info.max, "b": [1.0, 0.0], "c": {"d": -1e300}, "e": "x", "f": None}
+    assert finite(-float("inf")) == -sys.float_info.max

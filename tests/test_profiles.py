@@ -206,3 +206,5 @@ def test_a_run_whose_parameters_overflow_is_recorded_like_any_other(service):
     }
     assert httpx.post(f"{service.http}/v1/runs/p12/report", json=body, trust_env=False).status_code == 200
     assert detail(service, "p12")["observations"] == 40
+    moved = httpx.get(f"{service.http}/v1/runs/p12/decisions", trust_env=False).json()["decisions"]
+    assert any(one["fields"]["change_pct"] > 1e300 and one["reason"].endswith("%).") for one in moved)

@@ -159,10 +159,10 @@ def test_without_groups_there_is_one_at_the_policys_own_initial_lr(spec, lr):
     assert next(simulate(spec, lines(1.0)))["settings"][0]["lr"] == lr
 
 
-def test_parameters_that_overflow_give_settings_and_reasons_that_are_numbers_or_nothing():
+def test_parameters_that_overflow_give_settings_and_reasons_that_are_numbers():
     spec = {"type": "windowed", "window_size": 4, "cooldown_steps": 0, "increase_factor": 1e308}
     spec |= {"max_change_per_step": 1e308, "lr_max": 1e308}
     answers = list(simulate(spec, lines(*(1 / (1 + i) for i in range(40)))))
     for answer in answers:
         json.dumps(answer, allow_nan=False)
-    assert {None} <= {answer["fields"].get("change_pct", 0) for answer in answers}
+    assert 1.7976931348623157e308 in {answer["fields"].get("change_pct") for answer in answers}

@@ -42,8 +42,8 @@ def version() -> str:
 async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str], None]) -> None:
     """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses.
 
-    Raises OSError where an address is taken, Invalid for a wrong
-    profile, Invalid or an error naming the file where the store cannot be opened.
+    Raises OSError where an address is taken, Invalid for a wrong profile or an address of a store
+    that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
     sock = _bind(settings.http)

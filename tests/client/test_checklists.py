@@ -191,15 +191,6 @@ def service():
         yield service
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch's threads wait by spinning, and there are hardly more cores than the service and this test need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Digits:
     """A small network on the digits; `step` makes one optimizer step and returns its loss."""
 

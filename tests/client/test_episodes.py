@@ -8,6 +8,7 @@ receipts say that it applies decisions late.
 from itertools import count, pairwise
 
 import httpx
+import pulseopt
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -15,7 +16,6 @@ from sklearn.datasets import load_digits
 import flyball
 import flyball_server
 
-pulseopt = pytest.importorskip("pulseopt")
 names = (f"e{i}" for i in count())
 EPISODES, LENGTH = 200, 4
 CANDIDATES = {"lr_candidates": [0.5, 1.0, 1.7], "noise_candidates": [0.0]}
@@ -25,15 +25,6 @@ CANDIDATES = {"lr_candidates": [0.5, 1.0, 1.7], "noise_candidates": [0.0]}
 def service():
     with flyball_server.running() as service:
         yield service
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch's threads wait by spinning, and there are hardly more cores than the service and this test need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from tests.core.reference import unrolled
 
 from flyball_server.core.policies.adaptive import POLICY as ADAPTIVE
 from flyball_server.core.state import dump_state, load_state
@@ -47,14 +48,6 @@ def fold(losses, groups=ONE, rewards=None, **parameters):
 
 def codes(decisions):
     return [decision.code for decision in decisions[1:]]
-
-
-def unrolled(rows, n):
-    """Run-length rows [[step, value], ...] as one value per step."""
-    values = []
-    for (step, value), (end, _) in zip(rows, [*rows[1:], (n, None)], strict=True):
-        values += [value] * (end - step)
-    return values
 
 
 @pytest.mark.parametrize("name", CASES)

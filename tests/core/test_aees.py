@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests.core.reference import unrolled
 
 from flyball_server.core import rng
 from flyball_server.core.episodes import candidate_name, phase, reward, trend
@@ -52,14 +53,6 @@ def closings(decisions):
 
 def codes(decisions):
     return [decision.code for decision in decisions[1:]]
-
-
-def unrolled(rows, n):
-    """Run-length rows [[step, value], ...] as one value per step."""
-    values = []
-    for (step, value), (end, _) in zip(rows, [*rows[1:], (n, None)], strict=True):
-        values += [value] * (end - step)
-    return values
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from tests.core.reference import unrolled
 
 from flyball_server.core import rng
 from flyball_server.core.policies import POLICIES
@@ -44,14 +45,6 @@ def run(losses, groups=ONE_GROUP, run_seed=0, **parameters):
 
 def codes(losses, **parameters):
     return [decision.code for decision in run(losses, **parameters)[1:]]
-
-
-def unrolled(rows, n):
-    """Run-length rows [[step, value], ...] as one value per step."""
-    values = []
-    for (step, value), (end, _) in zip(rows, [*rows[1:], (n, None)], strict=True):
-        values += [value] * (end - step)
-    return values
 
 
 @pytest.mark.parametrize("name", CASES)

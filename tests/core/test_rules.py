@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.core.reference import unrolled
 
 from flyball_server.core.policies import POLICIES
 from flyball_server.core.state import dump_state, load_state
@@ -68,14 +69,6 @@ def rewards(*values):
 
 def observations(name):
     return [Observation(**json.loads(line)) for line in (TRACES / f"{name}.jsonl").read_text().splitlines()]
-
-
-def unrolled(rows, n):
-    """Run-length rows [[step, value], ...] as one value per step."""
-    values = []
-    for (step, value), (end, _) in zip(rows, [*rows[1:], (n, None)], strict=True):
-        values += [value] * (end - step)
-    return values
 
 
 @pytest.mark.parametrize("name", CASES)

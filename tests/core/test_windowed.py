@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from tests.core.reference import unrolled
 
 from flyball_server.core.policies import POLICIES
 from flyball_server.core.policies.windowed import Emergency, Measures, Plan, State, _judge, _jumped, _spiked, measure
@@ -42,14 +43,6 @@ def run(config, losses, groups=ONE_GROUP):
         state, decision = WINDOWED.step(config, state, Observation(step, loss))
         decisions.append(decision)
     return decisions
-
-
-def unrolled(rows, n):
-    """Run-length rows [[step, value], ...] as one value per step."""
-    values = []
-    for (step, value), (end, _) in zip(rows, [*rows[1:], (n, None)], strict=True):
-        values += [value] * (end - step)
-    return values
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,6 +16,7 @@ from flyball_server.core.types import Group
 LARGEST_SIGNAL = 1e100
 #: The limits of what a policy may emit: normal floats whose small multiples are finite, too.
 SMALLEST_LR, LARGEST_LR = 1e-300, 1e100
+LARGEST_FLOAT = 1.7976931348623157e308
 #: Denominators of relative measures are at least this.
 EPS = 1e-12
 
@@ -31,9 +32,12 @@ def emit(lr: float) -> float:
 
 
 def finite(value: Any) -> Any:
-    """`value` (numbers, strings, None, lists and mappings of such) with None for every number that is none."""
+    """`value` (numbers, strings, None, lists and mappings of such) as JSON can carry it.
+
+    An infinity becomes the largest float and NaN 0: the sentences of a decision format these numbers.
+    """
     if isinstance(value, float):
-        return value if isfinite(value) else None
+        return value if isfinite(value) else max(min(value, LARGEST_FLOAT), -LARGEST_FLOAT) if value == value else 0.0
     if isinstance(value, Mapping):
         return {key: finite(one) for key, one in value.items()}
     return [finite(one) for one in value] if isinstance(value, list | tuple) else value
