@@ -49,6 +49,7 @@ CLIENT_LIBRARIES = {
     "flyball.over_grpc": {"grpc", "flyball_proto"},
     "flyball.api": {"httpx"},
     "flyball.cli": {"typer", "rich", "click"},
+    "flyball.adapters.gradient_noise": {"torch"},
 }
 
 #: Where one layer of the server must not look, and what to do instead. The first matching importer decides.

@@ -55,7 +55,7 @@ class Session:
         self._answers: deque[Answer] = deque(maxlen=64)
         #: The job counts its steps from 0; the run counts on from here. Not known before the first Attached where a
         #: run is resumed "after its newest step".
-        self._offset = attach.from_step or 0
+        self._offset = attach.from_step or (attach.fork.step if attach.fork else 0)
         self._dropped = 0
         self._in_flight: Report | None = None
         self._took_all = False
@@ -152,7 +152,9 @@ class Session:
             if previous is None and to.resume and to.from_step is None:
                 self._shift(message.from_step - self._offset)
             # From now on this is a reconnect: if another process resumes the run meanwhile, it is not taken back.
-            self.attach = to._replace(resume=False, from_step=None, from_attempt=None, seq=0, digest="")
+            self.attach = to._replace(
+                resume=False, from_step=None, from_attempt=None, seq=0, digest="", fork=None, on_unknown="refuse"
+            )
             self.attached = message
             self._in_flight = None
             self._seed = message.seed

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flyball_server import limits, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Attached, Created, Event, Observed, Outcome, Spec
+from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.storage.journal import GENESIS, Append, Journal, Row, RunRecord, Snapshot, chained
@@ -34,8 +35,9 @@ class Lost(Exception):
 class LiveRun:
     """One run in memory: its newest durable state and the place its next row goes to."""
 
-    def __init__(self, spec: Spec, rules: Rules, run: Run, record: RunRecord) -> None:
+    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
         self.spec = spec
+        self.origin = origin
         self.rules = rules
         self.run = run
         self.record = record
@@ -104,20 +106,21 @@ class Engine:
         """Commit what is under way and close the journal."""
         await asyncio.to_thread(self._journal.close)
 
-    async def create(self, spec: Spec, actor: str) -> LiveRun:
+    async def create(self, spec: Spec, actor: str, origin: Origin | None = None) -> LiveRun:
         """Begin a run. Raises Conflict where it exists (in any process)."""
         rules = self._ruler(spec)
-        run = fold.create(rules)
+        run = fold.create(rules, origin)
         now = self.now_us()
-        entry = records.to_entry(Created(spec), fold.NOTHING)
+        entry = records.to_entry(Created(spec, origin), fold.NOTHING)
         row = Row(1, *entry[:4], actor, now, entry.meta, entry.columns, b"")
         row = row._replace(hash=chained(GENESIS, spec.run, row))
         tag = rules.policy.tag
         record = RunRecord(
-            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash
-        )
+            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash,
+            "" if origin is None else origin.run,
+        )  # fmt: skip
         await self._append(spec.run, 0, (row,), record, None)
-        live = LiveRun(spec, rules, run, record)
+        live = LiveRun(spec, origin, rules, run, record)
         self._keep(live)
         return live
 
@@ -155,13 +158,15 @@ class Engine:
             outcomes.append(outcome)
             seq += 1
             assert run.seq == seq, "only events that change the run may be committed: see fold.fresh"
-            entry = records.to_entry(event, outcome)
+            entry = records.to_entry(event, outcome, live.spec.shadows)
             kind, attempt, first, last, meta, columns = entry
             head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
             rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        of, project, name, _, policy, labels, _, _, created, _, _, _ = live.record
-        record = RunRecord(of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head)
+        of, project, name, _, policy, labels, _, _, created, _, _, _, parent = live.record
+        record = RunRecord(
+            of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
+        )
         snapshot = self._snapshot(live, run)
         try:
             await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
@@ -247,7 +252,10 @@ class Engine:
         spec = records.spec_of(first)
         rules = self._ruler(spec)
         snapshot = self._journal.snapshot(run_id)
-        run = fold.create(rules) if snapshot is None else fold.load(rules, json.loads(snapshot.state))
+        if snapshot is None:
+            run = fold.create(rules, records.origin_of(first))
+        else:
+            run = fold.load(rules, json.loads(snapshot.state))
         snapshot_at, head = run.observations, first.hash
         for row in self._journal.rows(run_id, after=run.seq):
             run, _ = fold.apply(rules, run, records.from_row(row, spec.groups)[0])
@@ -256,7 +264,7 @@ class Engine:
         record = self._journal.record(run_id) or record
         if record.seq < run.seq:
             record = record._replace(seq=run.seq, hash=head)
-        live = LiveRun(spec, rules, run, record)
+        live = LiveRun(spec, records.origin_of(first), rules, run, record)
         live.snapshot_at = snapshot_at
         return live
 
@@ -273,7 +281,7 @@ class Engine:
         ):
             snapshot = self._journal.snapshot(live.spec.run, until=snapshot.seq - 1)
         rules = live.rules
-        run = fold.create(rules) if snapshot is None else fold.load(rules, json.loads(snapshot.state))
+        run = fold.create(rules, live.origin) if snapshot is None else fold.load(rules, json.loads(snapshot.state))
         for row in self._journal.rows(live.spec.run, after=run.seq):
             if row.seq > opened and (run.through >= step - 1 or row.kind == "attached"):
                 break
@@ -320,10 +328,17 @@ def _before(event: Observed, step: int) -> Observed | None:
 
 
 def next_attempt(
-    live: LiveRun, parent: int, from_step: int, session: str, client: str, lag: int | None, restored: Run | None
+    live: LiveRun,
+    parent: int,
+    from_step: int,
+    session: str,
+    client: str,
+    lag: int | None,
+    restored: Run | None,
+    claimed: Mapping[str, Any] | None = None,
 ) -> Attached:
     """The event that opens the run's next attempt."""
     if from_step < 0:
         raise Invalid(f"from_step is {from_step}: steps are counted from 0")
     state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state)
+    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

@@ -10,6 +10,12 @@ RECEIPTS_MAX = 4096
 BODY_BYTES_MAX = 4 * 1024 * 1024
 #: Different signals of one run.
 SIGNALS_MAX = 64
+#: Shadow policies of one run.
+SHADOWS_MAX = 3
+#: Observations that a what-if folds again in one request; `flyball-server replay` has no such limit.
+WHAT_IF_OBSERVATIONS_MAX = 2_000_000
+#: What-ifs computed at the same time; more are asked to come again.
+WHAT_IFS_MAX = 1
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.

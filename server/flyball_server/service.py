@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from flyball_server import limits, queries
+from flyball_server import branches, limits, queries
 from flyball_server.checks import (
     check_report,
     check_resumption,
@@ -22,7 +22,7 @@ from flyball_server.checks import (
 from flyball_server.core import run as fold
 from flyball_server.core.base import build
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
+from flyball_server.core.events import Applied, Ended, Event, Observed, Origin, Reported, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
@@ -56,7 +56,10 @@ def rules_of(spec: Spec) -> Rules:
     limits = limits_of(spec.guard)
     if spec.mode == "multiplier":
         limits = relative(limits)
-    return Rules(policy, config, base, limits, spec.groups, spec.seed)
+    rules = Rules(policy, config, base, limits, spec.groups, spec.seed)
+    return rules._replace(
+        shadows=tuple(rules_of(spec._replace(**beside, shadows={})) for beside in spec.shadows.values())
+    )
 
 
 class Service:
@@ -79,17 +82,30 @@ class Service:
             try:
                 live = await self._engine.find(spec.run)
             except NotFound:
-                if request.resume:
-                    raise NotFound(
-                        f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it"
-                    ) from None
-                live = await self._engine.create(spec, actor)
+                live = await self._begin(request, spec, actor)
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._open(live, request, spec, actor)
                 return _attached(live)
 
         return await _retried(once)
+
+    async def fork(self, request: Attach, actor: str) -> RunView:
+        """Begin a run that leaves another one (`request.fork`) at a step; its job attaches later, with resume.
+
+        Raises Invalid, NotFound, Conflict where the name is taken, Busy.
+        """
+
+        async def once() -> RunView:
+            live = await self._forked(request, actor, beyond=False)
+            return self._view(live.record, live)
+
+        return await _retried(once)
+
+    async def lineage(self, run: str) -> dict[str, Any]:
+        """Where a run comes from, what left it, and its attempts: see `branches.lineage`."""
+        live = await self._engine.find(run)
+        return await queries.in_thread(branches.lineage, self._journal, live.spec, live.origin, live.run)
 
     async def report(self, request: Report, actor: str) -> Advice:
         """Fold what the driver saw. The answer comes only when the journal has it.
@@ -164,12 +180,16 @@ class Service:
         live = await self._engine.find(run)
         return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
 
-    async def decisions(self, run: str, *, after: int, limit: int, newest: bool) -> dict[str, Any]:
-        """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then."""
+    async def decisions(self, run: str, *, after: int, limit: int, newest: bool, shadow: str = "") -> dict[str, Any]:
+        """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then.
+
+        shadow: those of the run's shadow of this name. Raises NotFound where there is none.
+        """
         live = await self._engine.find(run)
+        marked = queries.marked(live.spec, live.rules, shadow)
         if newest:
-            return await queries.in_thread(queries.newest_decisions, self._journal, live.spec, live.rules, limit)
-        return await queries.in_thread(queries.decisions, self._journal, live.spec, live.rules, after, limit)
+            return await queries.in_thread(queries.newest_decisions, self._journal, marked, limit)
+        return await queries.in_thread(queries.decisions, self._journal, marked, after, limit)
 
     async def episodes(self, run: str) -> dict[str, Any]:
         """The log lists of a run that learns in episodes; empty ones for any other."""
@@ -192,6 +212,37 @@ class Service:
             return RunView(record, status, stale_s, None, None, "")
         return RunView(record, status, stale_s, live.spec, live.run, _reason(live))
 
+    async def _begin(self, request: Attach, spec: Spec, actor: str) -> LiveRun:
+        """A run that is not known: from its first step, as a fork, or from a checkpoint taken elsewhere."""
+        if request.fork is not None:
+            return await self._forked(request, actor, beyond=True)
+        if not request.resume:
+            return await self._engine.create(spec, actor)
+        if request.on_unknown == "refuse":
+            raise NotFound(
+                f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it, or with "
+                "on_unknown='import' to go on here from the checkpoint of another service"
+            )
+        attempt, step = request.from_attempt or 0, request.from_step or 0
+        origin = Origin("token", spec.run, attempt, step, request.seq, request.digest, None)
+        return await self._engine.create(spec, actor, origin)
+
+    async def _forked(self, request: Attach, actor: str, *, beyond: bool) -> LiveRun:
+        """beyond: a checkpoint may be newer than what arrived before it was left; else that is a mistake."""
+        fork = request.fork
+        assert fork is not None
+        parent = await self._engine.find(fork.run)
+        attempt, step = branches.check_fork(fork, parent.run)
+        if fork.digest and not await self._holds(parent, fork.seq, fork.digest):
+            raise _unknown_token(parent, fork.seq, fork.digest)
+        left = await self._engine.restored(parent, attempt, step)
+        if left.through + 1 < step and not beyond:
+            raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends before step {left.through + 1}")
+        seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
+        origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
+        spec, origin = branches.forked(request, parent.spec, left, origin, self.profiles)
+        return await self._engine.create(spec, actor, origin)
+
     async def _open(self, live: LiveRun, request: Attach, spec: Spec, actor: str) -> None:
         """Open the next attempt, going back on the line where that is asked for."""
         run = live.run
@@ -200,29 +251,41 @@ class Service:
                 f"run {spec.run!r} exists already (attempt {run.attempt}, step {run.through}, {run.status}): choose "
                 "another name, or attach with resume=True to open a new attempt of it"
             )
-        check_same(live.spec, spec, request)
-        restored = None
+        if run.attempt == 0 and live.origin is not None and not (request.resume or request.fork):
+            raise Conflict(
+                f"run {spec.run!r} exists already, as a fork of {live.origin.run!r} at step {live.origin.step}: load "
+                "that run's checkpoint of this step and attach with resume=True"
+            )
+        if request.fork is None:  # what a fork's rules are was decided when it was begun
+            check_same(live.spec, spec, request)
+        restored = claimed = None
         from_step = run.through + 1 if request.from_step is None else request.from_step
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
+        if request.digest and live.origin is not None and request.digest == live.origin.digest:
+            attempt = min(1, run.attempt)  # the very checkpoint that this run began with
+        elif request.digest and not await self._holds(live, request.seq, request.digest):
+            if request.on_unknown == "refuse":
+                raise _unknown_token(live, request.seq, request.digest)
+            attempt, claimed = run.attempt, {"seq": request.seq, "digest": request.digest}
         if not min(1, run.attempt) <= attempt <= run.attempt:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
-        await self._check_token(live, request)
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
             restored = await self._engine.restored(live, attempt, from_step)
-        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored)
+        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
         await self._engine.commit(live, [event], actor)
 
-    async def _check_token(self, live: LiveRun, request: Attach) -> None:
-        """A token names a row of the journal by its hash: one of another run of the same name is found out."""
-        if not request.digest:
-            return
-        row = await queries.in_thread(queries.row, self._journal, live.spec.run, request.seq)
-        if row is None or row.hash.hex() != request.digest:
-            raise Conflict(
-                f"run {live.spec.run}: the checkpoint token names row {request.seq} with the hash "
-                f"{request.digest[:12]}..., which this journal does not hold: it is of another run of this name; "
-                "resume without the token, or begin a run of another name"
-            )
+    async def _holds(self, live: LiveRun, seq: int, digest: str) -> bool:
+        """Whether the run's journal holds the row that a checkpoint token names by its hash."""
+        row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
+        return row is not None and row.hash.hex() == digest
+
+
+def _unknown_token(live: LiveRun, seq: int, digest: str) -> Conflict:
+    return Conflict(
+        f"run {live.spec.run}: the checkpoint token names row {seq} with the hash {digest[:12]}..., which this journal "
+        "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
+        "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
+    )
 
 
 async def _retried(once: Callable[[], Awaitable[T]]) -> T:

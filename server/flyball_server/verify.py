@@ -42,11 +42,11 @@ def verify(journal: Journal, run_id: str) -> Verdict:
             if rules is None or state is None:
                 spec = records.spec_of(row)
                 rules = rules_of(spec)
-                state = fold.create(rules)
+                state = fold.create(rules, records.origin_of(row))
                 continue
             event, stored = records.from_row(row, rules.groups)
             state, outcome = fold.apply(rules, state, event)
-            if not _same(row, records.to_entry(event, outcome)):
+            if not _same(row, records.to_entry(event, outcome, spec.shadows)):
                 return Verdict(run_id, rows, observations, decisions, previous.hex(), f"{where}: the decisions differ")
             observations = state.observations
             decisions += len(stored.marks) if stored is not NOTHING else 0

@@ -54,6 +54,16 @@ class GroupSettings(BaseModel):
     reference_lr: float
 
 
+class ShadowDetail(BaseModel):
+    """A policy that decides beside the run's own and is never applied: its newest decision, learning rates by group."""
+
+    policy_config: dict[str, Any]
+    base: dict[str, Any] | None
+    phase: str
+    decision: str
+    lr: dict[str, float]
+
+
 class RunDetail(RunSummary):
     """A run with its folded state. signals: the newest measured value of each."""
 
@@ -72,6 +82,7 @@ class RunDetail(RunSummary):
     profile: str
     base: dict[str, Any] | None
     guard: dict[str, Any]
+    shadows: dict[str, ShadowDetail]
 
 
 class RunPage(BaseModel):
@@ -118,12 +129,15 @@ def router(service: Service) -> APIRouter:
         return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
 
     @routes.get("/runs/{run}/decisions")
-    async def decisions(run: str, after: Count = 0, limit: Count = 1000, newest: bool = False) -> dict[str, Any]:
+    async def decisions(
+        run: str, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
+    ) -> dict[str, Any]:
         """The decisions that moved something, with code, reason and numbers, in journal order.
 
-        `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead.
+        `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead. `shadow`: those
+        of the run's shadow policy of this name.
         """
-        return await service.decisions(run, after=after, limit=limit, newest=newest)
+        return await service.decisions(run, after=after, limit=limit, newest=newest, shadow=shadow)
 
     @routes.get("/runs/{run}/episodes")
     async def episodes(run: str) -> dict[str, Any]:
@@ -208,4 +222,14 @@ def _detail(view: RunView) -> RunDetail:
         profile=spec.profile,
         base=None if spec.base is None else dict(spec.base),
         guard=dict(spec.guard),
+        shadows={
+            name: ShadowDetail(
+                policy_config=dict(beside["policy"]),
+                base=beside["base"],
+                phase=state.decision.phase,
+                decision=state.decision.code,
+                lr=dict(zip((g.name for g in spec.groups), state.settings.lr, strict=True)),
+            )
+            for (name, beside), state in zip(spec.shadows.items(), run.shadows, strict=True)
+        },
     )

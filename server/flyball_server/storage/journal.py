@@ -53,7 +53,7 @@ class RunRecord(NamedTuple):
     """The projection of a run for listing and filtering, written in the same transaction as its rows.
 
     `status` is "active" or how the run ended ("finished", "failed"). `step` is the last observed step.
-    `seq` and `hash` are those of the newest row.
+    `seq` and `hash` are those of the newest row. `parent`: the run it is a fork of, or "".
     """
 
     run: str
@@ -68,6 +68,7 @@ class RunRecord(NamedTuple):
     updated_at: int
     seq: int
     hash: bytes
+    parent: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -92,13 +93,14 @@ class Append(NamedTuple):
 
 class RunFilter(NamedTuple):
     """Which runs to list; None matches all. `labels` must all match. `stale_before` (with status "active" or
-    "stale"): a run is stale when its `updated_at` is older than this time."""
+    "stale"): a run is stale when its `updated_at` is older than this time. `parent`: the forks of this run."""
 
     project: str | None = None
     status: str | None = None
     policy: str | None = None
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
+    parent: str | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).

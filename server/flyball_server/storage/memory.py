@@ -118,6 +118,7 @@ def _matches(record: RunRecord, where: RunFilter) -> bool:
         return False
     return (
         where.project in (None, record.project)
+        and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()
     )
