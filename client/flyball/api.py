@@ -118,6 +118,37 @@ class Client:
         page = self._get(_path(run, "decisions"), {"newest": True, "limit": limit})
         return list(page["decisions"])
 
+    def fork(
+        self,
+        run: str,
+        name: str,
+        *,
+        step: int | None = None,
+        attempt: int | None = None,
+        policy: str | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Begin the run `name` as a fork of `run` at `step` (None: behind its newest), on the line of `attempt` (None:
+        the newest); the new run. Its job loads the checkpoint of that step and attaches with `resume=True`.
+
+        Without a policy it goes on under the other run's, in the state of then. options: project, base, guard, labels,
+        seed, shadows, as in `attach`; what is not given is the other run's.
+        """
+        body = {"name": name, "step": step, "attempt": attempt, "policy": _policy(policy), **options}
+        return self._answer("POST", _path(run, "fork"), body={k: v for k, v in body.items() if v is not None})
+
+    def lineage(self, run: str) -> dict[str, Any]:
+        """{"run", "ancestors", "forks", "attempts"}: where a run comes from, what left it, its attempts, their gaps."""
+        return self._get(_path(run, "lineage"))
+
+    def what_if(self, run: str, policy: str | Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """What another policy would have decided on the signals that `run` recorded, beside what was decided.
+
+        {"run", "policy", "summary", "series", "decisions"}. options: base, guard, seed (the run's own without),
+        attempt, points, limit.
+        """
+        return self._answer("POST", _path(run, "what-if"), body={"policy": _policy(policy), **options})
+
     def policies(self) -> dict[str, Any]:
         """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
         return self._get("/v1/policies")
@@ -171,6 +202,10 @@ def rest_address(server: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FlyballError(f"{name} is {given!r}: give http://HOST:PORT (https:// for TLS)")
     return given.rstrip("/")
+
+
+def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return {"type": policy} if isinstance(policy, str) else policy
 
 
 def _path(run: str, what: str = "") -> str:

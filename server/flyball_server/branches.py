@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from flyball_server import limits, records
-from flyball_server.checks import spec_from
+from flyball_server.checks import alternative, check_seed, spec_from
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Attached, Event, Observed, Origin, Outcome, Reported, Spec
+from flyball_server.core.events import DirectiveAnswered, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group
-from flyball_server.messages import Attach, Fork
+from flyball_server.guards import expanded
+from flyball_server.messages import Attach, Fork, WhatIfRequest
 from flyball_server.profiles import Profile
 from flyball_server.queries import cutoffs, steps_of
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
@@ -56,6 +57,7 @@ def forked(
         )
     own = bool(request.policy)
     asked = request._replace(
+        mode=request.mode or parent.mode,
         policy=request.policy or parent.policy,
         base=request.base if own or request.base is not None else parent.base,
         guard=request.guard or parent.guard,
@@ -86,6 +88,22 @@ def _standing(group: Group, lr: float, momentum: float | None) -> Group:
     return group._replace(lr=lr, momentum=momentum)
 
 
+def otherwise(request: WhatIfRequest, spec: Spec, profiles: Mapping[str, Profile]) -> tuple[Spec, bool]:
+    """The specification of a run under another policy; whether that is its own one after all. Raises Invalid."""
+    policy = dict(request.policy)
+    if request.base is not None:
+        if policy.get("base") is not None:
+            raise Invalid("base is given twice, in the policy and beside it: give it once")
+        policy["base"] = request.base
+    changed = alternative(policy, spec.base, profiles)
+    own = changed == {"policy": spec.policy, "base": spec.base}
+    seed = changed["policy"].get("seed")
+    seed = (spec.seed if request.seed is None else request.seed) if seed is None else seed
+    check_seed(seed)
+    guard = expanded(request.guard) if request.guard else spec.guard
+    return spec._replace(**changed, guard=guard, seed=seed, shadows={}), own
+
+
 def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple[Event, Outcome]]:
     """The events of one attempt's line in order, and what came of them; those of abandoned steps are left out.
 
@@ -96,7 +114,7 @@ def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple
     through = {number: run.attempts[number - 1][0] - 1 for number in until if number}
     on_line = False
     for row in journal.rows(spec.run):
-        if row.kind in ("attached", "observed", "applied"):
+        if row.attempt:  # side signals are of whatever line the run is on
             on_line = row.attempt in until and through[row.attempt] < until[row.attempt] - 1
         if not on_line:
             continue
@@ -109,7 +127,7 @@ def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple
                 continue
             if event.steps[-1] >= cutoff:
                 event, outcome = _before(event, outcome, int(cutoff))
-        if isinstance(event, Attached | Observed | Reported | Applied):
+        if not isinstance(event, DirectiveAnswered):
             yield event, outcome
 
 

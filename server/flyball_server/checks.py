@@ -91,7 +91,8 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
         mode=request.mode,
         seed=seed,
         profile="" if profile is None else profile.name,
-        shadows={name: _shadow(name, asked, base, profiles) for name, asked in request.shadows.items()},
+        # In the order in which a stored row gives them back.
+        shadows={name: _shadow(name, asked, base, profiles) for name, asked in sorted(request.shadows.items())},
     )
     _check_text(spec)
     return spec

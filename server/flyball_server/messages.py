@@ -49,6 +49,17 @@ class Attach(NamedTuple):
     on_unknown: str = "refuse"
 
 
+class WhatIfRequest(NamedTuple):
+    """Which run to fold again, under which policy; base None, guard {} and seed None: the run's own."""
+
+    run: str
+    policy: Mapping[str, Any]
+    base: Mapping[str, Any] | None
+    guard: Mapping[str, Any]
+    seed: int | None
+    attempt: int | None
+
+
 class Attached(NamedTuple):
     """The answer: which attempt this is, and the settings to begin with."""
 

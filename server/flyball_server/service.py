@@ -27,10 +27,11 @@ from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of, relative
-from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+from flyball_server.what_if import Asked, answer
 
 T = TypeVar("T")
 #: What a run may be; stale: active, but without news for STALE_AFTER_S.
@@ -69,6 +70,7 @@ class Service:
         self._engine = engine
         self._journal = journal
         self.profiles: Mapping[str, Profile] = profiles or {}
+        self._what_ifs = 0
 
     async def attach(self, request: Attach, actor: str) -> Attached:
         """Create the run, reconnect to it (same session), or open a new attempt (resume).
@@ -106,6 +108,28 @@ class Service:
         """Where a run comes from, what left it, and its attempts: see `branches.lineage`."""
         live = await self._engine.find(run)
         return await queries.in_thread(branches.lineage, self._journal, live.spec, live.origin, live.run)
+
+    async def what_if(self, request: WhatIfRequest, *, points: int, limit: int) -> dict[str, Any]:
+        """What another policy would have decided on the run's recorded signals: see `what_if.answer`.
+
+        Raises NotFound, Invalid (a run with more than WHAT_IF_OBSERVATIONS_MAX observations included), and Busy where
+        others are being computed.
+        """
+        live = await self._engine.find(request.run)
+        if live.run.observations > limits.WHAT_IF_OBSERVATIONS_MAX:
+            raise Invalid(
+                f"run {request.run} has {live.run.observations} observations, more than the "
+                f"{limits.WHAT_IF_OBSERVATIONS_MAX} folded in one request: use `flyball-server replay` on its store"
+            )
+        spec, own = branches.otherwise(request, live.spec, self.profiles)
+        asked = Asked(live.spec, live.origin, live.run, rules_of(spec), own)
+        if self._what_ifs >= limits.WHAT_IFS_MAX:
+            raise Busy("another what-if is being computed; come again when it is done", 2.0)
+        self._what_ifs += 1
+        try:
+            return await queries.in_thread(answer, self._journal, asked, request.attempt, points, limit)
+        finally:
+            self._what_ifs -= 1
 
     async def report(self, request: Report, actor: str) -> Advice:
         """Fold what the driver saw. The answer comes only when the journal has it.

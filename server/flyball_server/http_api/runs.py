@@ -113,7 +113,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/runs/{run}")
     async def get_run(run: str) -> RunDetail:
         """One run: status, attempt, step, settings now, newest signals, policy, staleness."""
-        return _detail(await service.get_run(run))
+        return detail(await service.get_run(run))
 
     @routes.get("/runs/{run}/series")
     async def series(
@@ -190,7 +190,8 @@ def _summary(view: RunView) -> dict[str, Any]:
     }
 
 
-def _detail(view: RunView) -> RunDetail:
+def detail(view: RunView) -> RunDetail:
+    """A run with its folded state."""
     run, spec = view.run, view.spec
     assert run is not None and spec is not None
     now, applied = run.settings, run.applied
