@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from flyball_server import limits, queries
+from flyball_server import deletion, limits, queries
 from flyball_server.checks import (
     check_report,
     check_resumption,
@@ -21,24 +21,25 @@ from flyball_server.checks import (
 )
 from flyball_server.core import run as fold
 from flyball_server.core.base import build
-from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of, relative
+from flyball_server.loading import Deleted, Undamaged
 from flyball_server.messages import Advice, Attach, Attached, Report
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
-from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 
 T = TypeVar("T")
 #: What a run may be; stale: active, but without news for STALE_AFTER_S.
-STATUSES = ("created", "active", "stale", "finished", "failed")
+STATUSES = ("created", "active", "stale", "finished", "failed", DELETED)
 
 
 class RunView(NamedTuple):
-    """A run as people see it: its projection, and its folded state where asked for."""
+    """A run as people see it: its projection, and its folded state where asked for. problem: what is damaged."""
 
     record: RunRecord
     status: str
@@ -46,6 +47,7 @@ class RunView(NamedTuple):
     spec: Spec | None
     run: Run | None
     reason: str
+    problem: str
 
 
 def rules_of(spec: Spec) -> Rules:
@@ -78,6 +80,8 @@ class Service:
         async def once() -> Attached:
             try:
                 live = await self._engine.find(spec.run)
+            except Deleted as error:
+                raise Conflict(f"{error}; a deleted run's name is not used again: choose another") from None
             except NotFound:
                 if request.resume:
                     raise NotFound(
@@ -162,23 +166,69 @@ class Service:
     async def series(self, run: str, request: queries.SeriesRequest) -> dict[str, Any]:
         """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
+        return await self._query(run, lambda journal: queries.series(journal, live.spec, live.run, request))
 
     async def decisions(self, run: str, *, after: int, limit: int, newest: bool) -> dict[str, Any]:
         """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then."""
         live = await self._engine.find(run)
+        spec, rules = live.spec, live.rules
         if newest:
-            return await queries.in_thread(queries.newest_decisions, self._journal, live.spec, live.rules, limit)
-        return await queries.in_thread(queries.decisions, self._journal, live.spec, live.rules, after, limit)
+            return await self._query(run, lambda journal: queries.newest_decisions(journal, spec, rules, limit))
+        return await self._query(run, lambda journal: queries.decisions(journal, spec, rules, after, limit))
 
     async def episodes(self, run: str) -> dict[str, Any]:
         """The log lists of a run that learns in episodes; empty ones for any other."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.episodes, self._journal, live.spec)
+        return await self._query(run, lambda journal: queries.episodes(journal, live.spec))
 
-    def ready(self) -> dict[str, Any]:
+    async def _query(self, run: str, ask: Callable[[Undamaged], dict[str, Any]]) -> dict[str, Any]:
+        """Ask the journal. Of a damaged run what comes before the damage, and under `problem` what it is."""
+        journal = Undamaged(self._journal)
+        found = await queries.in_thread(ask, journal)
+        if journal.problem:
+            self._engine.found_damage(run, journal.problem)
+        problem = self._engine.damage.words(run)
+        return {**found, "problem": problem} if problem else found
+
+    async def delete_run(self, run: str, reason: str, actor: str) -> dict[str, Any]:
+        """Remove a run for good; returns its tombstone, which stays with the actor and the reason.
+
+        Raises Conflict for one that is still being trained, NotFound, Invalid, Busy.
+        """
+        reason = deletion.check_reason(reason)
+
+        async def once() -> dict[str, Any]:
+            live: LiveRun | None = None
+            try:
+                live = await self._engine.find(run)
+            except Damaged:  # what cannot be read can still be deleted
+                record = await queries.in_thread(self._journal.record, run)
+            if live is None or self._engine.damage.words(run):
+                left = live.record if live is not None else record or deletion.bare_record(run)
+                return deletion.described(await self._engine.delete(left, live, reason, actor))
+            async with self._engine.turn(live):
+                view = self._view(live.record, live)
+                if view.status in ("created", "active"):
+                    raise Conflict(
+                        f"run {run}: it is {view.status}, with news {view.stale_s:.0f} s ago: let it end, or wait "
+                        f"until there was none for {limits.STALE_AFTER_S:.0f} s"
+                    )
+                return deletion.described(await self._engine.delete(live.record, live, reason, actor))
+
+        return await _retried(once)
+
+    async def tombstones(self, after: int, limit: int) -> dict[str, Any]:
+        """The deleted runs, oldest first, in pages."""
+        return await queries.in_thread(deletion.tombstones, self._journal, after, limit)
+
+    async def usage(self) -> Usage:
+        """What the store takes, and may take."""
+        return await queries.in_thread(self._journal.usage)
+
+    async def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""
-        return {"status": "ready", "live_runs": self._engine.live_runs}
+        usage, damaged = await self.usage(), len(self._engine.damage)
+        return {"status": "ready", "live_runs": self._engine.live_runs, "damaged_runs": damaged, "store": usage.state}
 
     def _stale_before(self) -> int:
         return self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
@@ -188,9 +238,14 @@ class Service:
         status = record.status
         if status == "active" and stale_s > limits.STALE_AFTER_S:
             status = "stale"
+        problem = self._engine.damage.words(record.run)
+        if status == "damaged" and not problem:
+            problem = f"run {record.run!r}: its record makes no sense"
+        if problem:
+            status = "damaged"
         if live is None:
-            return RunView(record, status, stale_s, None, None, "")
-        return RunView(record, status, stale_s, live.spec, live.run, _reason(live))
+            return RunView(record, status, stale_s, None, None, "", problem)
+        return RunView(record, status, stale_s, live.spec, live.run, _reason(live), problem)
 
     async def _open(self, live: LiveRun, request: Attach, spec: Spec, actor: str) -> None:
         """Open the next attempt, going back on the line where that is asked for."""

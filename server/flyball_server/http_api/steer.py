@@ -153,7 +153,7 @@ def router(service: Service) -> APIRouter:
         """Begin a run, reconnect to it, or open a new attempt of it."""
         groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
         fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups}
-        return _attached(await service.attach(Attach(**fields), _actor(request)))
+        return _attached(await service.attach(Attach(**fields), actor_of(request)))
 
     @routes.post("/runs/{run}/report")
     async def report(run: str, body: ReportBody, request: Request) -> AdviceBody:
@@ -161,17 +161,18 @@ def router(service: Service) -> APIRouter:
         answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note) for a in body.answers)
         receipts = tuple(_receipt(r) for r in body.receipts)
         message = Report(run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end)
-        return _advice(await service.report(message, _actor(request)))
+        return _advice(await service.report(message, actor_of(request)))
 
     @routes.post("/runs/{run}/signals")
     async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
         """Signals from another process, such as an evaluation job; the policy sees them with the next step."""
-        return SignalsReply(seq=await service.add_signals(run, body.signals, _actor(request)))
+        return SignalsReply(seq=await service.add_signals(run, body.signals, actor_of(request)))
 
     return routes
 
 
-def _actor(request: Request) -> str:
+def actor_of(request: Request) -> str:
+    """Who asks, for the journal."""
     return f"http:{request.client.host}" if request.client else "http:"
 
 

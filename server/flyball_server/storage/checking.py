@@ -49,8 +49,5 @@ def _labels(connection: sa.Connection) -> list[str]:
             recorded = None  # the run's own check names it
         if recorded is not None and recorded != listed.pop(str(run), {}):
             out.append(f"run {run!r}: the table of labels differs from its record")
-    return out + [f"run {run!r}: there are labels without a record" for run in listed if run not in _known(connection)]
-
-
-def _known(connection: sa.Connection) -> set[str]:
-    return set(map(str, connection.execute(sa.select(tables.runs.c.run)).scalars()))
+    known = set(map(str, connection.execute(sa.select(runs.run)).scalars()))
+    return out + [f"run {run!r}: there are labels without a record" for run in listed if run not in known]
