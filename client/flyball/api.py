@@ -64,8 +64,8 @@ class Client:
         policy: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """All runs that match, newest first. status: created, active, stale, finished or failed; policy: a name
-        (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
+        """All runs that match, newest first. status: created, active, stale, finished, failed or deleted (those only
+        then); policy: a name (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
         where: dict[str, Any] = {"project": project, "status": status, "policy": policy, "limit": RUNS_PAGE}
         where["label"] = [f"{key}={value}" for key, value in (labels or {}).items()]
         while True:
@@ -158,6 +158,24 @@ class Client:
         next step. Returns the number of the journal's row. A name that is no Python name: `**{"val/loss": 0.31}`."""
         values = {name: _jsonable(float(value)) for name, value in signals.items()}
         return int(self._answer("POST", _path(run, "signals"), body={"signals": values})["seq"])
+
+    def delete(self, run: str, *, reason: str) -> dict[str, Any]:
+        """Delete a run for good; its name is not used again. Returns what is left of it: when, by whom, the reason, how
+        much it was. Refused for a run that is still being trained."""
+        return self._answer("DELETE", _path(run), parameters={"reason": reason})
+
+    def tombstones(self) -> Iterator[dict[str, Any]]:
+        """What is left of the deleted runs, oldest first."""
+        after: int | None = 0
+        while after is not None:
+            page = self._get("/v1/tombstones", {"after": after})
+            yield from page["tombstones"]
+            after = page["next"]
+
+    def store(self) -> dict[str, Any]:
+        """What the store takes and may take: bytes, bytes_max, disk_free, disk_free_min, state, and words what to do
+        where that is not "ok"."""
+        return self._get("/v1/store")
 
     def close(self) -> None:
         """Let go of the connection."""

@@ -40,6 +40,7 @@ class RunStatus(StrEnum):
     STALE = "stale"
     FINISHED = "finished"
     FAILED = "failed"
+    DELETED = "deleted"
 
 
 @cli.command()
@@ -147,6 +148,36 @@ def series(
         table(header, rows)
 
 
+@cli.command()
+def delete(
+    run: RunId,
+    reason: Annotated[str, typer.Option(help="Why; it stays in the store's own journal.")],
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Delete a run for good. Its name is not used again."""
+    with errors(), Client(server, token) as client:
+        left = client.delete(run, reason=reason)
+    if json_output:
+        print_json(left)
+        return
+    observations = "unknown" if left["observations"] is None else left["observations"]
+    print(f"deleted {left['run']}: {left['attempts']} attempts, {observations} observations, {left['rows']} rows")
+
+
+@cli.command()
+def tombstones(json_output: Json = False, server: Server = None, token: Token = None) -> None:
+    """List the deleted runs: which, when, by whom and why."""
+    with errors(), Client(server, token) as client:
+        found = list(client.tombstones())
+    if json_output:
+        print_json(found)
+        return
+    header = ("run", "at", "actor", "observations", "reason")
+    table(header, [["-" if one[name] is None else one[name] for name in header] for one in found])
+
+
 # Leaves
 
 
@@ -171,6 +202,8 @@ def _print_run(run: Mapping[str, Any]) -> None:
         "phase": f"{run['phase']}, {run['decision']}" + (f": {run['reason']}" if run["reason"] else ""),
         "guard": json.dumps(run["guard"]) if run["guard"] else "only finite, not negative",
     }
+    if run.get("problem"):
+        facts["damage"] = run["problem"]
     for name, fact in facts.items():
         print(f"{name:<8} {fact}")
 

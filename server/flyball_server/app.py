@@ -47,7 +47,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
     sock = _bind(settings.http)
-    journal = open_journal(settings.store)
+    journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
     service = Service(engine, journal, profiles)
     ready = threading.Event()
@@ -141,13 +141,19 @@ class Running:
 
 
 def running(
-    store: str = "memory:", http: str = "127.0.0.1:0", grpc: str = "127.0.0.1:0", profiles: str = ""
+    store: str = "memory:",
+    http: str = "127.0.0.1:0",
+    grpc: str = "127.0.0.1:0",
+    profiles: str = "",
+    store_bytes_max: int | None = None,
 ) -> Running:
     """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
 
     By default it listens on free loopback ports and keeps its journal in memory.
     """
-    return Running(Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False))
+    return Running(
+        Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False, store_bytes_max=store_bytes_max)
+    )
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

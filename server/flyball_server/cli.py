@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from flyball_server import app as application
 from flyball_server.core.base import SCHEDULES
-from flyball_server.core.errors import Invalid, SteeringError
+from flyball_server.core.errors import Damaged, Invalid, SteeringError
 from flyball_server.core.policies import POLICIES
 from flyball_server.policy_files import json_schema, load_policy, summary
 from flyball_server.presets import GUARDS, PRESETS
@@ -29,8 +29,9 @@ from flyball_server.profiles import Profile, load_profiles
 from flyball_server.settings import Settings
 from flyball_server.simulate import read_groups, simulate
 from flyball_server.storage import open_journal
-from flyball_server.storage.journal import RunFilter
-from flyball_server.verify import verify
+from flyball_server.storage.journal import Journal
+from flyball_server.verify import names as verify_names
+from flyball_server.verify import verify, verify_store
 
 cli = typer.Typer(
     name="flyball-server",
@@ -51,18 +52,25 @@ def serve(
     profiles: Annotated[
         str | None, typer.Option(help="File of named policies and guards that jobs may ask for (JSON, YAML or TOML).")
     ] = None,
+    store_bytes_max: Annotated[
+        int | None, typer.Option(help="Bytes the store may take; beyond it appends are refused. Default: no limit.")
+    ] = None,
+    disk_free_min: Annotated[
+        int | None, typer.Option(help="Bytes to keep free on the store's disk; default: 64 MiB.")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
-    """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES and
-    FLYBALL_INSECURE.
+    """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES,
+    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN and FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {
-        "http": http, "grpc": grpc, "store": store, "profiles": profiles, "insecure": insecure or None
+        "http": http, "grpc": grpc, "store": store, "profiles": profiles, "store_bytes_max": store_bytes_max,
+        "disk_free_min": disk_free_min, "insecure": insecure or None,
     }  # fmt: skip
     _log_in_utc()
     with _errors():
@@ -159,34 +167,81 @@ def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
 @cli.command(name="verify")
 def verify_command(
     runs: Annotated[list[str] | None, typer.Argument(help="Run ids; all runs of the store without one.")] = None,
-    store: Annotated[str, typer.Option(help="sqlite:///FILE of a stopped service.")] = "sqlite:///flyball.db",
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON line per run.")] = False,
+    store: Annotated[str, typer.Option(help="sqlite:///FILE; the service may be running.")] = "sqlite:///flyball.db",
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON line per run, and one of the store's own problems.")
+    ] = False,
 ) -> None:
-    """Check the hash chain of runs and fold their journals again, comparing every decision bit for bit.
+    """Check the hash chain of runs and fold their journals again, comparing every decision bit for bit; and their
+    records, their snapshots, and what of the store is no single run's.
 
     Exit code 1 where anything differs.
     """
-    with _errors():
-        journal = open_journal(store)
-        # Opening would create the file, and "nothing to verify" is no good news about a mistyped name.
-        if store == "memory:":
-            raise Invalid("store is 'memory:', where nothing is kept: name the file of a stopped service")
-        if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
-            raise Invalid(f"{store} does not exist: name the file the service was started with")
-        journal.start(lambda _: None)
-        try:
-            names = runs or [r.run for r in journal.records(RunFilter(), after=None, limit=1_000_000)]
-            verdicts = [verify(journal, name) for name in names]
-        finally:
-            journal.close()
-    for verdict in verdicts:
-        if json_output:
-            print(json.dumps(verdict._asdict()))
-        else:
-            result = verdict.problem or "matches bit for bit"
-            print(f"{verdict.run}: {verdict.observations} observations, {verdict.decisions} decisions: {result}")
-    if any(verdict.problem for verdict in verdicts):
+    wrong = False
+    with _errors(), _opened(store, read_only=True) as journal:
+        for name in runs or verify_names(journal):
+            verdict = verify(journal, name)
+            wrong = wrong or bool(verdict.problem)
+            if json_output:
+                print(json.dumps(verdict._asdict()), flush=True)
+            else:
+                result = verdict.problem or "matches bit for bit"
+                print(
+                    f"{name}: {verdict.observations} observations, {verdict.decisions} decisions: {result}", flush=True
+                )
+        problems = [] if runs else verify_store(journal)
+        if problems and json_output:
+            print(json.dumps({"store": store, "problems": problems}))
+        elif problems:
+            print(f"the store {store}: {'; '.join(problems)}")
+    if wrong or problems:
         raise typer.Exit(1)
+
+
+@cli.command()
+def compact(
+    runs: Annotated[list[str] | None, typer.Argument(help="Run ids; all runs of the store without one.")] = None,
+    store: Annotated[str, typer.Option(help="sqlite:///FILE of a stopped service.")] = "sqlite:///flyball.db",
+) -> None:
+    """Merge what runs have not merged yet, and give the space of deleted and merged rows back to the disk.
+
+    The disk needs room for the file a second time meanwhile. A damaged run is left as it is, with exit code 1.
+    """
+    damaged = []
+    with _errors(), _opened(store) as journal:
+        before = journal.usage().bytes
+        size_before = _size(store)
+        for name in runs or journal.names():
+            try:
+                journal.compact(name)
+            except Damaged as error:
+                damaged.append(str(error))
+        journal.shrink()
+        print(f"{store}: {before} bytes in use before, {journal.usage().bytes} after; the file: ", end="")
+        print(f"{size_before} before, {_size(store)} after")
+    if damaged:
+        _fail("; ".join(damaged))
+
+
+@contextlib.contextmanager
+def _opened(store: str, *, read_only: bool = False) -> Iterator[Journal]:
+    """An existing store. Opening would create it, and "nothing wrong" is no good news about a mistyped name."""
+    journal = open_journal(store, read_only=read_only)
+    if store == "memory:":
+        raise Invalid("store is 'memory:', where nothing is kept: name the file the service was started with")
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        raise Invalid(f"{store} does not exist: name the file the service was started with")
+    journal.start(lambda _: None)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _size(store: str) -> int:
+    path = Path(store.removeprefix("sqlite:///"))
+    log = Path(f"{path}-wal")
+    return path.stat().st_size + (log.stat().st_size if log.exists() else 0)
 
 
 @contextlib.contextmanager
@@ -206,7 +261,9 @@ def _setting(error: Any) -> str:
     name = "".join(f"{part}: " for part in error["loc"])
     if error["type"] == "value_error":
         return name + str(error["msg"]).removeprefix("Value error, ")
-    return f"{name}{error['input']!r} is no good (option --{name.rstrip(': ')}, or FLYBALL_{name.rstrip(': ').upper()})"
+    setting = name.rstrip(": ")
+    option = setting.replace("_", "-")
+    return f"{name}{error['input']!r} is no good (option --{option}, or FLYBALL_{setting.upper()})"
 
 
 def _fail(message: str) -> None:

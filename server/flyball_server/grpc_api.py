@@ -31,6 +31,7 @@ STATUS = {
     "conflict": grpc.StatusCode.ABORTED,
     "denied": grpc.StatusCode.PERMISSION_DENIED,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "damaged": grpc.StatusCode.DATA_LOSS,
     "internal": grpc.StatusCode.INTERNAL,
 }
 

@@ -50,3 +50,22 @@ STREAMS_MAX = 20_000
 DRAIN_S = 10.0
 #: How long an HTTP connection may idle before it is closed.
 KEEP_ALIVE_S = 120
+#: What is kept free of the disk under the store, unless the setting `disk_free_min` says otherwise.
+DISK_FREE_MIN_BYTES = 64 << 20
+#: A store is nearly full at this share of its limit, and where the disk has less than so many times the minimum.
+NEARLY_FULL = 0.9
+DISK_NEARLY_FULL = 4
+#: A full store's write-ahead log is cut back at the first refused commit and then at every so many.
+FULL_CUT_BACK_EVERY = 64
+#: A run that was found damaged is examined again when it is asked for after this time, or after so many times as
+#: long as examining it took.
+DAMAGE_RECHECK_S = 3.0
+DAMAGE_RECHECK_SHARE = 20.0
+#: Rows that the scrub checks at a time, its share of one core, and the runs it remembers to have checked.
+SCRUB_ROWS = 256
+SCRUB_SHARE = 0.2
+SCRUBBED_MAX = 100_000
+#: Characters in the reason for a deletion.
+REASON_MAX = 500
+#: Tombstones in one page.
+TOMBSTONES_MAX = 1000

@@ -24,7 +24,7 @@ from flyball_server.core.policies.aees import episode_log
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
 from flyball_server.names import check_signal_name
-from flyball_server.storage.journal import Block, Journal, Row
+from flyball_server.storage.journal import Block, Reading, Row
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,12 +57,12 @@ async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     return await asyncio.to_thread(work, *args, **kwargs)
 
 
-def row(journal: Journal, run: str, seq: int) -> Row | None:
+def row(journal: Reading, run: str, seq: int) -> Row | None:
     """One row of a run, None where there is none."""
     return next(journal.rows(run, after=seq - 1, until=seq), None) if seq > 0 else None
 
 
-def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
+def series(journal: Reading, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
     """The asked-for series as {"run", "attempt", "series": {name: {"step": [...], "value": [...]}}}.
 
     Each has at most `points` points: the steps are cut into points / 2 equal ranges and the smallest and the
@@ -129,7 +129,7 @@ def _check_shadow(spec: Spec, shadow: str) -> None:
         raise NotFound(f"run {spec.run} has no shadow {shadow!r:.60}; it has {known}")
 
 
-def decisions(journal: Journal, marked: Marked, after: int, limit: int) -> dict[str, Any]:
+def decisions(journal: Reading, marked: Marked, after: int, limit: int) -> dict[str, Any]:
     """The decisions that moved something, in journal order, behind the row `after`.
 
     `next` is the value of `after` for the page behind this one, None at the end. A page ends with a whole row.
@@ -147,7 +147,7 @@ def decisions(journal: Journal, marked: Marked, after: int, limit: int) -> dict[
     return {"run": run, "decisions": out, "next": None}
 
 
-def newest_decisions(journal: Journal, marked: Marked, limit: int) -> dict[str, Any]:
+def newest_decisions(journal: Reading, marked: Marked, limit: int) -> dict[str, Any]:
     """The newest decisions that moved something, oldest of them first. Raises Invalid for a limit out of range."""
     _check_limit(limit)
     rows = deque((row for row in journal.rows(marked.spec.run) if marked.of(row)), limit)
@@ -155,7 +155,7 @@ def newest_decisions(journal: Journal, marked: Marked, limit: int) -> dict[str, 
     return {"run": marked.spec.run, "decisions": out[-limit:], "next": None}
 
 
-def episodes(journal: Journal, spec: Spec) -> dict[str, Any]:
+def episodes(journal: Reading, spec: Spec) -> dict[str, Any]:
     """The log lists of a run that learns in episodes (the policy `aees`): one entry per closed episode in each."""
     marks = (mark for row in journal.rows(spec.run) for mark in row.meta.get("marks", ()))
     closed = (fields for *_, fields in marks if fields and "closed_episode" in fields)

@@ -5,10 +5,10 @@ Rule of this module: check who asks and what is asked for, then leave the work t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from flyball_server import branches, limits, queries
+from flyball_server import branches, deletion, limits, queries
 from flyball_server.checks import (
     check_report,
     check_resumption,
@@ -16,30 +16,30 @@ from flyball_server.checks import (
     check_same,
     check_signal_names,
     check_spec,
-    checked_receipt,
     spec_from,
 )
-from flyball_server.core import run as fold
+from flyball_server.conversation import advice, attached, new_events, reason
 from flyball_server.core.base import build
-from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Ended, Event, Observed, Origin, Reported, Spec
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
+from flyball_server.core.events import Origin, Reported, Spec
 from flyball_server.core.run import Rules, Run
-from flyball_server.core.types import Group, Settings
+from flyball_server.core.types import Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of, relative
+from flyball_server.loading import Deleted, Undamaged
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
-from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
 
 T = TypeVar("T")
 #: What a run may be; stale: active, but without news for STALE_AFTER_S.
-STATUSES = ("created", "active", "stale", "finished", "failed")
+STATUSES = ("created", "active", "stale", "finished", "failed", DELETED)
 
 
 class RunView(NamedTuple):
-    """A run as people see it: its projection, and its folded state where asked for."""
+    """A run as people see it: its projection, and its folded state where asked for. problem: what is damaged."""
 
     record: RunRecord
     status: str
@@ -47,6 +47,7 @@ class RunView(NamedTuple):
     spec: Spec | None
     run: Run | None
     reason: str
+    problem: str
 
 
 def rules_of(spec: Spec) -> Rules:
@@ -83,12 +84,14 @@ class Service:
         async def once() -> Attached:
             try:
                 live = await self._engine.find(spec.run)
+            except Deleted as error:
+                raise Conflict(f"{error}; a deleted run's name is not used again: choose another") from None
             except NotFound:
                 live = await self._begin(request, spec, actor)
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._open(live, request, spec, actor)
-                return _attached(live)
+                return attached(live)
 
         return await _retried(once)
 
@@ -152,7 +155,7 @@ class Service:
                         f"run {request.run}: attempt {run.attempt} is driven by another session than "
                         f"{request.session!r:.60}: attach first, and report under the session that attached"
                     )
-                events = _new_events(run, request, live.spec.groups)
+                events = new_events(run, request, live.spec.groups)
                 resent: list[tuple[int, Settings]] = []
                 if run.lag is not None and request.steps and request.steps[0] <= run.through:
                     resent = await self._engine.resent(live, request.steps[0], min(run.through, request.steps[-1]))
@@ -160,7 +163,7 @@ class Service:
                 if events:
                     outcomes = await self._engine.commit(live, events, actor)
                     changes = [*resent, *(c for outcome in outcomes for c in outcome.changes)]
-                return _advice(live, changes)
+                return advice(live, changes)
 
         return await _retried(once)
 
@@ -202,7 +205,7 @@ class Service:
     async def series(self, run: str, request: queries.SeriesRequest) -> dict[str, Any]:
         """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
+        return await self._query(run, lambda journal: queries.series(journal, live.spec, live.run, request))
 
     async def decisions(self, run: str, *, after: int, limit: int, newest: bool, shadow: str = "") -> dict[str, Any]:
         """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then.
@@ -212,17 +215,62 @@ class Service:
         live = await self._engine.find(run)
         marked = queries.marked(live.spec, live.rules, shadow)
         if newest:
-            return await queries.in_thread(queries.newest_decisions, self._journal, marked, limit)
-        return await queries.in_thread(queries.decisions, self._journal, marked, after, limit)
+            return await self._query(run, lambda journal: queries.newest_decisions(journal, marked, limit))
+        return await self._query(run, lambda journal: queries.decisions(journal, marked, after, limit))
 
     async def episodes(self, run: str) -> dict[str, Any]:
         """The log lists of a run that learns in episodes; empty ones for any other."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.episodes, self._journal, live.spec)
+        return await self._query(run, lambda journal: queries.episodes(journal, live.spec))
 
-    def ready(self) -> dict[str, Any]:
+    async def _query(self, run: str, ask: Callable[[Undamaged], dict[str, Any]]) -> dict[str, Any]:
+        """Ask the journal. Of a damaged run what comes before the damage, and under `problem` what it is."""
+        journal = Undamaged(self._journal)
+        found = await queries.in_thread(ask, journal)
+        if journal.problem:
+            self._engine.found_damage(run, journal.problem)
+        problem = self._engine.damage.words(run)
+        return {**found, "problem": problem} if problem else found
+
+    async def delete_run(self, run: str, reason: str, actor: str) -> dict[str, Any]:
+        """Remove a run for good; returns its tombstone, which stays with the actor and the reason.
+
+        Raises Conflict for one that is still being trained, NotFound, Invalid, Busy.
+        """
+        reason = deletion.check_reason(reason)
+
+        async def once() -> dict[str, Any]:
+            live: LiveRun | None = None
+            try:
+                live = await self._engine.find(run)
+            except Damaged:  # what cannot be read can still be deleted
+                record = await queries.in_thread(self._journal.record, run)
+            if live is None or self._engine.damage.words(run):
+                left = live.record if live is not None else record or deletion.bare_record(run)
+                return deletion.described(await self._engine.delete(left, live, reason, actor))
+            async with self._engine.turn(live):
+                view = self._view(live.record, live)
+                if view.status in ("created", "active"):
+                    raise Conflict(
+                        f"run {run}: it is {view.status}, with news {view.stale_s:.0f} s ago: let it end, or wait "
+                        f"until there was none for {limits.STALE_AFTER_S:.0f} s"
+                    )
+                return deletion.described(await self._engine.delete(live.record, live, reason, actor))
+
+        return await _retried(once)
+
+    async def tombstones(self, after: int, limit: int) -> dict[str, Any]:
+        """The deleted runs, oldest first, in pages."""
+        return await queries.in_thread(deletion.tombstones, self._journal, after, limit)
+
+    async def usage(self) -> Usage:
+        """What the store takes, and may take."""
+        return await queries.in_thread(self._journal.usage)
+
+    async def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""
-        return {"status": "ready", "live_runs": self._engine.live_runs}
+        usage, damaged = await self.usage(), len(self._engine.damage)
+        return {"status": "ready", "live_runs": self._engine.live_runs, "damaged_runs": damaged, "store": usage.state}
 
     def _stale_before(self) -> int:
         return self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
@@ -232,9 +280,14 @@ class Service:
         status = record.status
         if status == "active" and stale_s > limits.STALE_AFTER_S:
             status = "stale"
+        problem = self._engine.damage.words(record.run)
+        if status == "damaged" and not problem:
+            problem = f"run {record.run!r}: its record makes no sense"
+        if problem:
+            status = "damaged"
         if live is None:
-            return RunView(record, status, stale_s, None, None, "")
-        return RunView(record, status, stale_s, live.spec, live.run, _reason(live))
+            return RunView(record, status, stale_s, None, None, "", problem)
+        return RunView(record, status, stale_s, live.spec, live.run, reason(live), problem)
 
     async def _begin(self, request: Attach, spec: Spec, actor: str) -> LiveRun:
         """A run that is not known: from its first step, as a fork, or from a checkpoint taken elsewhere."""
@@ -320,67 +373,6 @@ async def _retried(once: Callable[[], Awaitable[T]]) -> T:
         except Lost:
             continue
     raise Busy("the run is written by several processes at once; try again", 1.0)
-
-
-def _attached(live: LiveRun) -> Attached:
-    run = live.run
-    return Attached(
-        run=live.spec.run,
-        attempt=run.attempt,
-        from_step=run.from_step,
-        through=run.through,
-        receipts_through=run.receipts_through,
-        seq=run.seq,
-        digest=live.record.hash.hex(),
-        policy=live.rules.policy.tag,
-        decided=run.through,
-        settings=run.settings,
-        phase=run.decision.phase,
-        code=run.decision.code,
-        reason=_reason(live),
-        reference=tuple(g.lr for g in live.spec.groups),
-        seed=live.spec.seed,
-        guard=live.spec.guard,
-    )
-
-
-def _advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
-    run = live.run
-    if run.lag is None or not changes:
-        changes = [(run.through, run.settings)]
-    return Advice(
-        attempt=run.attempt,
-        through=run.through,
-        receipts_through=run.receipts_through,
-        seq=run.seq,
-        digest=live.record.hash.hex(),
-        changes=changes,
-        phase=run.decision.phase,
-        code=run.decision.code,
-        reason=_reason(live),
-    )
-
-
-def _reason(live: LiveRun) -> str:
-    """The newest decision in words; only made where the decision has something to say."""
-    decision = live.run.decision
-    return "" if decision.fields is None else live.rules.policy.explain(live.rules.config, decision)
-
-
-def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
-    """The part of a report that is not in the run yet."""
-    check_room(run, request.signals)
-    events: list[Event] = []
-    observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
-    receipts = tuple(checked_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
-    if receipts:  # first: a policy may ask what was in force at an observation
-        events.append(Applied(request.attempt, receipts))
-    if observed is not None:
-        events.append(observed)
-    events += [answer for answer in request.answers if answer.directive not in run.answered]
-    if request.end and run.status == "active":
-        events.append(Ended(request.attempt, request.end))
-    return events
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.storage.making import SIGNALS, chain, joined, joined_blocks, meta_of, observed, row, rows_of_any_kind
 
-from flyball_server.core.errors import Invalid
-from flyball_server.storage.blocks import Damaged, Stored, pack_segment, store, unpack_row, unpack_segment
+from flyball_server.core.errors import Damaged, Invalid
+from flyball_server.storage.blocks import Stored, pack_segment, store, unpack_row, unpack_segment
 from flyball_server.storage.journal import GENESIS, Column, Row
 from flyball_server.storage.series import row_blocks, segment_blocks
 

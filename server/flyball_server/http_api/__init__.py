@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fastapi import FastAPI, Response
 
 from flyball_server import limits
-from flyball_server.http_api import branches, problems, runs, steer
+from flyball_server.http_api import branches, problems, runs, steer, store
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
@@ -26,6 +26,7 @@ def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastA
     app.include_router(steer.router(service))
     app.include_router(runs.router(service))
     app.include_router(branches.router(service))
+    app.include_router(store.router(service))
 
     @app.get("/healthz", tags=["probes"])
     async def healthz() -> dict[str, str]:
@@ -38,7 +39,7 @@ def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastA
         if not is_ready():
             response.status_code = 503
             return {"status": "not ready"}
-        return service.ready()
+        return await service.ready()
 
     app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX)
     return app

@@ -26,7 +26,8 @@ Count = Annotated[int, Field(ge=0, le=limits.INTEGER_MAX)]
 
 
 class RunSummary(BaseModel):
-    """A run in a listing. status: created, active, stale (active without news for 60 s), finished or failed."""
+    """A run in a listing. status: created, active, stale (active without news for 60 s), finished, failed, deleted, or
+    damaged (`problem` says what is)."""
 
     run: str
     project: str
@@ -41,6 +42,7 @@ class RunSummary(BaseModel):
     stale_s: float
     seq: int
     digest: str
+    problem: str
 
 
 class GroupSettings(BaseModel):
@@ -105,7 +107,8 @@ def router(service: Service) -> APIRouter:
         cursor: str | None = None,
         limit: Count = 50,
     ) -> RunPage:
-        """Runs, newest first. status: created, active, stale, finished, failed; policy: NAME or NAME@VERSION."""
+        """Runs, newest first; deleted ones only by their status. status: created, active, stale, finished, failed,
+        deleted; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
         views, following = await service.list_runs(where, cursor, limit)
         return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)
@@ -187,6 +190,7 @@ def _summary(view: RunView) -> dict[str, Any]:
         "updated_at": records.utc(record.updated_at),
         "stale_s": round(view.stale_s, 3),
         "digest": record.hash.hex(),
+        "problem": view.problem,
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flyball_server.core.errors import Invalid
+from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.storage.journal import Append, Column, Row, chained
 from flyball_server.storage.packing import (
     Ints,
@@ -45,10 +45,6 @@ SEGMENT = "segment"
 
 _LENGTHS = struct.Struct("<II")
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-
-
-class Damaged(ValueError):
-    """Stored bytes are not what was written. The message names the run and the row."""
 
 
 class Stored(NamedTuple):
@@ -130,6 +126,28 @@ def unpack_row(run: str, stored: Stored) -> Row:
     except (ValueError, TypeError, struct.error) as error:
         raise Damaged(f"run {run!r}, row {seq} is damaged: {error}") from error
     return Row(seq, kind, attempt, first_step, last_step, actor, at, meta, tuple(columns), hash_)
+
+
+def check_types(run: str, stored: Stored) -> Stored:
+    """The table row itself. Raises Damaged where a column does not even have its type: SQLite would not mind."""
+    seq, last_seq, kind, attempt, first_step, last_step, actor, at, payload, hash_ = stored
+    numbers = (seq, last_seq, attempt, at, first_step or 0, last_step or 0)
+    if (
+        any(type(number) is not int for number in numbers)
+        or not (type(kind) is type(actor) is str and type(payload) is type(hash_) is bytes)
+        or last_seq < seq
+    ):
+        raise Damaged(f"run {run!r}, row {seq} is damaged: its columns do not have their types")
+    return stored
+
+
+def prove(run: str, previous: bytes, rows: Iterable[Stored]) -> None:
+    """Raise Damaged where single rows are not what was written behind the hash `previous`."""
+    for stored in rows:
+        row = unpack_row(run, stored)
+        if chained(previous, run, row) != row.hash:
+            raise Damaged(f"run {run!r}, row {stored.seq} is damaged: its hash is not that of its contents")
+        previous = row.hash
 
 
 def unpack(run: str, stored: Stored) -> Iterable[Row]:

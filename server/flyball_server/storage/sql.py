@@ -16,10 +16,23 @@ from typing import IO, Any
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Busy, Invalid
-from flyball_server.storage import tables
-from flyball_server.storage.blocks import Damaged, Stored, unpack
-from flyball_server.storage.journal import Append, Block, Deliver, Row, RunFilter, RunRecord, Snapshot
+from flyball_server import limits
+from flyball_server.core.errors import Busy, Damaged, Invalid
+from flyball_server.storage import checking, tables
+from flyball_server.storage.blocks import Stored, check_types, unpack
+from flyball_server.storage.gauge import Gauge
+from flyball_server.storage.journal import (
+    DELETED,
+    Append,
+    Block,
+    Deletion,
+    Deliver,
+    Row,
+    RunFilter,
+    RunRecord,
+    Snapshot,
+    Usage,
+)
 from flyball_server.storage.packing import decompress
 from flyball_server.storage.series import row_blocks, segment_blocks
 from flyball_server.storage.writer import Writer
@@ -39,12 +52,21 @@ PAGE_ROWS = 128
 CACHE_KIB = 512
 #: What the write-ahead log is cut back to after a burst.
 LOG_BYTES_MAX = 64 << 20
+#: The last microsecond of the year 9999: a time beyond it is none.
+AT_MAX = 253_402_300_799_999_999
 
 
 class SqlJournal:
-    """See `journal.Journal`. url: sqlite:///FILE."""
+    """See `journal.Journal`. url: sqlite:///FILE. read_only: open it beside whoever writes it, and take nothing."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        read_only: bool = False,
+        bytes_max: int | None = None,
+        disk_free_min: int = limits.DISK_FREE_MIN_BYTES,
+    ) -> None:
         self._url = sa.make_url(url)
         if self._url.get_backend_name() != "sqlite" or self._url.database in (None, "", ":memory:"):
             raise Invalid(f"{url!r} is no journal's address; allowed is 'sqlite:///FILE'")
@@ -54,9 +76,14 @@ class SqlJournal:
         self._reading: sa.Engine | None = None
         self._engines: list[sa.Engine] = []
         self._identity = (0, 0)
+        self._read_only = read_only
+        self._gauge = Gauge(self._path, bytes_max, disk_free_min)
 
     def start(self, deliver: Deliver) -> None:
         """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
+        if self._read_only:
+            self._start_reading()
+            return
         self._lock = _lock(self._path)
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
@@ -64,7 +91,7 @@ class SqlJournal:
             found = os.stat(self._path)
             self._identity = (found.st_dev, found.st_ino)
             self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
-            self._writer = Writer(writing, deliver, self._gone)
+            self._writer = Writer(writing, deliver, self._gone, self._gauge)
         except BaseException:
             self.close()
             raise
@@ -83,9 +110,20 @@ class SqlJournal:
     def append(self, append: Append) -> None:
         self._open().append(append)
 
+    def delete(self, deletion: Deletion) -> None:
+        self._open().delete(deletion)
+
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
         self._open().compact(run)
+
+    def shrink(self) -> None:
+        """Waits until it is done. Takes as much room on the disk, for a moment, as the file will have."""
+        self._open().shrink()
+
+    def usage(self) -> Usage:
+        with self._read() as connection:
+            return self._gauge.measure(connection.connection.driver_connection)
 
     def _gone(self) -> str:
         """Why nothing written now would be found again: somebody moved the file away under us. "" where it is there."""
@@ -99,7 +137,7 @@ class SqlJournal:
 
     def _open(self) -> Writer:
         if self._writer is None:
-            raise Busy("the journal is not started")
+            raise Busy("the journal is not started, or was opened to be read only")
         return self._writer
 
     # -- opening ---------------------------------------------------------------------------------------------
@@ -111,6 +149,7 @@ class SqlJournal:
 
         @sa.event.listens_for(engine, "connect")
         def _configure(connection: Any, _: Any) -> None:
+            connection.text_factory = _text
             connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if read_only:
                 connection.execute("PRAGMA query_only = 1")
@@ -120,6 +159,28 @@ class SqlJournal:
             connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES_MAX}")
 
         return engine
+
+    def _start_reading(self) -> None:
+        """Raises Invalid where there is no journal of this version."""
+        from flyball_server.storage.migrations import is_current
+
+        if not os.path.exists(self._path):
+            raise Invalid(f"{self._path} does not exist: name the file that the service was started with")
+        self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
+        try:
+            with self._read() as connection:
+                known = is_current(connection)
+        except Damaged as error:
+            self.close()
+            raise Invalid(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+        if not known:
+            self.close()
+            raise Invalid(
+                f"{self._path} was written by another version of Flyball: start this one's service on it once"
+            )
 
     def _prepare(self, engine: sa.Engine) -> None:
         """Check that the file is ours, or empty, and bring its schema up to date."""
@@ -145,7 +206,8 @@ class SqlJournal:
     # -- reading ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
+    def _read(self, run: str = "") -> Iterator[sa.Connection]:
+        whose = f"run {run!r}: " if run else ""
         if self._reading is None:
             raise Busy("the journal is closed")
         try:
@@ -154,10 +216,12 @@ class SqlJournal:
         except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
             raise Busy(f"{self._path} cannot be read now: {error}") from error
         except sa.exc.DatabaseError as error:
-            raise Damaged(f"{self._path} is damaged: {error.orig}") from error
+            raise Damaged(f"{whose}{self._path} is damaged: {error.orig}") from error
+        except (TypeError, ValueError) as error:  # SQLite gives back whatever stands in a damaged row
+            raise Damaged(f"{whose}{self._path} is damaged: {error}") from error
 
     def record(self, run: str) -> RunRecord | None:
-        with self._read() as connection:
+        with self._read(run) as connection:
             found = connection.execute(sa.select(tables.runs).where(tables.runs.c.run == run)).one_or_none()
         return None if found is None else _record(found)
 
@@ -186,7 +250,7 @@ class SqlJournal:
         query = sa.select(table.seq, table.attempt, table.step, table.state).where(table.run == run)
         if until is not None:
             query = query.where(table.seq <= until)
-        with self._read() as connection:
+        with self._read(run) as connection:
             found = connection.execute(query.order_by(table.seq.desc()).limit(1)).one_or_none()
         if found is None:
             return None
@@ -195,6 +259,29 @@ class SqlJournal:
             return Snapshot(seq, attempt, step, decompress(state).decode())
         except ValueError as error:
             raise Damaged(f"run {run!r}, the snapshot at row {seq} is damaged: {error}") from error
+
+    def snapshots(self, run: str) -> list[int]:
+        table = tables.snapshots.c
+        with self._read(run) as connection:
+            query = sa.select(table.seq).where(table.run == run).order_by(table.seq.desc())
+            return [seq for seq in connection.execute(query).scalars() if type(seq) is int]
+
+    def names(self) -> list[str]:
+        found: set[str] = set()
+        for table in tables.metadata.sorted_tables:
+            try:
+                with self._read() as connection:
+                    found.update(map(str, connection.execute(sa.select(table.c.run).distinct()).scalars()))
+            except Damaged:  # `check` tells; the other tables may know more
+                continue
+        return sorted(found)
+
+    def check(self) -> list[str]:
+        try:
+            with self._read() as connection:
+                return checking.problems(connection)
+        except Damaged as error:
+            return [str(error)]
 
     def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
         asked = tuple(columns)
@@ -221,9 +308,9 @@ class SqlJournal:
             )
             if until is not None:
                 query = query.where(table.seq <= until)
-            with self._read() as connection:
+            with self._read(run) as connection:
                 found = connection.execute(query.order_by(table.seq).limit(PAGE_ROWS))
-                page = [Stored._make(row) for row in found]
+                page = [check_types(run, Stored._make(row)) for row in found]
             if not page:
                 return
             yield page
@@ -253,9 +340,34 @@ def _lock(path: str) -> IO[str]:
     return lock
 
 
+def _text(data: bytes) -> str:
+    """A damaged text is one that differs, and no error of the whole query."""
+    return data.decode("utf-8", "backslashreplace")
+
+
 def _record(found: Any) -> RunRecord:
+    """The record; where it makes no sense, one of the status "damaged" with what does."""
     record = RunRecord._make(found)
-    return record._replace(labels=json.loads(record.labels))  # type: ignore[arg-type]
+    try:
+        labels = json.loads(record.labels)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        labels = None
+    texts = (record.run, record.project, record.name, record.status, record.policy)
+    numbers = (record.attempt, record.step or 0, record.seq, record.created_at, record.updated_at)
+    if (
+        isinstance(labels, dict)
+        and all(type(text) is str for text in (*texts, *labels.values()))
+        and all(type(number) is int for number in numbers)
+        and min(record.created_at, record.updated_at) >= 0
+        and max(record.created_at, record.updated_at) <= AT_MAX
+        and type(record.hash) is bytes
+    ):
+        return record._replace(labels=labels)
+    run, project, name, _, policy = map(str, texts)
+    attempt, step, seq, *times = (number if type(number) is int else 0 for number in numbers)
+    created_at, updated_at = (at if 0 <= at <= AT_MAX else 0 for at in times)
+    hash_ = record.hash if type(record.hash) is bytes else b""
+    return RunRecord(run, project, name, "damaged", policy, {}, attempt, step, created_at, updated_at, seq, hash_)
 
 
 def _conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
@@ -263,7 +375,9 @@ def _conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
     conditions: list[sa.ColumnElement[bool]] = []
     if where.project is not None:
         conditions.append(runs.project == where.project)
-    if where.status is not None:
+    if where.status is None:
+        conditions.append(runs.status != DELETED)
+    else:
         conditions.append(runs.status == ("active" if where.status == "stale" else where.status))
     if where.status == "stale":
         stale_before = where.stale_before
