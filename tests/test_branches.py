@@ -8,6 +8,8 @@ for bit, with a run that was under that policy all along.
 import asyncio
 import json
 import math
+import subprocess
+import sys
 from itertools import count
 
 import pytest
@@ -22,6 +24,7 @@ from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Fork, Report, WhatIfRequest
 from flyball_server.queries import SeriesRequest
 from flyball_server.service import Service, rules_of
+from flyball_server.storage import open_journal
 from flyball_server.storage.memory import MemoryJournal
 from flyball_server.verify import verify
 
@@ -466,3 +469,44 @@ def test_a_what_if_that_cannot_be_says_why(fields, error, words):
 
     _, answer = ran(work)
     assert answer["summary"]["observations"] == 20
+
+
+# -- on the store itself
+
+
+def replayed(store, *words):
+    command = [sys.executable, "-m", "flyball_server.cli", "replay", "r", "--store", store, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_replay_on_the_store_says_what_the_service_says(tmp_path):
+    store, policy = f"sqlite:///{tmp_path}/j.db", tmp_path / "policy.yaml"
+    policy.write_text("type: plateau\npatience: 0\nfactor: 0.9\nthreshold: 0\n")
+
+    async def work():
+        world = World(open_journal(store))
+        await world.engine.start()
+        await world.history()
+        asked = WhatIfRequest("r", PLATEAU, None, {}, None, None)
+        # The file is read beside the running service.
+        done = [await asyncio.to_thread(replayed, store, "--policy", str(policy), *json) for json in ([], ["--json"])]
+        answer = await world.service.what_if(asked, points=2000, limit=0)
+        await world.engine.close()
+        return answer, *done
+
+    answer, text, lines = asyncio.run(work())
+    assert (text.returncode, text.stderr, lines.stderr) == (0, "", "")
+    *stream, last = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert last["summary"] == answer["summary"]
+    assert f"first difference decided at step {last['summary']['first_difference']};" in text.stdout
+    told = dict(zip(*[answer["series"]["lr:head"]["what_if"][name] for name in ("step", "value")], strict=True))
+    assert {line["step"]: line["what_if"]["lr"]["head"] for line in stream}.items() >= set(list(told.items())[:-1])
+    apart = [line for line in stream if line["real"] != line["what_if"]]
+    assert apart[0]["step"] == last["summary"]["first_difference"]
+
+
+def test_replay_says_what_is_wrong(tmp_path):
+    (tmp_path / "p.json").write_text('{"type": "windowed"}')
+    gone = replayed(f"sqlite:///{tmp_path}/none.db", "--policy", str(tmp_path / "p.json"))
+    assert (gone.returncode, gone.stdout) == (1, "")
+    assert "does not exist" in gone.stderr

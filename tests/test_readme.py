@@ -65,6 +65,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def test_the_example_of_the_page_about_attempts_runs(trained: str, folder: Path) -> None:
+    text = (ROOT / "docs" / "attempts.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    (folder / "attempts.py").write_text(code)
+    done = run(["attempts.py"], folder, FLYBALL_SERVER=trained)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in (["lineage", "bolder"], ["what-if", "first", "--policy", "exploratory"], ["fork", "first", "again"]):
+        done = run(["flyball", *words], folder, FLYBALL_SERVER=trained)
+        assert (done.returncode, done.stderr) == (0, ""), words
+        assert done.stdout
+
+
 @pytest.fixture(scope="module")
 def service(folder: Path) -> Iterator[flyball_server.Running]:
     """A service on the file that the page names."""

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +21,25 @@ import typer
 from pydantic import ValidationError
 
 from flyball_server import app as application
+from flyball_server.branches import otherwise
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Damaged, Invalid, SteeringError
+from flyball_server.core.numbers import finite
 from flyball_server.core.policies import POLICIES
-from flyball_server.policy_files import json_schema, load_policy, summary
+from flyball_server.loading import load
+from flyball_server.messages import WhatIfRequest
+from flyball_server.policy_files import json_schema, load_policy
+from flyball_server.policy_files import summary as about
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.profiles import Profile, load_profiles
+from flyball_server.service import rules_of
 from flyball_server.settings import Settings
 from flyball_server.simulate import read_groups, simulate
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 from flyball_server.verify import names as verify_names
 from flyball_server.verify import verify, verify_store
+from flyball_server.what_if import Asked, beside, summary, what_if
 
 cli = typer.Typer(
     name="flyball-server",
@@ -149,7 +157,7 @@ def policies(
         if schema:
             print(json.dumps(described, indent=2))
             return
-        print(summary(name))
+        print(about(name))
         for field, facts in described["properties"].items():
             if field != "type":
                 default = json.dumps(facts["default"]) if "default" in facts else "-"
@@ -157,9 +165,9 @@ def policies(
 
 
 def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
-    yield from (("policy", policy.tag, summary(policy.name)) for policy in POLICIES.values())
+    yield from (("policy", policy.tag, about(policy.name)) for policy in POLICIES.values())
     yield from (("preset", name, preset.about) for name, preset in PRESETS.items())
-    yield from (("base", name, summary(name, base=True)) for name in SCHEDULES)
+    yield from (("base", name, about(name, base=True)) for name in SCHEDULES)
     yield from (("guard", name, guard.about) for name, guard in GUARDS.items())
     yield from (("profile", profile.name, profile.about) for profile in profiles.values())
 
@@ -196,6 +204,50 @@ def verify_command(
             print(f"the store {store}: {'; '.join(problems)}")
     if wrong or problems:
         raise typer.Exit(1)
+
+
+@cli.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    policy: Annotated[Path, typer.Option(help="Policy file: JSON, YAML or TOML with `type: NAME` and parameters.")],
+    store: Annotated[str, typer.Option(help="sqlite:///FILE; the service may be running.")] = "sqlite:///flyball.db",
+    attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="So many lines where the two streams part, from the first.")] = 20,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="A JSON line per step at which one of them changes; a summary at the end.")
+    ] = False,
+) -> None:
+    """What another policy would have decided on the signals that a run recorded, beside what was decided.
+
+    A policy without a base of its own stands on the run's.
+    """
+    with _errors(), _opened(store, read_only=True) as journal:
+        _replay(journal, WhatIfRequest(run, load_policy(policy), None, {}, None, attempt), limit, json_output)
+
+
+def _replay(journal: Journal, request: WhatIfRequest, limit: int, json_output: bool) -> None:
+    found = load(journal, rules_of, request.run)
+    spec, own = otherwise(request, found.spec, {})
+    asked = Asked(found.spec, found.origin, found.run, rules_of(spec), own)
+    streams = what_if(journal, asked, request.attempt)
+    summed = summary(streams, spec.groups)
+    if json_output:
+        for line in beside(streams, asked.rules):
+            print(json.dumps(finite(line), allow_nan=False))
+        print(json.dumps({"run": request.run, "policy": asked.rules.policy.tag, "summary": summed}, allow_nan=False))
+        return
+    print(f"{request.run}: {summed['observations']} observations, steps {summed['from_step']} to {summed['to_step']}")
+    apart = (line for line in beside(streams, asked.rules) if line["real"] != line["what_if"])
+    for line in islice(apart, limit):
+        for group, lr in line["real"]["lr"].items():
+            print(
+                f"  step {line['step']:<8} {group}: {lr:.6g} really, {line['what_if']['lr'][group]:.6g} under", end=" "
+            )
+            print(f"{asked.rules.policy.tag}  {line['reason']}".rstrip())
+    if summed["first_difference"] is None:
+        print("the settings would have been the same at every step")
+    else:
+        print(f"first difference decided at step {summed['first_difference']}; {summed['steps_apart']} steps apart")
 
 
 @cli.command()

@@ -250,7 +250,7 @@ class Service:
                 return deletion.described(await self._engine.delete(left, live, reason, actor))
             async with self._engine.turn(live):
                 view = self._view(live.record, live)
-                if view.status in ("created", "active"):
+                if view.status == "active":
                     raise Conflict(
                         f"run {run}: it is {view.status}, with news {view.stale_s:.0f} s ago: let it end, or wait "
                         f"until there was none for {limits.STALE_AFTER_S:.0f} s"
