@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.storage.blocks import Stored, check_order, store, unpack_row
+from flyball_server.storage.blocks import Stored, check_order, store, unpack, unpack_row
 from flyball_server.storage.journal import (
     Append,
     Block,
@@ -77,6 +77,15 @@ class MemoryJournal:
             if append.snapshot:
                 self._snapshots.setdefault(run, []).append(append.snapshot)
             return None
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        if self._deliver is None:
+            raise Busy("the journal is closed")
+        with self._lock:
+            if self._stored.get(record.run):
+                raise Conflict(f"run {record.run!r} exists already")
+            self._stored[record.run] = [store(row) for one in segments for row in unpack(record.run, one)]
+            self._records[record.run] = record
 
     def record(self, run: str) -> RunRecord | None:
         return self._records.get(run)

@@ -83,6 +83,9 @@ class SqlJournal:
     def append(self, append: Append) -> None:
         self._open().append(append)
 
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        self._open().insert(record, segments)
+
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
         self._open().compact(run)

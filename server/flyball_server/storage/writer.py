@@ -8,6 +8,8 @@ Tidying comes after delivering, one run at a time, and waits for a moment withou
 behind; then it keeps pace with what is written, so that neither the backlog nor the pause grows. Compaction
 replaces a run's single rows by one segment. Snapshots thin out with age: the newest SNAPSHOTS_KEPT stay, of the
 older ones the oldest in each doubling of distance from the newest row.
+
+Longer than 400 lines because all of it shares one connection and what is known of each run's newest rows.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from flyball_server.core.errors import Busy, Conflict, SteeringError
 from flyball_server.storage import tables
 from flyball_server.storage.blocks import Stored, check_order, pack_segment, store
-from flyball_server.storage.journal import GENESIS, Append, Deliver
+from flyball_server.storage.journal import GENESIS, Append, Deliver, RunRecord
 from flyball_server.storage.packing import compress
 
 #: Appends that may wait for the writer; more are refused with Busy.
@@ -81,13 +83,20 @@ class _Head:
         )
 
 
+class _Request(NamedTuple):
+    """Work for the writer's thread that somebody waits for."""
+
+    work: Callable[[], None]
+    done: Future[None]
+
+
 class Writer:
-    """`append` and `compact` may be called from any thread; everything else happens on the writer's own."""
+    """`append`, `insert` and `compact` may be called from any thread; everything else happens on the writer's own."""
 
     def __init__(self, engine: sa.Engine, deliver: Deliver, gone: Callable[[], str]) -> None:
         self._deliver = deliver
         self._gone = gone  # why nothing may be written now: a deleted file takes every write, and keeps none
-        self._queue: queue.SimpleQueue[Append | tuple[str, Future[None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Append | _Request | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         self._heads: OrderedDict[str, _Head] = OrderedDict()
@@ -108,10 +117,16 @@ class Writer:
             raise Busy(f"{APPENDS_MAX} appends wait for the journal")
         self._put(append)
 
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        self._ask(lambda: self._insert(record, segments))
+
     def compact(self, run: str) -> None:
-        done: Future[None] = Future()
-        self._put((run, done))
-        done.result()
+        self._ask(lambda: self._compact_all(run))
+
+    def _ask(self, work: Callable[[], None]) -> None:
+        request = _Request(work, Future())
+        self._put(request)
+        request.done.result()
 
     def close(self) -> None:
         """Write and deliver what was accepted, then end the thread."""
@@ -121,7 +136,7 @@ class Writer:
                 self._queue.put(None)
         self._thread.join()
 
-    def _put(self, item: Append | tuple[str, Future[None]]) -> None:
+    def _put(self, item: Append | _Request) -> None:
         with self._closing:  # nothing may come behind the None that ends the thread
             if self._closed:
                 raise Busy("the journal is closed")
@@ -136,15 +151,15 @@ class Writer:
                 appends, requests, open_ = self._take()
                 if appends:
                     self._commit(appends)
-                for run, done in requests:
-                    self._answer(run, done)
+                for request in requests:
+                    self._answer(request)
                 if open_:
                     self._tidy()
 
-    def _take(self) -> tuple[list[Append], list[tuple[str, Future[None]]], bool]:
+    def _take(self) -> tuple[list[Append], list[_Request], bool]:
         """What waits, at most one group. Blocks while there is nothing to do."""
         appends: list[Append] = []
-        requests: list[tuple[str, Future[None]]] = []
+        requests: list[_Request] = []
         block = not self._due and not self._overdue
         while len(appends) < GROUP_MAX:
             try:
@@ -160,14 +175,28 @@ class Writer:
                 requests.append(item)
         return appends, requests, True
 
-    def _answer(self, run: str, done: Future[None]) -> None:
+    def _answer(self, request: _Request) -> None:
         try:
-            while self._compact(run):
-                pass
-            done.set_result(None)
+            request.done.set_result(request.work())
         except Exception as error:
+            request.done.set_exception(meaning(error))
+
+    # -- whole runs ------------------------------------------------------------------------------------------
+
+    def _insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        """One transaction, which reads `segments` as it goes: a long run need not fit into memory."""
+        if why := self._gone():
+            raise Busy(why)
+        run = record.run
+        try:
+            with self._connection.begin():
+                if self._head(run).seq:
+                    raise Conflict(f"run {run!r} exists already")
+                for one in segments:
+                    self._save_row.execute(self._connection, [{"run": run, **one._asdict()}])
+                self._save([], {run: Append(0, (), record, None, None)}, [], {run: record.labels})
+        finally:
             self._heads.pop(run, None)
-            done.set_exception(meaning(error))
 
     # -- appends ---------------------------------------------------------------------------------------------
 
@@ -321,6 +350,14 @@ class Writer:
         except Exception:  # it will be due again with the run's next append
             self._heads.pop(run, None)
             _log.warning("compacting run %r failed", run, exc_info=True)
+
+    def _compact_all(self, run: str) -> None:
+        try:
+            while self._compact(run):
+                pass
+        except Exception:
+            self._heads.pop(run, None)
+            raise
 
     def _compact(self, run: str) -> bool:
         """Merge the oldest single rows into one segment; False where there are not two of them."""
