@@ -72,11 +72,9 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
         raise Invalid(f"points is {request.points}: give 2 to {limits.POINTS_MAX}")
     if not 1 <= len(request.names) <= limits.SERIES_MAX:
         raise Invalid(f"signals: {len(request.names)} names; give 1 to {limits.SERIES_MAX}")
-    attempt = run.attempt if request.attempt is None else request.attempt
-    if not 0 <= attempt <= run.attempt:
-        raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+    attempt = checked_attempt(spec, run, request.attempt)
     wanted = {name: _wanted(name, spec) for name in request.names}
-    cutoffs = _cutoffs(run, attempt)
+    cutoffs = line_of(run, attempt)
     found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
     columns = {"step", "=step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
     for block in journal.blocks(spec.run, columns):
@@ -174,7 +172,16 @@ def _wanted(name: str, spec: Spec) -> _Wanted:
     return _Wanted(("applied",), decided, names.index(group), len(names))
 
 
-def _cutoffs(run: Run, attempt: int) -> Mapping[int, float]:
+def checked_attempt(spec: Spec, run: Run, attempt: int | None) -> int:
+    """The attempt asked for; the newest where none is. Raises NotFound for one that is not known."""
+    if attempt is None:
+        return run.attempt
+    if not 0 <= attempt <= run.attempt:
+        raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+    return attempt
+
+
+def line_of(run: Run, attempt: int) -> Mapping[int, float]:
     """For each attempt on the line of `attempt`: its steps from this one on were overtaken by a later attempt."""
     # Side signals are journaled under attempt 0: they belong to whatever line the run is on.
     out: dict[int, float] = {0: float("inf")}

@@ -6,13 +6,14 @@ Rule of this module: every setting is checked here, before anything is opened.
 from __future__ import annotations
 
 from ipaddress import ip_address
+from pathlib import Path
 
 from pydantic import field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES, FLYBALL_INSECURE."""
+    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES, FLYBALL_SIGNING_KEY, FLYBALL_INSECURE."""
 
     model_config = SettingsConfigDict(env_prefix="FLYBALL_", frozen=True)
 
@@ -20,7 +21,14 @@ class Settings(BaseSettings):
     grpc: str = "127.0.0.1:1789"
     store: str = "sqlite:///flyball.db"
     profiles: str = ""
+    signing_key: str = ""
     insecure: bool = False
+
+    @property
+    def own_key(self) -> Path | None:
+        """Where the signing key is kept when none is named: beside the store's file; None: with the process."""
+        file = self.store.removeprefix("sqlite:///")
+        return None if file == self.store else Path(file + ".signing-key")
 
     @field_validator("http", "grpc")
     @classmethod
