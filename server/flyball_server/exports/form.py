@@ -6,6 +6,7 @@ no changed bit is read as if it meant nothing. docs/export.md describes the whol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -20,17 +21,19 @@ _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=Fals
 
 
 class Part(NamedTuple):
-    """Rows first..last of the run, as one segment: its bytes are those from `start` on, `hash` is the last row's."""
+    """Rows first..last of the run, as one segment: `size` bytes from `start` on, behind the header that begins at
+    `header`. hash: the last row's."""
 
     number: int
     first: int
     last: int
+    header: int
     start: int
     size: int
     hash: bytes
 
     def __str__(self) -> str:
-        return f"part {self.number} (rows {self.first} to {self.last}), bytes {self.start} to {self.start + self.size}"
+        return f"part {self.number} (rows {self.first} to {self.last}), bytes {self.header} to {self.start + self.size}"
 
 
 def plain(data: Mapping[str, Any]) -> bytes:
@@ -41,6 +44,12 @@ def plain(data: Mapping[str, Any]) -> bytes:
 def line(data: Mapping[str, Any]) -> bytes:
     """A line of the file."""
     return plain(data) + b"\n"
+
+
+def begun(header: Mapping[str, Any]) -> hashlib._Hash:
+    """The sha256 of a part, which its bytes are still to be added to. It covers the header, too, but for itself: so a
+    changed header is found in its own part."""
+    return hashlib.sha256(line({name: value for name, value in header.items() if name != "sha256"}))
 
 
 def parsed(text: bytes, what: str) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from typing import IO, Any, NamedTuple
 import zstandard
 
 from flyball_server import limits, records
+from flyball_server.checks import spec_from
 from flyball_server.core.errors import Invalid
-from flyball_server.exports.form import MAGIC, Part, fields, parsed, signed_part
-from flyball_server.names import run_id
+from flyball_server.exports.form import MAGIC, Part, begun, fields, parsed, signed_part
+from flyball_server.messages import Attach
 from flyball_server.service import rules_of
 from flyball_server.signing import is_signed
 from flyball_server.storage.blocks import SEGMENT, Damaged, Stored, store, unpack_segment
@@ -70,20 +71,20 @@ class _Scan:
             header = self._header(what)
             if header.get("part") == "end":
                 break
-            parts.append(self._rows(header, what, len(parts) + 2, parts[-1].last if parts else 0))
+            parts.append(self._rows(header, start, what, parts))
         self._end(header, start, before, parts)
         if (record.seq, record.hash) != (parts[-1].last, parts[-1].hash):
             raise Invalid("part 1 (manifest): its record is not of the newest row")
         return Export(path, about, record, tuple(parts), bytes.fromhex(header["key"]))
 
     def _manifest(self) -> tuple[dict[str, Any], RunRecord]:
-        what = f"part 1 (manifest), its header from byte {self._at}"
+        start = self._at
+        what = f"part 1 (manifest), its header from byte {start}"
         header = self._header(what)
         if header.get("part") != "manifest":
             raise Invalid(f"{what}: is no manifest")
         fields(header, _MANIFEST, what)
-        start, size = self._at, header["bytes"]
-        what = f"part 1 (manifest), bytes {start} to {start + size}"
+        what = f"part 1 (manifest), bytes {start} to {self._at + header['bytes']}"
         about = parsed(self._payload(header, what, keep=True), what)
         if about.keys() != _ABOUT:
             raise Invalid(f"{what}: has {', '.join(sorted(about))}; it must have {', '.join(sorted(_ABOUT))}")
@@ -95,18 +96,19 @@ class _Scan:
             raise Invalid(f"{what}: it is of {about['run']!r:.60}, its record of {record.run!r:.60}")
         return about, record
 
-    def _rows(self, header: dict[str, Any], what: str, number: int, behind: int) -> Part:
+    def _rows(self, header: dict[str, Any], start: int, what: str, parts: list[Part]) -> Part:
         if header.get("part") != "rows":
             raise Invalid(f"{what}: is neither rows nor the end")
         fields(header, _ROWS, what)
-        first, last, hash_ = header["first"], header["last"], header["hash"]
+        behind = parts[-1].last if parts else 0
+        first, last, hash_ = header["first"], header["last"], bytes.fromhex(header["hash"])
+        part = Part(len(parts) + 2, first, last, start, self._at, header["bytes"], hash_)
+        self._payload(header, str(part), keep=False)
         if first != behind + 1 or not first <= last < first + limits.EXPORT_ROWS_MAX:
             raise Invalid(
-                f"{what}: it has rows {first} to {last}; behind row {behind} comes row {behind + 1}, and at most "
-                f"{limits.EXPORT_ROWS_MAX} in one part"
+                f"{part}: behind row {behind} comes row {behind + 1}, and at most {limits.EXPORT_ROWS_MAX} rows are in "
+                "one part"
             )
-        part = Part(number, first, last, self._at, header["bytes"], bytes.fromhex(hash_))
-        self._payload(header, str(part), keep=False)
         return part
 
     def _end(self, end: dict[str, Any], start: int, digest: str, parts: list[Part]) -> None:
@@ -141,7 +143,7 @@ class _Scan:
         size = header["bytes"]
         if size > limits.EXPORT_PART_MAX:
             raise Invalid(f"{what}: {size} bytes are more than a part may have ({limits.EXPORT_PART_MAX})")
-        digest, kept, left = hashlib.sha256(), [], size
+        digest, kept, left = begun(header), [], size
         while left:
             piece = self._read(min(left, _CHUNK))
             if not piece:
@@ -151,7 +153,7 @@ class _Scan:
             if keep:
                 kept.append(piece)
         if digest.hexdigest() != header["sha256"]:
-            raise Invalid(f"{what}: these bytes do not have the sha256 in the part's header")
+            raise Invalid(f"{what}: they do not have the sha256 that stands in the part's header")
         end = self._read(1)
         if end != b"\n":
             raise Invalid(f"{what}: byte {self._at - len(end)} behind it is no line end")
@@ -259,7 +261,12 @@ class _Followed:
 
     def _begin(self, row: Row) -> None:
         spec = records.spec_of(row)
-        if spec.run != run_id(spec.project, spec.name):
+        # What no job could have asked for, no file may bring.
+        asked = Attach(
+            spec.project, spec.name, "import", spec.labels, spec.groups, spec.policy, spec.base, spec.guard, spec.mode,
+            spec.seed, None, False, None, None, 0, "", "",
+        )  # fmt: skip
+        if spec_from(asked, {}).run != spec.run:
             raise Invalid(f"row 1: the run {spec.run!r:.60} is not called after its project and name")
         tag = rules_of(spec).policy.tag
         self.record = RunRecord(

@@ -12,7 +12,7 @@ from typing import Any
 
 from flyball_server import limits, records
 from flyball_server.core.policies import ALL, POLICIES
-from flyball_server.exports.form import MAGIC, line, plain, signed_part
+from flyball_server.exports.form import MAGIC, begun, line, plain, signed_part
 from flyball_server.signing import Signer
 from flyball_server.storage.blocks import Damaged, Stored, pack_segment, store
 from flyball_server.storage.journal import GENESIS, Journal, Row, RunRecord, chained
@@ -91,7 +91,10 @@ def _rows_part(previous: bytes, rows: list[Stored]) -> Iterator[bytes]:
 
 
 def _part(header: Mapping[str, Any], payload: bytes) -> Iterator[bytes]:
-    yield line({**header, "bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()})
+    header = {**header, "bytes": len(payload)}
+    digest = begun(header)
+    digest.update(payload)
+    yield line({**header, "sha256": digest.hexdigest()})
     yield payload
     yield b"\n"
 
