@@ -491,7 +491,7 @@ def series(http, run, **query):
     return answer.json()["series"]
 
 
-def test_a_series_follows_the_line_of_its_attempt(http, long):
+def test_a_series_follows_the_cutoffs_its_attempt(http, long):
     for attempt, parts in (
         (1, [(1, 0, 1000)]),
         (2, [(1, 0, 600), (2, 600, 700)]),

@@ -1,4 +1,4 @@
-"""The command `flyball`: runs, one run, series, from a terminal or a script.
+"""The command `flyball`: runs, one run, series, exports, from a terminal or a script.
 
 Rule of this module: ask the REST SDK, print. Tables are for terminals; piped output is plain, and --json and --csv are
 for programs. Errors go to stderr in one line with exit code 1 (2 for a wrong command line).
@@ -12,11 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 from flyball import cli_branches
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
+from flyball.errors import FlyballError
+from flyball.exporting import TEXT_FORMATS, Format, export_run
 
 #: Decisions that `show` prints.
 DECISIONS_SHOWN = 5
@@ -176,6 +179,58 @@ def tombstones(json_output: Json = False, server: Server = None, token: Token = 
         return
     header = ("run", "at", "actor", "observations", "reason")
     table(header, [["-" if one[name] is None else one[name] for name in header] for one in found])
+
+
+@cli.command()
+def export(
+    run: RunId,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The file; '-' or none: stdout, for jsonl, csv and schedule.")
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", help="flyball: all of the run in one signed file; else its steps as a table.")
+    ] = Format.FLYBALL,
+    attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it is there already.")] = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Write a run to a file.
+
+    flyball: journal, configuration, versions and signature, for `flyball-server verify` and `flyball import`. jsonl,
+    csv, parquet: every step with its signals and settings. schedule: the learning rates applied, as FILE.json with a
+    Python module beside it that uses them with torch, optax or Keras, without any service.
+    """
+    path = None if out is None or str(out) == "-" else out
+    if path is None and format_ not in TEXT_FORMATS:
+        raise typer.BadParameter(f"--format {format_} is no text: name a file with -o")
+    if path is not None and format_ is Format.SCHEDULE and path.suffix != ".json":
+        raise typer.BadParameter(f"-o is {str(path)!r}: give a name that ends with .json, the module goes beside it")
+    if attempt is not None and format_ is Format.FLYBALL:
+        raise typer.BadParameter("--attempt is for tables and schedules: --format flyball holds all attempts")
+    with errors(), Client(server, token) as client:
+        export_run(client, run, format_, path, attempt=attempt, force=force)
+
+
+@cli.command(name="import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="What `flyball export` wrote.")],
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Give the service a run that another one exported. It takes nothing that does not verify."""
+    with errors(), Client(server, token) as client:
+        try:
+            with file.open("rb") as opened:
+                found = client.import_run(opened)
+        except OSError as error:
+            raise FlyballError(f"{file} cannot be read: {error.strerror}") from error
+    if json_output:
+        print_json(found)
+        return
+    what = "imported" if found["status"] == "imported" else "is there already, unchanged"
+    print(f"{found['run']}: {what}, {found['seq']} rows, signed by {found['signer']}")
 
 
 # Leaves

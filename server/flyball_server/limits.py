@@ -69,3 +69,16 @@ SCRUBBED_MAX = 100_000
 REASON_MAX = 500
 #: Tombstones in one page.
 TOMBSTONES_MAX = 1000
+#: Rows, observations and bytes of rows in one part of an export; the last row may go beyond the latter two.
+EXPORT_ROWS_MAX = 4096
+EXPORT_OBSERVATIONS_MAX = 16384
+EXPORT_ROWS_BYTES = 8 << 20
+#: Bytes of one part of an export and what it may unpack to, and of one line between the parts.
+EXPORT_PART_MAX = 32 << 20
+EXPORT_UNPACKED_MAX = 64 << 20
+EXPORT_LINE_MAX = 4096
+#: Bytes of an export that may be sent for import, and imports at a time.
+IMPORT_BYTES_MAX = 1 << 30
+IMPORTS_MAX = 2
+#: Values of settings applied that a table or a schedule keeps in memory, at 8 bytes each.
+APPLIED_VALUES_MAX = 1 << 25

@@ -73,9 +73,7 @@ def series(journal: Reading, spec: Spec, run: Run, request: SeriesRequest) -> di
         raise Invalid(f"points is {request.points}: give 2 to {limits.POINTS_MAX}")
     if not 1 <= len(request.names) <= limits.SERIES_MAX:
         raise Invalid(f"signals: {len(request.names)} names; give 1 to {limits.SERIES_MAX}")
-    attempt = run.attempt if request.attempt is None else request.attempt
-    if not 0 <= attempt <= run.attempt:
-        raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+    attempt = checked_attempt(spec, run, request.attempt)
     wanted = {name: _wanted(name, spec) for name in request.names}
     until = cutoffs(run, attempt)
     found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
@@ -209,6 +207,15 @@ def _wanted(name: str, spec: Spec) -> _Wanted:
     if decided != kind:
         return _Wanted(("observed",), "=" + decided, names.index(group), len(names))
     return _Wanted(("applied",), decided, names.index(group), len(names))
+
+
+def checked_attempt(spec: Spec, run: Run, attempt: int | None) -> int:
+    """The attempt asked for; the newest where none is. Raises NotFound for one that is not known."""
+    if attempt is None:
+        return run.attempt
+    if not 0 <= attempt <= run.attempt:
+        raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
+    return attempt
 
 
 def cutoffs(run: Run, attempt: int) -> Mapping[int, float]:

@@ -17,7 +17,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from flyball_server.storage.blocks import Stored
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
@@ -167,6 +170,11 @@ class Journal(Reading, Protocol):
     def delete(self, deletion: Deletion) -> None:
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        """Write a whole run at once, and wait until it is durable: all or nothing. The caller has proved its rows.
+        Only the last of `segments` may be a single row. Raises Conflict where the run exists, Busy where the store
+        cannot write now, and whatever `segments` raises while it is read."""
 
     def record(self, run: str) -> RunRecord | None:
         """The projection of one run, or None."""

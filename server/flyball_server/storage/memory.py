@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.storage.blocks import Stored, check_order, store, unpack_row
+from flyball_server.storage.blocks import Stored, check_order, store, unpack, unpack_row
 from flyball_server.storage.journal import (
     DELETED,
     STORE,
@@ -104,6 +104,15 @@ class MemoryJournal:
     def _is_deleted(self, run: str) -> bool:
         record = self._records.get(run)
         return record is not None and record.status == DELETED
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        if self._deliver is None:
+            raise Busy("the journal is closed")
+        with self._lock:
+            if self._stored.get(record.run) or self._is_deleted(record.run):
+                raise Conflict(f"run {record.run!r} exists already")
+            self._stored[record.run] = [store(row) for one in segments for row in unpack(record.run, one)]
+            self._records[record.run] = record
 
     def record(self, run: str) -> RunRecord | None:
         return self._records.get(run)

@@ -113,6 +113,9 @@ class SqlJournal:
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
 
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        self._open().insert(record, segments)
+
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
         self._open().compact(run)
