@@ -61,7 +61,6 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "f.db"
-        self.store = f"sqlite:///{self.file}"
         self.log = folder / "server.log"
         self._ports = {"http": free_port(), "grpc": free_port()}
         self._process: subprocess.Popen[str] | None = None
@@ -74,7 +73,7 @@ class Server:
         """Start, and return once it serves."""
         with self.log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *self.command], stdout=subprocess.PIPE, stderr=log, text=True
+                [sys.executable, *self.command], stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self._process.stdout is not None
         line = _line_within(self._process.stdout, START_S)
@@ -83,10 +82,15 @@ class Server:
         return self
 
     @property
+    def store(self) -> str:
+        """The file as an address."""
+        return f"sqlite:///{self.file}"
+
+    @property
     def command(self) -> list[str]:
-        """What is run: a module, and its arguments."""
+        """What Python is given to run it."""
         ports = [part for name, port in self._ports.items() for part in (f"--{name}", f"127.0.0.1:{port}")]
-        return ["flyball_server.cli", "serve", "--store", self.store, "--json", *ports]
+        return ["-m", "flyball_server.cli", "serve", "--store", self.store, "--json", *ports]
 
     @property
     def pid(self) -> int:

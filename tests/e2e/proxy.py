@@ -70,7 +70,7 @@ class Proxy:
         self._delay_s = 0.0
         self._cut_after: int | None = None
         self._stalled = False
-        #: How many connections were cut or refused, or opened into a black hole: a fault that hit nobody proves nothing.
+        #: How many connections were cut, or opened into a black hole: a fault that hit nobody proves nothing.
         self.hits = 0
         self._orders: queue.SimpleQueue[_Order] = queue.SimpleQueue()
         self._bell, self._ear = socket.socketpair()

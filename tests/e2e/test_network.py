@@ -109,9 +109,7 @@ def test_a_dead_network_costs_no_step_more_than_its_budget(
     server.start()
     names = [f"{kind}-{t}" for kind in ("stalled", "lost") for t in TRANSPORTS]
     proxies = {name: proxy(server.url(name.partition("-")[2])) for name in names}
-    trainers = {
-        name: trainer(BUDGET, run_name=name, url=proxies[name].url(name.partition("-")[2])) for name in names
-    }
+    trainers = {name: trainer(BUDGET, run_name=name, url=proxies[name].url(name.partition("-")[2])) for name in names}
     for each in trainers.values():
         each.reach(100)
     for name in names:

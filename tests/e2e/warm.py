@@ -36,6 +36,14 @@ else:
 exec(compile(script, "<script>", "exec"), {"__name__": "__main__", **values})
 """
 
+_SERVE = """
+import os, sys
+from flyball_server.cli import main
+os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
+sys.argv = command
+main()
+"""
+
 
 class Warm:
     """One place for a process: started, killed and started again."""
@@ -72,9 +80,8 @@ class WarmServer(Server):
         return self._warm.pid
 
     def start(self) -> Server:
-        script = "import os, sys; from flyball_server.cli import main\nos.dup2(os.open(log, 1025), 2); sys.argv = command; main()"
         self.log.touch()
-        self._warm.start(script, log=str(self.log), command=self.command)
+        self._warm.start(_SERVE, log=str(self.log), command=self.command[1:])
         assert self._warm.parent.hear("http") == self.url("http")
         return self
 
