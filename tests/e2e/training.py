@@ -45,7 +45,7 @@ def digits_model(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[int], torch.Tensor]]:
     """`digits`, with the network itself in front, to be saved and loaded."""
     torch.manual_seed(0)
-    table = _digits_table()
+    table = digits_table()
     x, y = table[:, :-1].float() / 16, table[:, -1].long()
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -62,8 +62,8 @@ def digits_model(
 
 
 @functools.cache
-def _digits_table() -> torch.Tensor:
-    """scikit-learn's digits without its import, which takes longer than most of these trainings."""
+def digits_table() -> torch.Tensor:
+    """scikit-learn's digits (pixels, digit) without its import, which takes longer than most of these trainings."""
     package = importlib.util.find_spec("sklearn")
     assert package is not None
     assert package.origin is not None
