@@ -95,9 +95,12 @@ class Session:
 
     def missing(self, step: int) -> bool:
         """Whether optimizer `step` ought to wait: lag = k, its decision is not here, and waiting makes sense."""
-        if self.lag is None or self.circuit_open or self.state in ("refused", "superseded", "closed"):
-            return False
-        return self.attached is None or self._decisions.missing(step + self._offset)
+        return self._may_wait() and (self.attached is None or self._decisions.missing(step + self._offset))
+
+    def unsettled(self) -> bool:
+        """Whether a checkpoint ought to wait: lag = k, steps before it are not in the journal yet, and waiting makes
+        sense. A process that goes on from it would never send them."""
+        return self._may_wait() and bool(self._observations)
 
     def noise_seed(self, step: int) -> int:
         """What gradient noise of optimizer `step` is drawn from: the run's seed and count, whichever process steps."""
@@ -358,6 +361,10 @@ class Session:
         )
 
     # -- leaves --------------------------------------------------------------------------------------
+
+    def _may_wait(self) -> bool:
+        open_ = self.state not in ("refused", "superseded", "closed")
+        return self.lag is not None and not self.circuit_open and open_
 
     def _heard(self, state: str, now: float) -> None:
         self.state = state

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -337,9 +337,14 @@ def _lock(path: str) -> IO[str]:
                 f"{path} is in use by another Flyball server (process {owner or 'unknown'}): stop that one first, or "
                 "name another file"
             ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # closing tries to write once more
+            lock.close()
+        raise Busy(f"{path} cannot be opened now: {error.strerror} (writing {path}.lock)") from error
     return lock
 
 
