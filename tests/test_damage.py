@@ -9,13 +9,17 @@ import json
 import logging
 import random
 import sqlite3
+import time
 from contextlib import closing
 
 import httpx
 import pytest
+import torch
+from tests.e2e.processes import free_port
 from tests.storage import stores
 from tests.storage.stores import BATCH, BATCHES, RUNS, Opened, copied, make_store, report_message
 
+import flyball
 import flyball_server
 from flyball_server import limits
 from flyball_server.core.errors import Damaged, NotFound
@@ -256,3 +260,67 @@ def test_what_can_be_read_of_a_damaged_run_is_and_it_works_again_once_restored(w
         assert answer.status_code == 200, answer.text
         assert http.get("/v1/runs/hit").json()["problem"] == ""
         assert http.get("/readyz").json()["damaged_runs"] == 0
+
+
+@pytest.mark.parametrize("transport", ["http", "grpc"])
+def test_a_training_job_whose_run_is_damaged_goes_on_and_loses_nothing(tmp_path, monkeypatch, transport):
+    monkeypatch.setattr(limits, "DAMAGE_RECHECK_S", 0.05)
+    path, ports = tmp_path / "f.db", {name: f"127.0.0.1:{free_port()}" for name in ("http", "grpc")}
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    service = flyball_server.running(store=f"sqlite:///{path}", **ports)
+    with service, flyball.attach(optimizer, run="r", server=getattr(service, transport)) as governor:
+
+        def train(until, pause_s=0.0):
+            for _ in range(400):
+                optimizer.step()
+                governor.step(1.0)
+                if until():
+                    return
+                time.sleep(pause_s or 0.005)
+            raise AssertionError(governor.status)
+
+        train(lambda: governor.status.state == "steering")
+        service.stop()
+        changed(path, ("UPDATE journal SET actor = actor || 'x' WHERE seq = 2", ()))
+        service.start()
+        train(lambda: "row 2 is damaged" in governor.status.last_error)
+        with closing(sqlite3.connect(path)) as db:
+            kept = db.execute("SELECT max(seq) FROM journal").fetchone()
+        assert governor.status.state == "away"
+        changed(path, ("UPDATE journal SET actor = substr(actor, 1, length(actor) - 1) WHERE seq = 2", ()))
+        train(lambda: governor.status.state == "steering", pause_s=0.02)
+        assert governor.close()
+        steps = governor.status.step
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT max(seq) FROM journal").fetchone() > kept
+    journal = open_journal(f"sqlite:///{path}", read_only=True)
+    journal.start(lambda _: None)
+    try:
+        found = verify(journal, "r")
+    finally:
+        journal.close()
+    assert (found.problem, found.observations) == ("", steps + 1)
+
+
+def test_damage_found_by_the_scrub_stops_writing_and_the_scrub_takes_its_share(whole, tmp_path, monkeypatch):
+    """Rows before a snapshot are not read at first; a second look finds them, and is no load."""
+    monkeypatch.setattr(limits, "SCRUB_ROWS", 2)
+    path = copied(whole, tmp_path)
+    flipped(path, "journal", "payload", "run = 'hit' AND seq = 12", 0.5)
+
+    async def ask():
+        async with Opened(open_journal(f"sqlite:///{path}")) as opened:
+            live = await opened.engine.find("hit")
+            assert opened.engine.damage.words("hit") == ""
+            kept = await opened.service.get_run("hit")
+            await scrubbed(opened)
+            with pytest.raises(Damaged, match="run 'hit', row 12"):
+                await opened.service.report(report_message("hit", BATCHES), "a")
+            view = await opened.service.get_run("hit")
+            assert (view.status, view.run) == ("damaged", kept.run), "what is in memory can still be read"
+            assert live.lock.locked() is False
+            assert (await opened.service.report(report_message("left", BATCHES), "a")).through > 0
+
+    asyncio.run(ask())

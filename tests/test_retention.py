@@ -123,10 +123,10 @@ def test_a_training_job_whose_run_is_deleted_is_told_and_goes_on(tmp_path, monke
         for _ in range(2000):
             optimizer.step()
             governor.step(1.0)
-            if governor.status.state == "refused":
+            if governor.status.state == "superseded":
                 break
             time.sleep(0.005)
-        assert governor.status.state == "refused"
+        assert governor.status.state == "superseded"
         assert "no use" in governor.status.last_error
         with flyball.api.Client(service.http) as client:
             assert [stone["run"] for stone in client.tombstones()] == ["r"]
@@ -166,7 +166,7 @@ def test_a_damaged_run_can_be_deleted_and_the_store_is_well_again(tmp_path):
 
 def test_a_store_full_by_its_limit_is_busy_until_a_run_is_deleted(tmp_path, monkeypatch, caplog):
     store = f"sqlite:///{tmp_path}/f.db"
-    bytes_max = 400_000
+    bytes_max = 250_000
     monkeypatch.setattr(limits, "STALE_AFTER_S", 1e9)
 
     async def ask():
@@ -259,11 +259,11 @@ def test_verify_works_beside_a_running_service_and_compact_gives_space_back(tmp_
     assert (code, out.count("matches bit for bit")) == (0, 2), (out, err)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM journal WHERE run = 'grows'").fetchone() == (1,)
-        db.execute("UPDATE journal SET at = at + 1 WHERE run = '#store' AND seq = 3")
+        db.execute("UPDATE journal SET at = at + 1 WHERE run = '#store'")
         db.execute("UPDATE alembic_version SET version_num = '0000'")
         db.commit()
     code, _, err = command("flyball_server.cli", "verify", "--store", store)
-    assert (code, "start this one's service once" in err) == (1, True)
+    assert (code, "service on it once" in err) == (1, True)
     with closing(sqlite3.connect(path)) as db:
         db.execute("UPDATE alembic_version SET version_num = '0001'")
         db.commit()

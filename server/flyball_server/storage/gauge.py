@@ -87,7 +87,7 @@ class Gauge:
         remedy = "delete runs (`flyball delete`), or stop the service for `flyball-server compact`"
         for state, share, times in (("full", 1.0, 1.0), ("nearly_full", limits.NEARLY_FULL, limits.DISK_NEARLY_FULL)):
             what = "is full" if state == "full" else "is nearly full"
-            if state == self._state:
+            if state == self._state == "nearly_full":
                 share, times = share - limits.ROOM_AGAIN, times * (1 + limits.ROOM_AGAIN)
             if most is not None and used >= share * most:
                 return state, f"{self._path} {what}: {used} of {most} bytes; {remedy}, or raise --store-bytes-max"
