@@ -10,8 +10,11 @@ from typing import Any
 
 from flyball_server import limits, records
 from flyball_server.core.errors import Damaged, Invalid
-from flyball_server.loading import checked
+from flyball_server.proving import checked
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord, chained
+
+#: What of a tombstone is the deleted run's record.
+_KEPT = ("run", "project", "name", "policy", "created_at", "attempts", "step")
 
 
 def check_reason(reason: str) -> str:
@@ -49,7 +52,10 @@ def tombstone(
         "project": record.project,
         "name": record.name,
         "reason": reason,
+        "policy": record.policy,
+        "created_at": record.created_at,
         "attempts": record.attempt,
+        "step": record.step,
         "observations": observations,
         "rows": record.seq,
         "digest": record.hash.hex(),
@@ -57,13 +63,19 @@ def tombstone(
     seq, previous = (1, GENESIS) if last is None else (last.seq + 1, last.hash)
     row = Row(seq, "deleted", 0, None, None, actor, now, meta, (), b"")
     row = row._replace(hash=chained(previous, STORE, row))
-    left = record._replace(status=DELETED, labels={}, updated_at=now, seq=seq, hash=row.hash)
-    return row, left
+    return row, left_by(row)
+
+
+def left_by(row: Row) -> RunRecord:
+    """The record of a deleted run, all of which follows from its tombstone."""
+    run, project, name, policy, created_at, attempts, step = (row.meta[key] for key in _KEPT)
+    return RunRecord(run, project, name, DELETED, policy, {}, attempts, step, created_at, row.at, row.seq, row.hash)
 
 
 def described(row: Row) -> dict[str, Any]:
     """A tombstone for people and programs."""
-    return {"seq": row.seq, "at": records.utc(row.at), "actor": row.actor, **row.meta}
+    created_at = records.utc(row.meta["created_at"])
+    return {"seq": row.seq, "at": records.utc(row.at), "actor": row.actor, **row.meta, "created_at": created_at}
 
 
 def tombstones(journal: Journal, after: int, limit: int) -> dict[str, Any]:
@@ -82,8 +94,7 @@ def problems(journal: Journal) -> list[str]:
     try:
         for row in checked(STORE, journal.rows(STORE), 0, GENESIS):
             run = str(row.meta.get("run"))
-            left = journal.record(run)
-            if left is None or left.status != DELETED or (left.seq, left.hash) != (row.seq, row.hash):
+            if journal.record(run) != left_by(row):
                 out.append(f"run {run!r}: its tombstone is row {row.seq}, but its record does not say so")
     except Damaged as error:
         out.append(f"the store's journal: {error}")

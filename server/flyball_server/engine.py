@@ -17,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from flyball_server import deletion, limits, loading, records
+from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
@@ -333,7 +333,7 @@ class Engine:
             found = await asyncio.to_thread(loading.load, self._journal, self._ruler, run_id)
             problem = found.problem
             if known and not problem:
-                problem = await asyncio.to_thread(loading.unread_problem, self._journal, run_id, found.unread)
+                problem = await asyncio.to_thread(proving.unread_problem, self._journal, run_id, found.unread)
         except Damaged as error:
             self._live.pop(run_id, None)
             self.found_damage(run_id, str(error), self._loop.time() - started)

@@ -55,8 +55,9 @@ DISK_FREE_MIN_BYTES = 64 << 20
 #: A store is nearly full at this share of its limit, and where the disk has less than so many times the minimum.
 NEARLY_FULL = 0.9
 DISK_NEARLY_FULL = 4
-#: A full store's write-ahead log is cut back at the first refused commit and then at every so many.
-FULL_CUT_BACK_EVERY = 64
+#: So far below these limits a store must come before it is better again, or every commit would change it; and the
+#: write-ahead log, which counts, may take this share of the limit before it is cut back.
+ROOM_AGAIN = 0.1
 #: A run that was found damaged is examined again when it is asked for after this time, or after so many times as
 #: long as examining it took.
 DAMAGE_RECHECK_S = 3.0

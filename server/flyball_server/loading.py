@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from flyball_server import limits, records
@@ -19,7 +19,9 @@ from flyball_server.core.errors import Busy, Damaged, NotFound
 from flyball_server.core.events import Observed, Origin, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
-from flyball_server.storage.journal import DELETED, GENESIS, STORE, Block, Journal, Row, RunRecord, chained
+from flyball_server.deletion import left_by
+from flyball_server.proving import check_row, checked
+from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
 
 #: Builds what a specification means (policy, base, guard); raises Invalid.
 Ruler = Callable[[Spec], Rules]
@@ -59,7 +61,7 @@ def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
         raise _deleted(journal, record, first)
     if first is None:
         raise Damaged(f"run {run_id!r}: row 1 is missing")
-    _check(run_id, GENESIS, first, 1)
+    check_row(run_id, GENESIS, first, 1)
     spec = records.spec_of(first)
     rules, origin = ruler(spec), records.origin_of(first)
     while True:
@@ -96,26 +98,6 @@ def _fold(journal: Journal, run_id: str, first: Row, begun: Loaded) -> Loaded:
     if problem:  # nobody must take a hash from a record that is not believed
         record = record._replace(seq=run.seq, hash=last.hash)
     return begun._replace(run=run, record=record, snapshot_at=snapshot_at, unread=unread, problem=problem)
-
-
-def checked(run_id: str, rows: Iterable[Row], seq: int, previous: bytes) -> Iterator[Row]:
-    """The rows, which must follow row `seq` with the hash `previous`. Raises Damaged where one does not."""
-    for row in rows:
-        seq += 1
-        _check(run_id, previous, row, seq)
-        previous = row.hash
-        yield row
-
-
-def _check(run_id: str, previous: bytes, row: Row, seq: int) -> None:
-    if row.seq != seq:
-        raise Damaged(f"run {run_id!r}: row {seq} is missing")
-    try:
-        matches = chained(previous, run_id, row) == row.hash
-    except (TypeError, ValueError):  # a value that no row can have
-        matches = False
-    if not matches:
-        raise Damaged(f"run {run_id!r}, row {seq} is damaged: its hash is not that of its contents")
 
 
 def projected(
@@ -190,7 +172,7 @@ def _usable(journal: Journal, run_id: str, rules: Rules, seq: int) -> Run | None
 def _deleted(journal: Journal, record: RunRecord, first: Row | None) -> Exception:
     """The error that says what became of a deleted run."""
     row = next(journal.rows(STORE, after=record.seq - 1, until=record.seq), None) if record.seq > 0 else None
-    if first is not None or row is None or row.hash != record.hash or row.meta.get("run") != record.run:
+    if first is not None or row is None or record != left_by(row):
         return Damaged(f"run {record.run!r}: its record says that it was deleted, but the store's journal does not")
     return Deleted(
         f"run {record.run!r} was deleted at {records.utc(row.at)} by {row.actor}: {row.meta['reason']}; "
@@ -228,7 +210,7 @@ def _first_hash(journal: Journal, run_id: str) -> bytes:
     first = next(journal.rows(run_id, until=1), None)
     if first is None:
         raise Damaged(f"run {run_id!r}: row 1 is missing")
-    _check(run_id, GENESIS, first, 1)
+    check_row(run_id, GENESIS, first, 1)
     return first.hash
 
 
@@ -268,48 +250,3 @@ def within(batches: Iterable[Batch], first: int, last: int) -> list[tuple[int, S
             out.extend(changes)
     # An older batch's last change may cover `first`; a later change than `last` is not asked for.
     return [change for change in out if change[0] <= last] if out and out[0][0] <= first else []
-
-
-def unread_problem(journal: Journal, run_id: str, unread: tuple[int, bytes]) -> str:
-    """What is wrong with the rows before a snapshot; "" where nothing is."""
-    try:
-        for _ in proof(journal, run_id, unread):
-            pass
-    except Damaged as error:
-        return str(error)
-    return ""
-
-
-def proof(journal: Journal, run_id: str, unread: tuple[int, bytes]) -> Iterator[None]:
-    """Check the rows before a snapshot, one with each turn. Raises Damaged."""
-    until, head = unread
-    seq, previous = 0, GENESIS
-    for row in checked(run_id, journal.rows(run_id, until=until), 0, GENESIS) if until else ():
-        seq, previous = row.seq, row.hash
-        yield
-    if seq < until:
-        raise Damaged(f"run {run_id!r}: row {seq + 1} is missing")
-    if previous != head and until:
-        raise Damaged(f"run {run_id!r}, row {until} is damaged: its hash changed")
-
-
-class Undamaged:
-    """A journal for one query: what it reads ends where it is damaged, and `problem` then says so."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self.problem = ""
-
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
-        try:
-            yield from self._journal.rows(run, after=after, until=until)
-        except Damaged as error:
-            self.problem = str(error)
-
-    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
-        try:
-            yield from self._journal.blocks(run, columns)
-        except Damaged as error:
-            self.problem = str(error)
-        except (ValueError, LookupError, TypeError, OverflowError) as error:  # blocks are not proved as rows are
-            self.problem = f"run {run!r} is damaged: {error}"

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from flyball_server import limits, loading
+from flyball_server import limits, proving
 from flyball_server.core.errors import Damaged, SteeringError
 from flyball_server.storage.journal import DELETED, Journal
 
@@ -52,7 +52,7 @@ class Scrub:
         while self._waiting and not self._stopping.is_set():
             run_id, unread = self._waiting.popitem(last=False)
             try:
-                await self._check(loading.proof(self._journal, run_id, unread))
+                await self._check(proving.proof(self._journal, run_id, unread))
             except Damaged as error:
                 record = await asyncio.to_thread(self._journal.record, run_id)
                 if record is None or record.status != DELETED:  # deleted while it was being read

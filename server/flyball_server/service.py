@@ -26,10 +26,11 @@ from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
 from flyball_server.guards import limits_of, relative
-from flyball_server.loading import Deleted, Undamaged
+from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
+from flyball_server.proving import Undamaged
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
 

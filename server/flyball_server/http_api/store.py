@@ -39,7 +39,10 @@ class Tombstone(BaseModel):
     project: str
     name: str
     reason: str
+    policy: str
+    created_at: str
     attempts: int
+    step: int | None
     observations: int | None
     rows: int
     digest: str

@@ -33,7 +33,7 @@ from flyball_server.storage.journal import (
     Snapshot,
     Usage,
 )
-from flyball_server.storage.packing import decompress
+from flyball_server.storage.packing import unseal
 from flyball_server.storage.series import row_blocks, segment_blocks
 from flyball_server.storage.writer import Writer
 
@@ -126,7 +126,7 @@ class SqlJournal:
 
     def usage(self) -> Usage:
         with self._read() as connection:
-            return self._gauge.measure(connection.connection.driver_connection)
+            return self._gauge.usage(connection.connection.driver_connection)
 
     def _gone(self) -> str:
         """Why nothing written now would be found again: somebody moved the file away under us. "" where it is there."""
@@ -173,6 +173,7 @@ class SqlJournal:
         try:
             with self._read() as connection:
                 known = is_current(connection)
+                self._check_schema(connection)
         except Damaged as error:
             self.close()
             raise Invalid(str(error)) from error
@@ -198,6 +199,7 @@ class SqlJournal:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 migrate(connection, self._path)
                 connection.commit()
+                self._check_schema(connection)
         except sa.exc.OperationalError as error:
             raise Busy(f"{self._path} cannot be opened now: {error.orig}") from error
         except sa.exc.DatabaseError as error:
@@ -205,6 +207,16 @@ class SqlJournal:
                 f"{self._path} is damaged or not an SQLite database ({error.orig}): "
                 "restore it from a backup, or name another file"
             ) from error
+
+    def _check_schema(self, connection: sa.Connection) -> None:
+        """A damaged name of a column would look like trouble that passes."""
+        for table in tables.metadata.sorted_tables:
+            found = [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table.name})")]
+            if found != [column.name for column in table.columns]:
+                raise Invalid(
+                    f"{self._path} is damaged: its table {table.name} has the columns {found}; restore it from a backup"
+                )
+        connection.rollback()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -259,8 +271,8 @@ class SqlJournal:
             return None
         seq, attempt, step, state = found
         try:
-            return Snapshot(seq, attempt, step, decompress(state).decode())
-        except ValueError as error:
+            return Snapshot(seq, attempt, step, unseal(state).decode())
+        except (AttributeError, TypeError, ValueError) as error:
             raise Damaged(f"run {run!r}, the snapshot at row {seq} is damaged: {error}") from error
 
     def snapshots(self, run: str) -> list[int]:
@@ -356,14 +368,16 @@ def _text(data: bytes) -> str:
 def _record(found: Any) -> RunRecord:
     """The record; where it makes no sense, one of the status "damaged" with what does."""
     record = RunRecord._make(found)
+    text: Any = record.labels
     try:
-        labels = json.loads(record.labels)  # type: ignore[arg-type]
+        labels = json.loads(text)
     except (TypeError, ValueError):
         labels = None
     texts = (record.run, record.project, record.name, record.status, record.policy)
     numbers = (record.attempt, record.step or 0, record.seq, record.created_at, record.updated_at)
     if (
         isinstance(labels, dict)
+        and json.dumps(labels, sort_keys=True) == text
         and all(type(text) is str for text in (*texts, *labels.values()))
         and all(type(number) is int for number in numbers)
         and min(record.created_at, record.updated_at) >= 0

@@ -32,7 +32,7 @@ from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.heads import Head, load_head
 from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, RunRecord
-from flyball_server.storage.packing import compress
+from flyball_server.storage.packing import seal
 from flyball_server.storage.tidying import SNAPSHOTS_KEPT, observations
 
 #: Appends that may wait for the writer; more are refused with Busy.
@@ -377,7 +377,7 @@ def _table_rows(append: Append) -> tuple[list[dict[str, Any]], list[dict[str, An
     rows = [{"run": run, **store(row)._asdict()} for row in append.rows]
     if snapshot is None:
         return rows, []
-    return rows, [{"run": run, **snapshot._asdict(), "state": compress([snapshot.state.encode()])}]
+    return rows, [{"run": run, **snapshot._asdict(), "state": seal([snapshot.state.encode()])}]
 
 
 def meaning(error: Exception) -> Exception:
