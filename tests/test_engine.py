@@ -284,6 +284,21 @@ def test_a_replica_that_missed_something_refuses_nothing_for_it():
     asyncio.run(scenario())
 
 
+def test_a_late_attach_of_a_session_that_was_relieved_takes_nothing_back():
+    async def scenario():
+        _, service = await opened(MemoryJournal())
+        await service.attach(attach_message(), "a")
+        resumed = attach_message("s2", resume=True)
+        assert (await service.attach(resumed, "a")).attempt == 2
+        assert (await service.attach(resumed, "a")).attempt == 2
+        await service.attach(attach_message("s3", resume=True), "a")
+        with pytest.raises(Conflict, match="the session 's2' drove attempt 2"):
+            await service.attach(resumed, "a")
+        assert (await service.report(report_message(0, 9, 3, "s3"), "a")).through == 9
+
+    asyncio.run(scenario())
+
+
 def test_a_full_inbox_says_busy_and_loses_nothing():
     async def scenario():
         journal = Scripted(MemoryJournal())
