@@ -286,9 +286,8 @@ class Session:
         """
         with self._lock:
             known = self.attached is not None or self.attach.resume
-            if self.attached is None and self.attach.resume:
-                self._observations.clear()  # numbered from 0, as it is not known from where this job resumed
-                self._receipts.clear()
+            if self.attached is None and self.attach.resume and self.attach.from_step is None:
+                self._drop_all()  # numbered from 0, as it is not known from where this job resumed
             kept = [entry for entry in self._observations if entry[0] < step]
             self._dropped += len(self._observations) - len(kept)
             self._observations = deque(kept)
@@ -372,6 +371,11 @@ class Session:
             self._offset += by
             self._observations = deque((step + by, signals) for step, signals in self._observations)
             self._receipts = deque(r._replace(step=r.step + by, decided=r.decided + by) for r in self._receipts)
+
+    def _drop_all(self) -> None:
+        self._dropped += len(self._observations) + len(self._receipts)
+        self._observations.clear()
+        self._receipts.clear()
 
     def _drop_answers(self, report: Report) -> None:
         for _ in range(min(len(report.answers), len(self._answers))):
