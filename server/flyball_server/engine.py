@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
-from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class Lost(Exception):
-    """Another process appended to the run first: fold again and retry. Never leaves this module."""
+    """Another process appended to the run first: fold again and retry. No caller of the service sees it."""
 
 
 class LiveRun:
@@ -91,9 +91,16 @@ class Turn:
             raise
         return live
 
-    async def __aexit__(self, *_: object) -> None:
-        self._live.lock.release()
-        self._live.waiting -= 1
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        live = self._live
+        try:
+            # Where another process has gone on with the run, a refusal may be about what is long over.
+            if isinstance(error, Conflict | Invalid | NotFound) and await self._engine._is_behind(live):
+                live.stale = True
+                raise Lost(f"run {live.spec.run}: refused by what another process has changed since") from error
+        finally:
+            live.lock.release()
+            live.waiting -= 1
 
 
 class Engine:
@@ -293,6 +300,10 @@ class Engine:
                     future.set_result(None)
                 else:
                     future.set_exception(error)
+
+    async def _is_behind(self, live: LiveRun) -> bool:
+        record = await asyncio.to_thread(self._journal.record, live.spec.run)
+        return record is not None and record.seq > live.run.seq
 
     async def _reload(self, live: LiveRun) -> None:
         run_id = live.spec.run

@@ -32,6 +32,8 @@ LIVE_RUNS_MAX = 20_000
 SNAPSHOT_EVERY = 10_000
 #: Times an append is tried again after another replica was faster.
 APPEND_TRIES = 8
+#: Newest attempts whose sessions are remembered: none of these may open another one.
+ATTEMPTS_CHECKED = 16
 #: Journal rows looked through for the decisions of steps that a client sends again.
 RESENT_ROWS_MAX = 512
 #: Runs in one page of a listing.

@@ -336,6 +336,7 @@ class Service:
             )
         if request.fork is None:  # what a fork's rules are was decided when it was begun
             check_same(live.spec, spec, request)
+        await self._check_session(live, request)
         restored = claimed = None
         from_step = run.through + 1 if request.from_step is None else request.from_step
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
@@ -351,6 +352,17 @@ class Service:
             restored = await self._engine.restored(live, attempt, from_step)
         event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
         await self._engine.commit(live, [event], actor)
+
+    async def _check_session(self, live: LiveRun, request: Attach) -> None:
+        """Who drove an earlier attempt does not come back by itself: that is a message which was long on its way, or a
+        process that has not noticed yet."""
+        for number, (_, seq, _) in list(enumerate(live.run.attempts, 1))[-limits.ATTEMPTS_CHECKED :]:
+            row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
+            if row is not None and row.meta["session"] == request.session:
+                raise Conflict(
+                    f"run {live.spec.run}: the session {request.session!r:.60} drove attempt {number}, and another "
+                    "process has taken the run over since: attach under a new session to take it back"
+                )
 
     async def _holds(self, live: LiveRun, seq: int, digest: str) -> bool:
         """Whether the run's journal holds the row that a checkpoint token names by its hash."""
