@@ -116,8 +116,8 @@ class Fault(NamedTuple):
 FAULTS = {
     "calm": Fault("nothing", 4, lambda *_: None, lambda *_: None),
     "killed": Fault("the server is killed, and back after 3 s", 3, lambda s, _: s.kill(), lambda s, _: s.start()),
-    "hung": Fault("the server hangs for 6 s", 6, lambda s, _: s.send(SIGSTOP), lambda s, _: s.send(SIGCONT)),
-    "partition": Fault("the network is dead for 6 s", 6, lambda _, p: p.blackhole(), lambda _, p: p.calm()),
+    "hung": Fault("the server hangs for 8 s", 8, lambda s, _: s.send(SIGSTOP), lambda s, _: s.send(SIGCONT)),
+    "partition": Fault("the network is dead for 8 s", 8, lambda _, p: p.blackhole(), lambda _, p: p.calm()),
     "disk": Fault("the disk is full for 3 s", 3, lambda s, _: s.limit_files(4096), lambda s, _: s.limit_files(None)),
 }
 LAGS = (None, 0)

@@ -124,12 +124,11 @@ def test_a_dead_network_costs_no_step_more_than_its_budget(
     for each in proxies.values():
         each.calm()
     for name, one in trainers.items():
-        keys = ("steps", "waiting", "dropped", "times", "used", "missed", "waited_s")
-        steps, waiting, dropped, times, used, missed, waited_s = one.hear(*keys, within_s=60)
+        keys = ("steps", "waiting", "dropped", "times", "used", "missed")
+        steps, waiting, dropped, times, used, missed = one.hear(*keys, within_s=60)
         one.finish()
         assert max(times) < 0.05 + SLACK_S, "one step waited longer than its budget of 50 ms"
         assert 1 <= missed <= 10, "an open circuit waits no more"
-        assert waited_s < 2
         assert len(set(used[-200:])) == 200, "each step has its own value again"
         assert waiting == dropped == 0
         story = story_of(server, name)

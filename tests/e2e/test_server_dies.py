@@ -6,7 +6,6 @@ trainings over both transports, signals to the server's process, then the journa
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 import sys
@@ -91,42 +90,6 @@ governor.close()
     each.finish()
 
 
-LOCKSTEP = """
-import flyball
-from tests.e2e.training import *
-
-optimizer, train = digits()
-governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, wait_s=None)
-used = run(governor, optimizer, train, 0, 900, pace_s)
-governor.close()
-say(used=used, missed=governor.status.missed, waiting=governor.status.waiting)
-"""
-
-
-def test_lockstep_survives_kills_at_random_moments_bit_for_bit(server: Server, trainer: Callable[..., Trainer]) -> None:
-    server.start()
-    calm = trainer(LOCKSTEP, run_name="calm", url=server.url("http"), pace_s=0)
-    undisturbed = calm.hear("used")
-    calm.finish()
-    assert len(set(undisturbed)) > 10
-    trainers = [trainer(LOCKSTEP, run_name=t, url=server.url(t), pace_s=0.001) for t in TRANSPORTS]
-    chance = random.Random(1788)
-    for at in (50, 300, 550):
-        for each in trainers:
-            each.reach(at)
-        time.sleep(chance.uniform(0, 0.2))
-        server.kill()
-        server.start()
-    for each in trainers:
-        assert each.hear("used") == undisturbed
-        each.finish()
-    assert server.stop() == 0
-    for transport in TRANSPORTS:
-        story = story_of(server, transport)
-        assert story.steps == {1: list(range(900))}
-        assert story.problem == ""
-
-
 BUSY = """
 import flyball
 from tests.e2e.training import *
@@ -200,10 +163,9 @@ def test_a_frozen_server_costs_no_step_more_than_its_budget(server: Server, trai
     time.sleep(10)
     server.send(signal.SIGCONT)
     for each in trainers.values():
-        times, missed, waited_s, used = each.hear("times", "missed", "waited_s", "used", within_s=30)
+        times, missed, used = each.hear("times", "missed", "used", within_s=30)
         assert max(times) < 0.05 + SLACK_S, "one step waited longer than its budget of 50 ms"
         assert 1 <= missed <= 10, "an open circuit waits no more"
-        assert waited_s < 2
         assert len(set(used[-200:])) == 200, "each step has its own value again"
     server.send(signal.SIGSTOP)
     for each in trainers.values():

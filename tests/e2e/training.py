@@ -104,9 +104,8 @@ def run(governor: Any, optimizer: Any, train: Callable[[int], Any], first: int, 
 
 
 def through_an_outage(governor: Any, optimizer: Any, train: Callable[[int], Any]) -> tuple[int, dict[str, Any]]:
-    """Train with waits of the default budget until a step has missed its decision, and on until 300 steps after the
-    service has caught up again. How many steps that took; each one's time and learning rate, and the counters. Says
-    when the first decision is missed."""
+    """Train with the default budget until a step has missed its decision (which is said), and on until 300 steps after
+    the service has caught up again. How many steps; each one's time and learning rate, and how many missed theirs."""
     times, used, i = [], [], 0
     missed = caught_up = None
     while caught_up is None or i < caught_up + 300:
@@ -125,7 +124,7 @@ def through_an_outage(governor: Any, optimizer: Any, train: Callable[[int], Any]
         i += 1
         time.sleep(0.002)
     status = governor.status
-    return i, {"times": times, "used": used, "missed": status.missed, "waited_s": status.waited_s}
+    return i, {"times": times, "used": used, "missed": status.missed}
 
 
 def delivered(governor: Any, within_s: float = 30) -> bool:
