@@ -4,23 +4,32 @@ Method: exports of real runs, each byte flipped in turn, files cut off all along
 forger's own; imports over REST into real services.
 """
 
+import asyncio
+import contextlib
+import hashlib
 import io
 import json
 import re
+import sqlite3
 
 import pytest
-from tests.test_verify import FORGERIES, copied, flipped, made, with_column
+from tests.test_verify import FORGERIES, a_run, copied, flipped, made, with_column
 
 import flyball_server
 from flyball import api
-from flyball.errors import Refused
+from flyball.errors import FlyballError, Refused
+from flyball.exporting import Format, export_run
 from flyball_server import limits, signing
+from flyball_server.app import signer_of
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.check import check
+from flyball_server.exports.form import MAGIC, line, signed_part
 from flyball_server.exports.read import ExportedRun, scan
 from flyball_server.exports.write import written
+from flyball_server.settings import Settings
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import RunFilter
+from flyball_server.storage.packing import compress
 
 SIGNER = signing.new_signer()
 PLACE = re.compile(r"(?:bytes? (\d+)(?: to (\d+))?)")
@@ -143,6 +152,21 @@ def test_a_damaged_run_is_not_signed(real):
         exported(copied(real, lambda rows: rows[:-1], rehash=False))
 
 
+def test_an_export_that_the_service_breaks_off_leaves_no_file(tmp_path):
+    file = tmp_path / "j.db"
+    asyncio.run(a_run(open_journal(f"sqlite:///{file}")))
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        db.execute("UPDATE journal SET at = at + 1 WHERE seq = 20")
+        db.commit()
+    with (
+        flyball_server.running(store=f"sqlite:///{file}") as service,
+        api.Client(service.http) as client,
+        pytest.raises(FlyballError, match=r"broke off|damaged"),
+    ):
+        export_run(client, "r", Format.FLYBALL, tmp_path / "r.flyball")
+    assert not list(tmp_path.glob("*r.flyball*"))
+
+
 def test_another_key_is_another_signer(real, tmp_path):
     path = tmp_path / "r.flyball"
     path.write_bytes(exported(real))
@@ -159,6 +183,58 @@ def test_the_signature_is_checked_against_the_whole_last_line(real, tmp_path):
     end = {**json.loads(last), "key": stranger.public.hex()}
     text = json.dumps(end, sort_keys=True, separators=(",", ":")).encode()
     assert "the signature is not that of the key in the file" in problem_of(body + b"\n" + text + b"\n", tmp_path)
+
+
+def assembled(parts):
+    """A file of these parts (header, bytes), all checksums right, signed by its maker."""
+    data = MAGIC
+    for header, payload in parts:
+        header = {**header, "bytes": len(payload)}
+        data += line({**header, "sha256": hashlib.sha256(line(header) + payload).hexdigest()}) + payload + b"\n"
+    head, stranger = parts[-1][0], signing.new_signer()
+    end = {
+        "part": "end", "bytes": len(data), "rows": head["last"], "head": head["hash"],
+        "sha256": hashlib.sha256(data).hexdigest(), "key": stranger.public.hex(),
+    }  # fmt: skip
+    return data + line({**end, "signature": stranger.sign(signed_part(end)).hex()})
+
+
+def dissected(data):
+    """The parts of a file: what `assembled` takes."""
+    parts, at = [], len(MAGIC)
+    while True:
+        end = data.index(b"\n", at)
+        header = json.loads(data[at:end])
+        if header["part"] == "end":
+            return parts
+        at = end + 1 + header["bytes"] + 1
+        parts.append(({k: v for k, v in header.items() if k not in ("bytes", "sha256")}, data[end + 1 : at - 1]))
+
+
+def test_parts_may_be_put_together_by_anybody_but_not_otherwise(few_rows, real, tmp_path):
+    manifest, *rows = dissected(exported(real))
+    assert problem_of(assembled([manifest, *rows]), tmp_path) == ""
+    (one, first), (two, _), (three, _) = rows
+    other = dissected(exported(made(guard={"max_lr": 1})))[1][1]
+    wrong = {
+        "part 3 .*behind row 14 comes row 15": [manifest, rows[0], rows[2]],
+        "its specification is not the one in row 1": [manifest, (one, other), rows[1], rows[2]],
+        "at most 14 rows": [manifest, ({**one, "last": 15}, first), rows[1], rows[2]],
+        "row 15 is missing": [
+            manifest,
+            rows[0],
+            (two, first),
+            rows[2],
+        ],
+        "unpacked it claims 70000000 bytes": [manifest, rows[0], (two, compress([bytes(70_000_000)])), rows[2]],
+        "rows 29 to 29 are damaged: it says that it holds 14": [manifest, rows[0], rows[1], (three, first)],
+        "no manifest": rows,
+        "part 1 .*has nothing; it must have": [(manifest[0], b"{}"), *rows],
+        "neither rows nor the end": [manifest, rows[0], manifest, rows[1], rows[2]],
+    }
+    for told, parts in wrong.items():
+        problem = problem_of(assembled(parts), tmp_path)
+        assert re.search(told, problem), (told, problem)
 
 
 # Imports, over REST
@@ -257,6 +333,10 @@ def test_the_key_lies_beside_the_store_for_its_owner_alone(tmp_path):
         assert client.signing_key() != first
     (tmp_path / "public.pem").write_text(first["public_key"] + first["fingerprint"])
     assert signing.fingerprint(signing.read_public_key(tmp_path / "public.pem")) == first["fingerprint"]
+    settings = Settings(store="memory:", signing_key=str(key))
+    assert signing.fingerprint(signer_of(settings).public) == first["fingerprint"]
+    with pytest.raises(Invalid, match=r"signing_key .*none cannot be read.*openssl genpkey"):
+        signer_of(Settings(store="memory:", signing_key=str(tmp_path / "none")))
     key.write_text("no key")
     with pytest.raises(Invalid, match=r"signing_key .*j\.db\.signing-key holds no private key"):
         flyball_server.running(store=store).start()

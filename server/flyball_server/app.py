@@ -59,7 +59,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
         exchange = Exchange(engine, journal, signer_of(settings), version())
-        app = http_api.build(service, exchange, version(), ready.is_set)
+        app = http_api.build(service, version(), ready.is_set, exchange)
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
         # Training steps may be a minute apart; a client that finds its connection closed has to come again.
         config.timeout_keep_alive = KEEP_ALIVE_S

@@ -94,27 +94,21 @@ def test_a_run_goes_on_at_another_service_with_its_old_token(
     said = done("flyball_server", "verify", "moved.flyball", folder=tmp_path)
     assert said.startswith("moved: 80 observations, ")
     assert f"matches bit for bit, signed by {fingerprint} (only a fingerprint you know" in said
-    assert "(the key given)" in done(
-        "flyball_server", "verify", "moved.flyball", "--public-key", "key.pem", folder=tmp_path
-    )
-    (tmp_path / "other.pem").write_text(there.get("/v1/signing-key")["public_key"])
-    answer = command("flyball_server", "verify", "moved.flyball", "--public-key", "other.pem", folder=tmp_path)
-    assert answer.returncode == 1
-    assert f"signed by {fingerprint}, and not by the key given" in answer.stdout
     data = bytearray((tmp_path / "moved.flyball").read_bytes())
     data[len(data) // 2] ^= 4
     (tmp_path / "bad.flyball").write_bytes(data)
-    answer = command("flyball_server", "verify", "bad.flyball", folder=tmp_path)
+    words = ["moved.flyball", "bad.flyball", "--public-key", "key.pem"]
+    answer = command("flyball_server", "verify", *words, folder=tmp_path)
     assert answer.returncode == 1
-    (line,) = answer.stdout.splitlines()
-    assert line.startswith("bad.flyball: part 2 (rows 1 to ")
+    good, bad = answer.stdout.splitlines()
+    assert good.endswith(f"signed by {fingerprint} (the key given)")
+    assert bad.startswith("bad.flyball: part 2 (rows 1 to ")
 
     url = there.url("http")
     answer = command("flyball", "import", "bad.flyball", "--server", url, folder=tmp_path)
     assert (answer.returncode, answer.stdout) == (1, "")
     assert "the export is not right: part 2 (rows 1 to" in answer.stderr
     assert "moved: imported, " in done("flyball", "import", "moved.flyball", "--server", url, folder=tmp_path)
-    assert "is there already, unchanged" in done("flyball", "import", "moved.flyball", "--server", url, folder=tmp_path)
     assert story_of(there, "moved") == before
     two = trainer(RESUME, url=there.url("grpc"), token=token)
     resumed, status = two.hear("resumed", "status")
@@ -168,7 +162,7 @@ def test_the_tables_agree_with_each_other_and_with_the_series(
     run_url: str, tmp_path: Path, attempt: int | None
 ) -> None:
     options = ["--server", run_url, *([] if attempt is None else ["--attempt", attempt])]
-    lines = done("flyball", "export", "p:t", "--format", "jsonl", *options, folder=tmp_path).splitlines()
+    lines = done("flyball", "export", "p:t", "--format", "jsonl", "-o", "-", *options, folder=tmp_path).splitlines()
     rows = [json.loads(line) for line in lines]
     done("flyball", "export", "p:t", "--format", "csv", "-o", "t.csv", *options, folder=tmp_path)
     done("flyball", "export", "p:t", "--format", "parquet", "-o", "t.parquet", *options, folder=tmp_path)

@@ -36,7 +36,6 @@ class Exchange:
 
     async def export(self, run: str) -> Iterator[bytes]:
         """The run's export file, in pieces to be read outside the event loop. Raises NotFound."""
-        await self._engine.find(run)
         record = await asyncio.to_thread(self._journal.record, run)
         if record is None:
             raise NotFound(f"run {run!r} is not known: `flyball runs` lists those that are")

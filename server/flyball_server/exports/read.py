@@ -88,7 +88,9 @@ class _Scan:
         what = f"part 1 (manifest), bytes {start} to {self._at + header['bytes']}"
         about = parsed(self._payload(header, what, keep=True), what)
         if about.keys() != _ABOUT:
-            raise Invalid(f"{what}: has {', '.join(sorted(about))}; it must have {', '.join(sorted(_ABOUT))}")
+            raise Invalid(
+                f"{what}: has {', '.join(sorted(about)) or 'nothing'}; it must have {', '.join(sorted(_ABOUT))}"
+            )
         try:
             record = RunRecord(**{**about["record"], "hash": bytes.fromhex(about["record"]["hash"])})
         except (TypeError, ValueError, KeyError) as error:

@@ -13,7 +13,7 @@ from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
 
-def build(service: Service, exchange: Exchange, version: str, is_ready: Callable[[], bool]) -> FastAPI:
+def build(service: Service, version: str, is_ready: Callable[[], bool], exchange: Exchange) -> FastAPI:
     """The FastAPI application over one service and its exchange. `is_ready`: false while starting and draining."""
     app = FastAPI(
         title="Flyball",

@@ -15,7 +15,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from flyball_server.core.errors import Busy
 from flyball_server.exports.exchange import Exchange
 from flyball_server.http_api.runs import Count
 
@@ -82,7 +85,12 @@ def _stream(pieces: Iterator[bytes], media_type: str) -> StreamingResponse:
 async def _kept(request: Request) -> AsyncIterator[Path]:
     """The request's body as a temporary file."""
     with tempfile.NamedTemporaryFile(prefix="flyball-import-") as file:
-        async for piece in request.stream():
-            await asyncio.to_thread(file.write, piece)
-        await asyncio.to_thread(file.flush)
+        try:
+            async for piece in request.stream():
+                await asyncio.to_thread(file.write, piece)
+            await asyncio.to_thread(file.flush)
+        except ClientDisconnect as error:
+            raise HTTPException(400, "the body broke off: send the file again") from error
+        except OSError as error:
+            raise Busy(f"the file cannot be kept while it is checked: {error.strerror}", 30.0) from error
         yield Path(file.name)
