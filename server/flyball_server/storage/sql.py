@@ -196,9 +196,9 @@ class SqlJournal:
                 self._check_schema(connection)
         except sa.exc.OperationalError as error:
             raise Busy(f"{self._path} cannot be opened now: {error.orig}") from error
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DatabaseError, UnicodeDecodeError) as error:  # the latter where SQLite quotes what it found
             raise Invalid(
-                f"{self._path} is damaged or not an SQLite database ({error.orig}): "
+                f"{self._path} is damaged or not an SQLite database ({getattr(error, 'orig', error)}): "
                 "restore it from a backup, or name another file"
             ) from error
 
