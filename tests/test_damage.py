@@ -247,6 +247,7 @@ def test_what_can_be_read_of_a_damaged_run_is_and_it_works_again_once_restored(w
         assert series["problem"] == detail["problem"]
         assert http.get("/v1/runs/hit/decisions").json()["decisions"]
         assert http.get("/readyz").json()["damaged_runs"] == 1
+        assert http.get("/v1/store").json()["damaged"] == {"hit": detail["problem"]}
         body = {"session": "s1", "attempt": 1, "step": [BATCH * BATCHES], "signals": {"loss": [1.0]}}
         refused = http.post("/v1/runs/hit/report", json=body)
         assert (refused.status_code, refused.json()["code"]) == (500, "damaged")
@@ -291,7 +292,7 @@ def test_a_training_job_whose_run_is_damaged_goes_on_and_loses_nothing(tmp_path,
         assert governor.status.state == "away"
         changed(path, ("UPDATE journal SET actor = substr(actor, 1, length(actor) - 1) WHERE seq = 2", ()))
         train(lambda: governor.status.state == "steering", pause_s=0.02)
-        assert governor.close()
+        governor.close()
         steps = governor.status.step
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT max(seq) FROM journal").fetchone() > kept
@@ -301,7 +302,7 @@ def test_a_training_job_whose_run_is_damaged_goes_on_and_loses_nothing(tmp_path,
         found = verify(journal, "r")
     finally:
         journal.close()
-    assert (found.problem, found.observations) == ("", steps + 1)
+    assert (found.problem, found.observations) == ("", steps)
 
 
 def test_damage_found_by_the_scrub_stops_writing_and_the_scrub_takes_its_share(whole, tmp_path, monkeypatch):
@@ -320,6 +321,12 @@ def test_damage_found_by_the_scrub_stops_writing_and_the_scrub_takes_its_share(w
                 await opened.service.report(report_message("hit", BATCHES), "a")
             view = await opened.service.get_run("hit")
             assert (view.status, view.run) == ("damaged", kept.run), "what is in memory can still be read"
+            changed(path, ("DELETE FROM journal WHERE run = 'hit'", ()))
+            monkeypatch.setattr(limits, "DAMAGE_RECHECK_S", 0)
+            opened.engine.found_damage("hit", "gone by now")
+            for _ in range(3):
+                view = await opened.service.get_run("hit")
+                assert (view.status, view.run) == ("damaged", kept.run), "also when it is examined again"
             assert live.lock.locked() is False
             assert (await opened.service.report(report_message("left", BATCHES), "a")).through > 0
 

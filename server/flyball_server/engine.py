@@ -165,7 +165,10 @@ class Engine:
             live = self._live.get(run_id)
             if live is None or self._is_due(run_id):
                 try:
-                    live = await self._examined(run_id)
+                    live = self._better(live, await self._examined(run_id))
+                except Damaged:
+                    if live is None:
+                        raise
                 finally:
                     self._loading.pop(run_id, None)
                 self._keep(live)
@@ -322,6 +325,11 @@ class Engine:
         assert self._loop is not None
         self.damage.note(run_id, problem, self._loop.time(), took_s)
 
+    def _better(self, known: LiveRun | None, found: LiveRun) -> LiveRun:
+        """Of a damaged run memory may hold more than can still be read."""
+        damaged = self.damage.words(found.spec.run)
+        return known if known is not None and damaged and known.run.seq >= found.run.seq else found
+
     def _is_due(self, run_id: str) -> bool:
         return bool(self.damage) and self._loop is not None and self.damage.is_due(run_id, self._loop.time())
 
@@ -346,7 +354,6 @@ class Engine:
             if known and not problem:
                 problem = await asyncio.to_thread(proving.unread_problem, self._journal, run_id, found.unread)
         except Damaged as error:
-            self._live.pop(run_id, None)
             self.found_damage(run_id, str(error), self._loop.time() - started)
             raise
         if problem:

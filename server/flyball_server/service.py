@@ -264,6 +264,10 @@ class Service:
         """The deleted runs, oldest first, in pages."""
         return await queries.in_thread(deletion.tombstones, self._journal, after, limit)
 
+    def damaged(self) -> Mapping[str, str]:
+        """The runs that are known to be damaged, and what each has."""
+        return self._engine.damage.all()
+
     async def usage(self) -> Usage:
         """What the store takes, and may take."""
         return await queries.in_thread(self._journal.usage)

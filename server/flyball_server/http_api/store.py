@@ -18,7 +18,7 @@ from flyball_server.service import Service
 
 class Store(BaseModel):
     """What the store takes and may take; null: no limit, or not on a disk. state: ok, nearly_full or full (then
-    appends are refused with `busy`); words: what to do about it."""
+    appends are refused with `busy`); words: what to do about it. damaged: what is wrong, by run, as far as known."""
 
     bytes: int | None
     bytes_max: int | None
@@ -26,6 +26,7 @@ class Store(BaseModel):
     disk_free_min: int
     state: str
     words: str
+    damaged: dict[str, str]
 
 
 class Tombstone(BaseModel):
@@ -61,8 +62,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/store")
     async def store() -> Store:
-        """Bytes used, their limit, free bytes of the disk, and whether the store is full."""
-        return Store(**(await service.usage())._asdict())
+        """Bytes used, their limit, free bytes of the disk, whether the store is full, and runs found damaged."""
+        return Store(**(await service.usage())._asdict(), damaged=dict(service.damaged()))
 
     @routes.delete("/runs/{run}")
     async def delete(

@@ -7,7 +7,6 @@ rows merged that the page before found single; both forms say the same.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,6 @@ from flyball_server.storage import checking, tables
 from flyball_server.storage.blocks import Stored, check_types, unpack
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.journal import (
-    DELETED,
     Append,
     Block,
     Deletion,
@@ -33,6 +31,7 @@ from flyball_server.storage.journal import (
     Snapshot,
     Usage,
 )
+from flyball_server.storage.listing import conditions, record_of
 from flyball_server.storage.packing import unseal
 from flyball_server.storage.series import row_blocks, segment_blocks
 from flyball_server.storage.writer import Writer
@@ -52,8 +51,6 @@ PAGE_ROWS = 128
 CACHE_KIB = 512
 #: What the write-ahead log is cut back to after a burst.
 LOG_BYTES_MAX = 64 << 20
-#: The last microsecond of the year 9999: a time beyond it is none.
-AT_MAX = 253_402_300_799_999_999
 
 
 class SqlJournal:
@@ -202,9 +199,9 @@ class SqlJournal:
                 self._check_schema(connection)
         except sa.exc.OperationalError as error:
             raise Busy(f"{self._path} cannot be opened now: {error.orig}") from error
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DatabaseError, UnicodeDecodeError) as error:  # the latter where SQLite quotes what it found
             raise Invalid(
-                f"{self._path} is damaged or not an SQLite database ({error.orig}): "
+                f"{self._path} is damaged or not an SQLite database ({getattr(error, 'orig', error)}): "
                 "restore it from a backup, or name another file"
             ) from error
 
@@ -238,17 +235,17 @@ class SqlJournal:
     def record(self, run: str) -> RunRecord | None:
         with self._read(run) as connection:
             found = connection.execute(sa.select(tables.runs).where(tables.runs.c.run == run)).one_or_none()
-        return None if found is None else _record(found)
+        return None if found is None else record_of(found)
 
     def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
         runs = tables.runs.c
-        query = sa.select(tables.runs).where(*_conditions(where))
+        query = sa.select(tables.runs).where(*conditions(where))
         if after is not None:
             created_at, run = after
             query = query.where((runs.created_at < created_at) | ((runs.created_at == created_at) & (runs.run < run)))
         query = query.order_by(runs.created_at.desc(), runs.run.desc()).limit(limit)
         with self._read() as connection:
-            return [_record(found) for found in connection.execute(query)]
+            return [record_of(found) for found in connection.execute(query)]
 
     def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
         for page in self._pages(run, after, until):
@@ -363,55 +360,3 @@ def _lock(path: str) -> IO[str]:
 def _text(data: bytes) -> str:
     """A damaged text is one that differs, and no error of the whole query."""
     return data.decode("utf-8", "backslashreplace")
-
-
-def _record(found: Any) -> RunRecord:
-    """The record; where it makes no sense, one of the status "damaged" with what does."""
-    record = RunRecord._make(found)
-    text: Any = record.labels
-    try:
-        labels = json.loads(text)
-    except (TypeError, ValueError):
-        labels = None
-    texts = (record.run, record.project, record.name, record.status, record.policy)
-    numbers = (record.attempt, record.step or 0, record.seq, record.created_at, record.updated_at)
-    if (
-        isinstance(labels, dict)
-        and json.dumps(labels, sort_keys=True) == text
-        and all(type(text) is str for text in (*texts, *labels.values()))
-        and all(type(number) is int for number in numbers)
-        and min(record.created_at, record.updated_at) >= 0
-        and max(record.created_at, record.updated_at) <= AT_MAX
-        and type(record.hash) is bytes
-    ):
-        return record._replace(labels=labels)
-    run, project, name, _, policy = map(str, texts)
-    attempt, step, seq, *times = (number if type(number) is int else 0 for number in numbers)
-    created_at, updated_at = (at if 0 <= at <= AT_MAX else 0 for at in times)
-    hash_ = record.hash if type(record.hash) is bytes else b""
-    return RunRecord(run, project, name, "damaged", policy, {}, attempt, step, created_at, updated_at, seq, hash_)
-
-
-def _conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
-    runs = tables.runs.c
-    conditions: list[sa.ColumnElement[bool]] = []
-    if where.project is not None:
-        conditions.append(runs.project == where.project)
-    if where.status is None:
-        conditions.append(runs.status != DELETED)
-    else:
-        conditions.append(runs.status == ("active" if where.status == "stale" else where.status))
-    if where.status == "stale":
-        stale_before = where.stale_before
-        conditions.append(sa.false() if stale_before is None else runs.updated_at < stale_before)
-    if where.status == "active" and where.stale_before is not None:
-        conditions.append(runs.updated_at >= where.stale_before)
-    if where.policy is not None:  # LIKE would ignore case
-        versions = where.policy + "@"
-        conditions.append((runs.policy == where.policy) | (sa.func.substr(runs.policy, 1, len(versions)) == versions))
-    if where.parent is not None:
-        conditions.append(runs.parent == where.parent)
-    for key, value in (where.labels or {}).items():
-        labels = tables.labels.c
-        conditions.append(runs.run.in_(sa.select(labels.run).where(labels.key == key, labels.value == value)))
-    return conditions

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -384,10 +385,11 @@ def meaning(error: Exception) -> Exception:
     """A database's error as one of ours, where it is one: Conflict for a taken key, Busy for a full or locked disk."""
     if isinstance(error, sa.exc.IntegrityError):
         return Conflict("another writer appended to this run first")
-    if isinstance(error, sa.exc.OperationalError):
-        return Busy(f"the database cannot write now: {error.orig}")
-    if isinstance(error, sa.exc.DatabaseError):
-        return Damaged(f"the database is damaged: {error.orig}")
+    found = error.orig if isinstance(error, sa.exc.DatabaseError) else error
+    if isinstance(found, sqlite3.OperationalError):
+        return Busy(f"the database cannot write now: {found}")
+    if isinstance(found, sqlite3.DatabaseError):
+        return Damaged(f"the database is damaged: {found}")
     if not isinstance(error, SteeringError):
         _log.error("an append failed", exc_info=error)
     return error
