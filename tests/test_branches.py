@@ -23,7 +23,8 @@ from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Fork, Report, WhatIfRequest
 from flyball_server.queries import SeriesRequest
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage import open_journal
 from flyball_server.storage.memory import MemoryJournal
 from flyball_server.verify import verify

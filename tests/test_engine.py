@@ -16,7 +16,8 @@ from flyball_server.core.errors import Busy, Conflict, NotFound
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Report
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage.memory import MemoryJournal
 from flyball_server.verify import verify
 

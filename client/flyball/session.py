@@ -13,6 +13,8 @@ States: connecting -> steering <-> away -> ... -> closed; or refused (the servic
 process drives the run now). While `away` is an outage, `on_outage` says which settings hold: the last ones
 (hold), those of the declared base schedule under the last known factor (base), or the last ones with
 `should_stop` set (stop).
+
+Longer than 400 lines because the whole state machine stands in one place.
 """
 
 from __future__ import annotations

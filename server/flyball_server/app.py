@@ -26,7 +26,8 @@ from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal

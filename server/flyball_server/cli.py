@@ -33,7 +33,7 @@ from flyball_server.policy_files import json_schema, load_policy
 from flyball_server.policy_files import summary as about
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.profiles import Profile, load_profiles
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 from flyball_server.settings import Settings
 from flyball_server.signing import fingerprint, open_signer, pem, read_public_key
 from flyball_server.simulate import read_groups, simulate

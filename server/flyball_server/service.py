@@ -15,22 +15,19 @@ from flyball_server.checks import (
     check_room,
     check_same,
     check_signal_names,
-    check_spec,
     spec_from,
 )
 from flyball_server.conversation import advice, attached, new_events, reason
-from flyball_server.core.base import build
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Origin, Reported, Spec
-from flyball_server.core.run import Rules, Run
+from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
-from flyball_server.guards import limits_of, relative
 from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
-from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile
 from flyball_server.proving import Undamaged
+from flyball_server.rules import rules_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
 
@@ -49,20 +46,6 @@ class RunView(NamedTuple):
     run: Run | None
     reason: str
     problem: str
-
-
-def rules_of(spec: Spec) -> Rules:
-    """What a specification means. Raises Invalid where it names something that does not exist."""
-    check_spec(spec)
-    policy, config, _ = resolve(spec.policy)
-    base = None if spec.base is None else build(spec.base)
-    limits = limits_of(spec.guard)
-    if spec.mode == "multiplier":
-        limits = relative(limits)
-    rules = Rules(policy, config, base, limits, spec.groups, spec.seed)
-    return rules._replace(
-        shadows=tuple(rules_of(spec._replace(**beside, shadows={})) for beside in spec.shadows.values())
-    )
 
 
 class Service:

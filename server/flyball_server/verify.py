@@ -14,7 +14,7 @@ from flyball_server.core import run as fold
 from flyball_server.core.errors import Damaged, NotFound
 from flyball_server.core.run import Rules, Run
 from flyball_server.loading import differs, load, projected
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Column, Journal, Row, RunRecord, chained, header
 
 

@@ -21,7 +21,8 @@ from flyball_server.core import rng, types
 from flyball_server.core.errors import Conflict
 from flyball_server.core.events import DirectiveAnswered, Observed, Receipt
 from flyball_server.engine import Engine
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage.memory import MemoryJournal
 
 GROUPS = (wire.Group("a", 0.1, 0.9), wire.Group("b", 0.01))

@@ -21,7 +21,7 @@ from tests.simulation.reference import Record
 from flyball import limits as client_limits
 from flyball.errors import LinkError, Refused
 from flyball_server import limits as server_limits
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 
 #: How long everything may take to arrive once the weather is over, in virtual seconds.
 CALM_S = 200.0

@@ -17,7 +17,8 @@ from flyball_server import limits
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Report
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 

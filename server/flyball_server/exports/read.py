@@ -19,7 +19,7 @@ from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.form import MAGIC, Part, begun, fields, parsed, signed_part
 from flyball_server.loading import parent_of
 from flyball_server.messages import Attach
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 from flyball_server.signing import is_signed
 from flyball_server.storage.blocks import SEGMENT, Stored, store, unpack_segment
 from flyball_server.storage.journal import Row, RunRecord, Snapshot
