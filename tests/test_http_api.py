@@ -175,7 +175,7 @@ def test_the_table_of_statuses_covers_every_kind_of_error():
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
 def test_every_error_is_a_problem_document(kind):
-    app = http_api.build(Failing(kind("loss is 'x': give a number")), "1", lambda: True)
+    app = http_api.build(Failing(kind("loss is 'x': give a number")), "1", lambda: True, exchange=None)
     answer = TestClient(app).get("/v1/runs/r")
     document = problem(answer, problems.STATUS[kind.code][0], "loss is 'x'")
     assert document["code"] == kind.code
@@ -183,7 +183,7 @@ def test_every_error_is_a_problem_document(kind):
 
 
 def test_an_error_nobody_thought_of_is_a_problem_document_without_its_inside():
-    app = http_api.build(Failing(RuntimeError("secret")), "1", lambda: True)
+    app = http_api.build(Failing(RuntimeError("secret")), "1", lambda: True, exchange=None)
     answer = TestClient(app, raise_server_exceptions=False).get("/v1/runs/r")
     document = problem(answer, 500)
     assert "secret" not in json.dumps(document)
@@ -491,7 +491,7 @@ def series(http, run, **query):
     return answer.json()["series"]
 
 
-def test_a_series_follows_the_line_of_its_attempt(http, long):
+def test_a_series_follows_the_cutoffs_its_attempt(http, long):
     for attempt, parts in (
         (1, [(1, 0, 1000)]),
         (2, [(1, 0, 600), (2, 600, 700)]),
@@ -575,7 +575,7 @@ def test_decisions_come_in_pages_and_tell_code_reason_and_numbers(http, run):
 def test_probes_answer_and_readiness_is_withdrawn(http):
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json()["status"] == "ready"
-    app = http_api.build(Failing(RuntimeError()), "1", lambda: False)
+    app = http_api.build(Failing(RuntimeError()), "1", lambda: False, exchange=None)
     assert TestClient(app).get("/readyz").status_code == 503
 
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from flyball.connect import DEFAULT_SERVER
 from flyball.errors import FlyballError, LinkError, Refused
+from flyball.tables import Table
 
 if TYPE_CHECKING:
     import httpx
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 #: Runs and decisions asked for in one request; more come in further ones.
 RUNS_PAGE = 200
 DECISIONS_PAGE = 1000
+#: How long the service may be busy with a whole run before its answer comes.
+EXCHANGE_S = 600.0
 
 
 class Client:
@@ -50,6 +54,7 @@ class Client:
         token = token or os.environ.get("FLYBALL_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._unreachable = httpx.TransportError
+        self._broken_off = httpx.RemoteProtocolError
         # With a transport of its own httpx asks the environment for no proxy, which would stand between this
         # machine and itself.
         self._http = httpx.Client(
@@ -118,6 +123,37 @@ class Client:
         page = self._get(_path(run, "decisions"), {"newest": True, "limit": limit})
         return list(page["decisions"])
 
+    def fork(
+        self,
+        run: str,
+        name: str,
+        *,
+        step: int | None = None,
+        attempt: int | None = None,
+        policy: str | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Begin the run `name` as a fork of `run` at `step` (None: behind its newest), on the line of `attempt` (None:
+        the newest); the new run. Its job loads the checkpoint of that step and attaches with `resume=True`.
+
+        Without a policy it goes on under the other run's, in the state of then. options: project, base, guard, labels,
+        seed, shadows, as in `attach`; what is not given is the other run's.
+        """
+        body = {"name": name, "step": step, "attempt": attempt, "policy": _policy(policy), **options}
+        return self._answer("POST", _path(run, "fork"), body={k: v for k, v in body.items() if v is not None})
+
+    def lineage(self, run: str) -> dict[str, Any]:
+        """{"run", "ancestors", "forks", "attempts"}: where a run comes from, what left it, its attempts, their gaps."""
+        return self._get(_path(run, "lineage"))
+
+    def what_if(self, run: str, policy: str | Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """What another policy would have decided on the signals that `run` recorded, beside what was decided.
+
+        {"run", "policy", "summary", "series", "decisions"}. options: base, guard, seed (the run's own without),
+        attempt, points, limit.
+        """
+        return self._answer("POST", _path(run, "what-if"), body={"policy": _policy(policy), **options})
+
     def policies(self) -> dict[str, Any]:
         """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
         return self._get("/v1/policies")
@@ -146,6 +182,46 @@ class Client:
         where that is not "ok"."""
         return self._get("/v1/store")
 
+    def export(self, run: str, file: IO[bytes]) -> None:
+        """Write a run's export file: its whole journal, signed. `flyball-server verify FILE` checks it, and
+        `import_run` gives it to another service."""
+        with self._streamed(_path(run, "export"), {}) as answer:
+            for piece in answer.iter_bytes():
+                file.write(piece)
+
+    def import_run(self, file: IO[bytes]) -> dict[str, Any]:
+        """Give the service the run in an export file. {"run", "status", "seq", "digest", "signer"}; status: "imported",
+        or "unchanged" where the very same run is there already."""
+        headers = {"Content-Type": "application/octet-stream"}
+        return self._answer("POST", "/v1/import", content=file, headers=headers, timeout=EXCHANGE_S)
+
+    @contextmanager
+    def table(self, run: str, *, attempt: int | None = None) -> Iterator[Table]:
+        """Every step of an attempt's line (the newest without it), in full resolution: `with client.table(run) as
+        table: table.columns`, and iterating over it gives one list per step, None where there is nothing."""
+        with self._streamed(_path(run, "table"), {"attempt": attempt}) as answer:
+            lines = answer.iter_lines()
+            try:
+                head = json.loads(next(lines, ""))
+                columns = tuple(head["columns"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LinkError(f"{self.server} answered with no table: check the address") from error
+            yield Table(head["run"], head["attempt"], columns, (_numbers(json.loads(line)) for line in lines))
+
+    def schedule(self, run: str, *, attempt: int | None = None) -> dict[str, Any]:
+        """The learning rates that were applied on an attempt's line: {"run", "attempt", "steps", "groups": {name:
+        {"reference_lr", "from_step": [...], "lr": [...]}}}, with "momentum" where that was steered."""
+        asked = {} if attempt is None else {"attempt": attempt}
+        found = self._answer("GET", _path(run, "schedule"), parameters=asked, timeout=EXCHANGE_S)
+        for group in found["groups"].values():
+            for kind in group.keys() & {"lr", "momentum"}:
+                group[kind] = _numbers(group[kind])
+        return found
+
+    def signing_key(self) -> dict[str, Any]:
+        """{"public_key": PEM, "fingerprint"} of the key that the service signs exports with."""
+        return self._get("/v1/signing-key")
+
     def close(self) -> None:
         """Let go of the connection."""
         self._http.close()
@@ -162,15 +238,34 @@ class Client:
         asked = {name: value for name, value in (parameters or {}).items() if value is not None}
         return self._answer("GET", path, parameters=asked)
 
-    def _answer(self, method: str, path: str, *, parameters: Any = None, body: Any = None) -> dict[str, Any]:
+    def _answer(
+        self, method: str, path: str, *, parameters: Any = None, body: Any = None, **options: Any
+    ) -> dict[str, Any]:
+        with self._reaching():
+            answer = self._http.request(method, path, params=parameters, json=body, **options)
+        return _checked(answer, self.server)
+
+    @contextmanager
+    def _streamed(self, path: str, parameters: Mapping[str, Any]) -> Iterator[httpx.Response]:
+        asked = {name: value for name, value in parameters.items() if value is not None}
+        with self._reaching(), self._http.stream("GET", path, params=asked, timeout=EXCHANGE_S) as answer:
+            if not answer.is_success:
+                answer.read()
+                _checked(answer, self.server)
+            yield answer
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """What goes wrong with the connection meanwhile, in words."""
         try:
-            answer = self._http.request(method, path, params=parameters, json=body)
+            yield
+        except self._broken_off as error:
+            raise LinkError(f"{self.server} broke off its answer: the service's log says why; try again") from error
         except self._unreachable as error:
             raise LinkError(
                 f"no answer from {self.server} ({error or type(error).__name__}): is the service running there? "
                 "`flyball-server serve` starts one; --server or FLYBALL_SERVER names another address"
             ) from error
-        return _checked(answer, self.server)
 
 
 def rest_address(server: str | None) -> str:
@@ -189,6 +284,10 @@ def rest_address(server: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FlyballError(f"{name} is {given!r}: give http://HOST:PORT (https:// for TLS)")
     return given.rstrip("/")
+
+
+def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return {"type": policy} if isinstance(policy, str) else policy
 
 
 def _path(run: str, what: str = "") -> str:
@@ -218,6 +317,10 @@ def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:
 
 def _number(value: float | str | None) -> float | None:
     return float(value) if isinstance(value, str) else value
+
+
+def _numbers(values: Iterable[float | str | None]) -> list[float | None]:
+    return [float(value) if isinstance(value, str) else value for value in values]
 
 
 def _jsonable(value: float) -> float | str:

@@ -1,4 +1,4 @@
-"""The command `flyball`: runs, one run, series, from a terminal or a script.
+"""The command `flyball`: runs, one run, series, exports, from a terminal or a script.
 
 Rule of this module: ask the REST SDK, print. Tables are for terminals; piped output is plain, and --json and --csv are
 for programs. Errors go to stderr in one line with exit code 1 (2 for a wrong command line).
@@ -6,25 +6,20 @@ for programs. Errors go to stderr in one line with exit code 1 (2 for a wrong co
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
-from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any
 
+from flyball import cli_branches
 from flyball.api import Client
+from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
 from flyball.errors import FlyballError
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(f"flyball: {error.name or error} is not installed: pip install 'flyball[cli]'") from error
+from flyball.exporting import TEXT_FORMATS, Format, export_run
 
 #: Decisions that `show` prints.
 DECISIONS_SHOWN = 5
@@ -51,14 +46,6 @@ class RunStatus(StrEnum):
     DELETED = "deleted"
 
 
-Server = Annotated[
-    str | None, typer.Option(help="http://HOST:PORT; without it FLYBALL_SERVER, then http://127.0.0.1:1788.")
-]
-Token = Annotated[str | None, typer.Option(help="The bearer token; without it FLYBALL_TOKEN.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `flyball runs` shows it.")]
-
-
 @cli.command()
 def runs(
     project: Annotated[str | None, typer.Option(help="Only runs of this project.")] = None,
@@ -74,14 +61,14 @@ def runs(
 ) -> None:
     """List runs, newest first."""
     labels = _labels(label or [])
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         matching = client.runs(project=project, status=status, policy=policy, labels=labels)
         found = list(islice(matching, limit + 1))
     more, found = found[limit:], found[:limit]
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
-    _table(
+    table(
         ("run", "status", "policy", "attempt", "step", "last news", "labels"),
         [
             (
@@ -103,25 +90,25 @@ def runs(
 @cli.command()
 def show(run: RunId, json_output: Json = False, server: Server = None, token: Token = None) -> None:
     """Show one run: where it stands, its settings, its newest signals and decisions."""
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         found = client.run(run)
         newest = client.newest_decisions(run, DECISIONS_SHOWN)
     newest.reverse()
     if json_output:
-        _print_json({**found, "newest_decisions": newest})
+        print_json({**found, "newest_decisions": newest})
         return
     _print_run(found)
-    _section(
+    section(
         "settings",
         ("group", "lr decided", "lr applied", "lr at attach", "momentum", "noise_std"),
-        [[group["group"], *(_short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
+        [[group["group"], *(short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
     )
-    _section("signals", ("signal", "newest"), [(n, _short(value)) for n, value in sorted(found["signals"].items())])
-    _section(
+    section("signals", ("signal", "newest"), [(n, short(value)) for n, value in sorted(found["signals"].items())])
+    section(
         "newest decisions",
         ("step", "group", "lr", "decision", "reason"),
         [
-            (one["step"], group, f"{_short(before)} -> {_short(one['lr_after'][group])}", _decided(one), one["reason"])
+            (one["step"], group, f"{short(before)} -> {short(one['lr_after'][group])}", _decided(one), one["reason"])
             for one in newest
             for group, before in one["lr_before"].items()
         ],
@@ -150,10 +137,10 @@ def series(
     if csv_output and json_output:
         raise typer.BadParameter("give --csv or --json, not both")
     names = [name.strip() for name in signals.split(",") if name.strip()]
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         found = client.series(run, names, points=points, from_step=from_step, to_step=to_step, attempt=attempt)
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
     header, rows = _joined(found["series"])
     if csv_output:
@@ -161,7 +148,7 @@ def series(
         out.writerow(header)
         out.writerows(rows)
     else:
-        _table(header, rows)
+        table(header, rows)
 
 
 @cli.command()
@@ -173,10 +160,10 @@ def delete(
     token: Token = None,
 ) -> None:
     """Delete a run for good. Its name is not used again."""
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         left = client.delete(run, reason=reason)
     if json_output:
-        _print_json(left)
+        print_json(left)
         return
     observations = "unknown" if left["observations"] is None else left["observations"]
     print(f"deleted {left['run']}: {left['attempts']} attempts, {observations} observations, {left['rows']} rows")
@@ -185,13 +172,65 @@ def delete(
 @cli.command()
 def tombstones(json_output: Json = False, server: Server = None, token: Token = None) -> None:
     """List the deleted runs: which, when, by whom and why."""
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         found = list(client.tombstones())
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
     header = ("run", "at", "actor", "observations", "reason")
-    _table(header, [["-" if one[name] is None else one[name] for name in header] for one in found])
+    table(header, [["-" if one[name] is None else one[name] for name in header] for one in found])
+
+
+@cli.command()
+def export(
+    run: RunId,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The file; '-' or none: stdout, for jsonl, csv and schedule.")
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", help="flyball: all of the run in one signed file; else its steps as a table.")
+    ] = Format.FLYBALL,
+    attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file where it is there already.")] = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Write a run to a file.
+
+    flyball: journal, configuration, versions and signature, for `flyball-server verify` and `flyball import`. jsonl,
+    csv, parquet: every step with its signals and settings. schedule: the learning rates applied, as FILE.json with a
+    Python module beside it that uses them with torch, optax or Keras, without any service.
+    """
+    path = None if out is None or str(out) == "-" else out
+    if path is None and format_ not in TEXT_FORMATS:
+        raise typer.BadParameter(f"--format {format_} is no text: name a file with -o")
+    if path is not None and format_ is Format.SCHEDULE and path.suffix != ".json":
+        raise typer.BadParameter(f"-o is {str(path)!r}: give a name that ends with .json, the module goes beside it")
+    if attempt is not None and format_ is Format.FLYBALL:
+        raise typer.BadParameter("--attempt is for tables and schedules: --format flyball holds all attempts")
+    with errors(), Client(server, token) as client:
+        export_run(client, run, format_, path, attempt=attempt, force=force)
+
+
+@cli.command(name="import")
+def import_command(
+    file: Annotated[Path, typer.Argument(help="What `flyball export` wrote.")],
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Give the service a run that another one exported. It takes nothing that does not verify."""
+    with errors(), Client(server, token) as client:
+        try:
+            with file.open("rb") as opened:
+                found = client.import_run(opened)
+        except OSError as error:
+            raise FlyballError(f"{file} cannot be read: {error.strerror}") from error
+    if json_output:
+        print_json(found)
+        return
+    what = "imported" if found["status"] == "imported" else "is there already, unchanged"
+    print(f"{found['run']}: {what}, {found['seq']} rows, signed by {found['signer']}")
 
 
 # Leaves
@@ -224,28 +263,6 @@ def _print_run(run: Mapping[str, Any]) -> None:
         print(f"{name:<8} {fact}")
 
 
-def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    if rows:
-        print(f"\n{title}")
-        _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on a terminal; elsewhere plain columns, nothing cut off."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in header:
-            table.add_column(title, overflow="fold")
-        for row in cells:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    for row in [list(header), *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 def _decided(decision: Mapping[str, Any]) -> str:
     return f"{decision['decision']} ({decision['guard']})" if decision["guard"] else str(decision["decision"])
 
@@ -261,27 +278,9 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _short(value: float | None) -> str:
-    """Six digits: for people."""
-    return "-" if value is None else f"{value:.6g}"
-
-
 def _full(value: float | None) -> str:
     """Every digit: for programs. NaN as such, nothing where there is no value."""
-    return "" if value is None else str(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """The SDK's answer as JSON can carry it: what is not finite as the words that the service uses."""
-    if isinstance(value, float) and not isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    return "" if value is None else str(plain(value))
 
 
 def _labels(pairs: list[str]) -> dict[str, str]:
@@ -294,14 +293,7 @@ def _labels(pairs: list[str]) -> dict[str, str]:
     return labels
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the service or the address is to blame for ends in one line on stderr, not in a traceback."""
-    try:
-        yield
-    except FlyballError as error:
-        print(f"flyball: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+cli_branches.add(cli)
 
 
 def main() -> None:

@@ -31,3 +31,5 @@ EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Rows of a Parquet file that are kept in memory and written together.
+PARQUET_ROWS = 65_536

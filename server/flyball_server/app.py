@@ -16,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from types import TracebackType
 
 import uvicorn
 
 from flyball_server import grpc_api, http_api
 from flyball_server.engine import Engine
+from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.service import Service, rules_of
 from flyball_server.settings import Settings, split_address
+from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 
 log = logging.getLogger("flyball_server")
@@ -51,15 +54,17 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
     service = Service(engine, journal, profiles)
     ready = threading.Event()
-    app = http_api.build(service, version(), ready.is_set)
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
-    # Training steps may be a minute apart; a client that finds its connection closed has to come again.
-    config.timeout_keep_alive = KEEP_ALIVE_S
-    config.timeout_graceful_shutdown = int(DRAIN_S)
-    http_server = _HttpServer(config)
     try:
         await engine.start()
+        # Behind the journal's lock: of two services on one file only one makes the key.
+        exchange = Exchange(engine, journal, signer_of(settings), version())
+        app = http_api.build(service, version(), ready.is_set, exchange)
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+        # Training steps may be a minute apart; a client that finds its connection closed has to come again.
+        config.timeout_keep_alive = KEEP_ALIVE_S
+        config.timeout_graceful_shutdown = int(DRAIN_S)
+        http_server = _HttpServer(config)
         await grpc_server.start()
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
@@ -78,6 +83,14 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     finally:
         await engine.close()
         sock.close()
+
+
+def signer_of(settings: Settings) -> Signer:
+    """The key that exports are signed with: the named file's, else the one beside the store, made where it is missing;
+    of a store in memory one that ends with the process. Raises Invalid for a file that holds none."""
+    if settings.signing_key:
+        return open_signer(Path(settings.signing_key), make=False)
+    return new_signer() if settings.own_key is None else open_signer(settings.own_key, make=True)
 
 
 class Running:

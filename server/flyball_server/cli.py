@@ -12,7 +12,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +21,27 @@ import typer
 from pydantic import ValidationError
 
 from flyball_server import app as application
+from flyball_server.branches import otherwise
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.errors import Damaged, Invalid, SteeringError
+from flyball_server.core.numbers import finite
 from flyball_server.core.policies import POLICIES
-from flyball_server.policy_files import json_schema, load_policy, summary
+from flyball_server.exports.check import check
+from flyball_server.loading import load
+from flyball_server.messages import WhatIfRequest
+from flyball_server.policy_files import json_schema, load_policy
+from flyball_server.policy_files import summary as about
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.profiles import Profile, load_profiles
+from flyball_server.service import rules_of
 from flyball_server.settings import Settings
+from flyball_server.signing import fingerprint, open_signer, pem, read_public_key
 from flyball_server.simulate import read_groups, simulate
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 from flyball_server.verify import names as verify_names
 from flyball_server.verify import verify, verify_store
+from flyball_server.what_if import Asked, beside, summary, what_if
 
 cli = typer.Typer(
     name="flyball-server",
@@ -58,19 +68,22 @@ def serve(
     disk_free_min: Annotated[
         int | None, typer.Option(help="Bytes to keep free on the store's disk; default: 64 MiB.")
     ] = None,
+    signing_key: Annotated[
+        str | None, typer.Option(help="File of the Ed25519 key that signs exports (PEM); default: beside the store.")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
     """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES,
-    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN and FLYBALL_INSECURE.
+    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY and FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {
         "http": http, "grpc": grpc, "store": store, "profiles": profiles, "store_bytes_max": store_bytes_max,
-        "disk_free_min": disk_free_min, "insecure": insecure or None,
+        "disk_free_min": disk_free_min, "signing_key": signing_key, "insecure": insecure or None,
     }  # fmt: skip
     _log_in_utc()
     with _errors():
@@ -149,7 +162,7 @@ def policies(
         if schema:
             print(json.dumps(described, indent=2))
             return
-        print(summary(name))
+        print(about(name))
         for field, facts in described["properties"].items():
             if field != "type":
                 default = json.dumps(facts["default"]) if "default" in facts else "-"
@@ -157,17 +170,41 @@ def policies(
 
 
 def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
-    yield from (("policy", policy.tag, summary(policy.name)) for policy in POLICIES.values())
+    yield from (("policy", policy.tag, about(policy.name)) for policy in POLICIES.values())
     yield from (("preset", name, preset.about) for name, preset in PRESETS.items())
-    yield from (("base", name, summary(name, base=True)) for name in SCHEDULES)
+    yield from (("base", name, about(name, base=True)) for name in SCHEDULES)
     yield from (("guard", name, guard.about) for name, guard in GUARDS.items())
     yield from (("profile", profile.name, profile.about) for profile in profiles.values())
 
 
+@cli.command()
+def key(
+    store: Annotated[str | None, typer.Option(help="The service's store: its key lies beside the file.")] = None,
+    signing_key: Annotated[str | None, typer.Option(help="The key file, where the service was given one.")] = None,
+) -> None:
+    """Print the public key that exports are signed with (PEM), and its fingerprint."""
+    given: dict[str, Any] = {"store": store, "signing_key": signing_key}
+    with _errors():
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+        path = Path(settings.signing_key) if settings.signing_key else settings.own_key
+        if path is None:
+            raise Invalid(f"store is {settings.store!r}, which keeps no key: name the file of a service")
+        if not path.exists():
+            raise Invalid(f"{path} does not exist: `flyball-server serve` makes the key when it is first started")
+        public = open_signer(path, make=False).public
+        print(f"{pem(public)}{fingerprint(public)}")
+
+
 @cli.command(name="verify")
 def verify_command(
-    runs: Annotated[list[str] | None, typer.Argument(help="Run ids; all runs of the store without one.")] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run ids, or export files (*.flyball); without any, all runs."),
+    ] = None,
     store: Annotated[str, typer.Option(help="sqlite:///FILE; the service may be running.")] = "sqlite:///flyball.db",
+    public_key: Annotated[
+        Path | None, typer.Option(help="File of the public key (PEM) that must have signed the export files.")
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON line per run, and one of the store's own problems.")
     ] = False,
@@ -175,8 +212,18 @@ def verify_command(
     """Check the hash chain of runs and fold their journals again, comparing every decision bit for bit; and their
     records, their snapshots, and what of the store is no single run's.
 
-    Exit code 1 where anything differs.
+    Exit code 1 where anything differs. Of an export file its checksums and its signature are checked, too; it needs
+    no store.
     """
+    files = [Path(name) for name in runs or () if name.endswith(".flyball") and Path(name).is_file()]
+    if files:
+        if len(files) < len(runs or ()):
+            raise typer.BadParameter("give run ids or export files, not both")
+        with _errors():
+            _verify_files(files, None if public_key is None else read_public_key(public_key), json_output)
+        return
+    if public_key is not None:
+        raise typer.BadParameter("--public-key is for export files; name one (*.flyball)")
     wrong = False
     with _errors(), _opened(store, read_only=True) as journal:
         for name in runs or verify_names(journal):
@@ -196,6 +243,69 @@ def verify_command(
             print(f"the store {store}: {'; '.join(problems)}")
     if wrong or problems:
         raise typer.Exit(1)
+
+
+def _verify_files(files: Iterable[Path], key: bytes | None, json_output: bool) -> None:
+    failed = False
+    for path in files:
+        verdict, signer, _, _ = check(path, key)
+        failed = failed or bool(verdict.problem)
+        if json_output:
+            print(json.dumps({**verdict._asdict(), "file": str(path), "signer": signer}))
+        elif verdict.problem:
+            print(f"{path}: {verdict.problem}")
+        else:
+            known = "the key given" if key is not None else "only a fingerprint you know proves who signed"
+            print(
+                f"{verdict.run}: {verdict.observations} observations, {verdict.decisions} decisions: matches bit for "
+                f"bit, signed by {signer} ({known})"
+            )
+    if failed:
+        raise typer.Exit(1)
+
+
+@cli.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="The run's id.")],
+    policy: Annotated[Path, typer.Option(help="Policy file: JSON, YAML or TOML with `type: NAME` and parameters.")],
+    store: Annotated[str, typer.Option(help="sqlite:///FILE; the service may be running.")] = "sqlite:///flyball.db",
+    attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="So many lines where the two streams part, from the first.")] = 20,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="A JSON line per step at which one of them changes; a summary at the end.")
+    ] = False,
+) -> None:
+    """What another policy would have decided on the signals that a run recorded, beside what was decided.
+
+    A policy without a base of its own stands on the run's.
+    """
+    with _errors(), _opened(store, read_only=True) as journal:
+        _replay(journal, WhatIfRequest(run, load_policy(policy), None, {}, None, attempt), limit, json_output)
+
+
+def _replay(journal: Journal, request: WhatIfRequest, limit: int, json_output: bool) -> None:
+    found = load(journal, rules_of, request.run)
+    spec, own = otherwise(request, found.spec, {})
+    asked = Asked(found.spec, found.origin, found.run, rules_of(spec), own)
+    streams = what_if(journal, asked, request.attempt)
+    summed = summary(streams, spec.groups)
+    if json_output:
+        for line in beside(streams, asked.rules):
+            print(json.dumps(finite(line), allow_nan=False))
+        print(json.dumps({"run": request.run, "policy": asked.rules.policy.tag, "summary": summed}, allow_nan=False))
+        return
+    print(f"{request.run}: {summed['observations']} observations, steps {summed['from_step']} to {summed['to_step']}")
+    apart = (line for line in beside(streams, asked.rules) if line["real"] != line["what_if"])
+    for line in islice(apart, limit):
+        for group, lr in line["real"]["lr"].items():
+            print(
+                f"  step {line['step']:<8} {group}: {lr:.6g} really, {line['what_if']['lr'][group]:.6g} under", end=" "
+            )
+            print(f"{asked.rules.policy.tag}  {line['reason']}".rstrip())
+    if summed["first_difference"] is None:
+        print("the settings would have been the same at every step")
+    else:
+        print(f"first difference decided at step {summed['first_difference']}; {summed['steps_apart']} steps apart")
 
 
 @cli.command()

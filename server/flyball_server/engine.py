@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
-from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid
-from flyball_server.core.events import Attached, Created, Event, Observed, Outcome, Spec
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
+from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
@@ -41,14 +41,15 @@ T = TypeVar("T")
 
 
 class Lost(Exception):
-    """Another process appended to the run first: fold again and retry. Never leaves this module."""
+    """Another process appended to the run first: fold again and retry. No caller of the service sees it."""
 
 
 class LiveRun:
     """One run in memory: its newest durable state and the place its next row goes to."""
 
-    def __init__(self, spec: Spec, rules: Rules, run: Run, record: RunRecord) -> None:
+    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
         self.spec = spec
+        self.origin = origin
         self.rules = rules
         self.run = run
         self.record = record
@@ -90,9 +91,16 @@ class Turn:
             raise
         return live
 
-    async def __aexit__(self, *_: object) -> None:
-        self._live.lock.release()
-        self._live.waiting -= 1
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        live = self._live
+        try:
+            # Where another process has gone on with the run, a refusal may be about what is long over.
+            if isinstance(error, Conflict | Invalid | NotFound) and await self._engine._is_behind(live):
+                live.stale = True
+                raise Lost(f"run {live.spec.run}: refused by what another process has changed since") from error
+        finally:
+            live.lock.release()
+            live.waiting -= 1
 
 
 class Engine:
@@ -125,20 +133,21 @@ class Engine:
         await self._scrub.stop()
         await asyncio.to_thread(self._journal.close)
 
-    async def create(self, spec: Spec, actor: str) -> LiveRun:
+    async def create(self, spec: Spec, actor: str, origin: Origin | None = None) -> LiveRun:
         """Begin a run. Raises Conflict where it exists (in any process)."""
         rules = self._ruler(spec)
-        run = fold.create(rules)
+        run = fold.create(rules, origin)
         now = self.now_us()
-        entry = records.to_entry(Created(spec), fold.NOTHING)
+        entry = records.to_entry(Created(spec, origin), fold.NOTHING)
         row = Row(1, *entry[:4], actor, now, entry.meta, entry.columns, b"")
         row = row._replace(hash=chained(GENESIS, spec.run, row))
         tag = rules.policy.tag
         record = RunRecord(
-            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash
-        )
+            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash,
+            loading.parent_of(origin),
+        )  # fmt: skip
         await self._append(spec.run, 0, (row,), record, None)
-        live = LiveRun(spec, rules, run, record)
+        live = LiveRun(spec, origin, rules, run, record)
         self._keep(live)
         return live
 
@@ -204,13 +213,15 @@ class Engine:
             outcomes.append(outcome)
             seq += 1
             assert run.seq == seq, "only events that change the run may be committed: see fold.fresh"
-            entry = records.to_entry(event, outcome)
+            entry = records.to_entry(event, outcome, live.spec.shadows)
             kind, attempt, first, last, meta, columns = entry
             head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
             rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        of, project, name, _, policy, labels, _, _, created, _, _, _ = live.record
-        record = RunRecord(of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head)
+        of, project, name, _, policy, labels, _, _, created, _, _, _, parent = live.record
+        record = RunRecord(
+            of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
+        )
         snapshot = self._snapshot(live, run)
         try:
             await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
@@ -237,7 +248,9 @@ class Engine:
         """The run as it was before it observed `step`, on the line of `attempt`; as it last was on that line, where
         the line ends before the step (what the job did in between never arrived: a gap)."""
         read = loading.fold_until
-        return await self._reading(live, lambda: read(self._journal, live.spec, live.rules, live.run, attempt, step))
+        return await self._reading(
+            live, lambda: read(self._journal, live.spec, live.origin, live.rules, live.run, attempt, step)
+        )
 
     async def resent(self, live: LiveRun, first: int, last: int) -> list[tuple[int, Settings]]:
         """The recorded settings for steps first..last, which were folded before; [] where too long ago."""
@@ -290,6 +303,10 @@ class Engine:
                     future.set_result(None)
                 else:
                     future.set_exception(error)
+
+    async def _is_behind(self, live: LiveRun) -> bool:
+        record = await asyncio.to_thread(self._journal.record, live.spec.run)
+        return record is not None and record.seq > live.run.seq
 
     async def _reload(self, live: LiveRun) -> None:
         run_id = live.spec.run
@@ -349,16 +366,23 @@ class Engine:
 
 
 def _live(found: Loaded) -> LiveRun:
-    live = LiveRun(found.spec, found.rules, found.run, found.record)
+    live = LiveRun(found.spec, found.origin, found.rules, found.run, found.record)
     live.snapshot_at = found.snapshot_at
     return live
 
 
 def next_attempt(
-    live: LiveRun, parent: int, from_step: int, session: str, client: str, lag: int | None, restored: Run | None
+    live: LiveRun,
+    parent: int,
+    from_step: int,
+    session: str,
+    client: str,
+    lag: int | None,
+    restored: Run | None,
+    claimed: Mapping[str, Any] | None = None,
 ) -> Attached:
     """The event that opens the run's next attempt."""
     if from_step < 0:
         raise Invalid(f"from_step is {from_step}: steps are counted from 0")
     state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state)
+    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

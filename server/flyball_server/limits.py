@@ -10,6 +10,12 @@ RECEIPTS_MAX = 4096
 BODY_BYTES_MAX = 4 * 1024 * 1024
 #: Different signals of one run.
 SIGNALS_MAX = 64
+#: Shadow policies of one run.
+SHADOWS_MAX = 3
+#: Observations that a what-if folds again in one request; `flyball-server replay` has no such limit.
+WHAT_IF_OBSERVATIONS_MAX = 2_000_000
+#: What-ifs computed at the same time; more are asked to come again.
+WHAT_IFS_MAX = 1
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -26,6 +32,8 @@ LIVE_RUNS_MAX = 20_000
 SNAPSHOT_EVERY = 10_000
 #: Times an append is tried again after another replica was faster.
 APPEND_TRIES = 8
+#: Newest attempts whose sessions are remembered: none of these may open another one.
+ATTEMPTS_CHECKED = 16
 #: Journal rows looked through for the decisions of steps that a client sends again.
 RESENT_ROWS_MAX = 512
 #: Runs in one page of a listing.
@@ -64,3 +72,16 @@ SCRUBBED_MAX = 100_000
 REASON_MAX = 500
 #: Tombstones in one page.
 TOMBSTONES_MAX = 1000
+#: Rows, observations and bytes of rows in one part of an export; the last row may go beyond the latter two.
+EXPORT_ROWS_MAX = 4096
+EXPORT_OBSERVATIONS_MAX = 16384
+EXPORT_ROWS_BYTES = 8 << 20
+#: Bytes of one part of an export and what it may unpack to, and of one line between the parts.
+EXPORT_PART_MAX = 32 << 20
+EXPORT_UNPACKED_MAX = 64 << 20
+EXPORT_LINE_MAX = 4096
+#: Bytes of an export that may be sent for import, and imports at a time.
+IMPORT_BYTES_MAX = 1 << 30
+IMPORTS_MAX = 2
+#: Values of settings applied that a table or a schedule keeps in memory, at 8 bytes each.
+APPLIED_VALUES_MAX = 1 << 25

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from flyball_server import limits, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Damaged, NotFound
-from flyball_server.core.events import Observed, Spec
+from flyball_server.core.events import Observed, Origin, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.deletion import left_by
@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
     them. problem: what is damaged ("" where nothing is); `run` is then as of the last row before that."""
 
     spec: Spec
+    origin: Origin | None
     rules: Rules
     run: Run
     record: RunRecord
@@ -62,9 +63,10 @@ def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
         raise Damaged(f"run {run_id!r}: row 1 is missing")
     check_row(run_id, GENESIS, first, 1)
     spec = records.spec_of(first)
-    rules = ruler(spec)
+    rules, origin = ruler(spec), records.origin_of(first)
     while True:
-        loaded = _fold(journal, run_id, first, Loaded(spec, rules, fold.create(rules), record, 0, (0, GENESIS), ""))
+        begun = Loaded(spec, origin, rules, fold.create(rules, origin), record, 0, (0, GENESIS), "")
+        loaded = _fold(journal, run_id, first, begun)
         if loaded.problem or not _more(journal, run_id, record.seq):
             return loaded
         again = journal.record(run_id)  # where another process appends at this moment, its record is newer
@@ -77,18 +79,16 @@ def _fold(journal: Journal, run_id: str, first: Row, begun: Loaded) -> Loaded:
     """Fold up to the record's row, from the newest snapshot that is one."""
     record, rules = begun.record, begun.rules
     head, last, problem = first.hash, first, ""
-    at, run = _snapshot(journal, run_id, rules, record.seq)
+    at, run = _snapshot(journal, run_id, rules, record.seq, begun.origin)
     unread = (0, GENESIS) if at is None else (at.seq, at.hash)
-    if at is None:
-        run = begun.run
-    else:
+    if at is not None:
         head, last = at.hash, at
     snapshot_at = run.observations
     try:
         for row in checked(run_id, journal.rows(run_id, after=run.seq, until=record.seq), run.seq, head):
             run, _ = fold.apply(rules, run, records.from_row(row, begun.spec.groups)[0])
             last = row
-        problem = _differs(begun.spec, rules, run, record, first, last)
+        problem = _differs(begun, run, record, first, last)
     except Damaged as error:
         problem = str(error)
     except Busy:
@@ -100,19 +100,26 @@ def _fold(journal: Journal, run_id: str, first: Row, begun: Loaded) -> Loaded:
     return begun._replace(run=run, record=record, snapshot_at=snapshot_at, unread=unread, problem=problem)
 
 
-def projected(spec: Spec, rules: Rules, run: Run, created_at: int, updated_at: int, head: bytes) -> RunRecord:
+def projected(
+    spec: Spec, origin: Origin | None, rules: Rules, run: Run, created_at: int, updated_at: int, head: bytes
+) -> RunRecord:
     """The record that belongs to a fold."""
     step = run.through if run.observations else None
     return RunRecord(
         spec.run, spec.project, spec.name, run.status, rules.policy.tag, spec.labels, run.attempt, step, created_at,
-        updated_at, run.seq, head,
+        updated_at, run.seq, head, parent_of(origin),
     )  # fmt: skip
 
 
-def _differs(spec: Spec, rules: Rules, run: Run, record: RunRecord, first: Row, last: Row) -> str:
+def parent_of(origin: Origin | None) -> str:
+    """The run that a run is a fork of, as its record says; "" where it is none."""
+    return origin.run if origin is not None and origin.kind == "fork" else ""
+
+
+def _differs(begun: Loaded, run: Run, record: RunRecord, first: Row, last: Row) -> str:
     if run.seq < record.seq:
-        return f"run {spec.run!r}: row {run.seq + 1} is missing: the newest was row {record.seq}"
-    return differs(record, projected(spec, rules, run, first.at, last.at, last.hash))
+        return f"run {record.run!r}: row {run.seq + 1} is missing: the newest was row {record.seq}"
+    return differs(record, projected(begun.spec, begun.origin, begun.rules, run, first.at, last.at, last.hash))
 
 
 def differs(record: RunRecord, right: RunRecord) -> str:
@@ -129,7 +136,9 @@ def _more(journal: Journal, run_id: str, seq: int) -> bool:
     return next(journal.rows(run_id, after=seq, until=seq + 1), None) is not None
 
 
-def _snapshot(journal: Journal, run_id: str, rules: Rules, newest: int) -> tuple[Row | None, Run]:
+def _snapshot(
+    journal: Journal, run_id: str, rules: Rules, newest: int, origin: Origin | None
+) -> tuple[Row | None, Run]:
     """The newest snapshot up to row `newest` that can be used, and the row it stands on; None where there is none."""
     for seq in journal.snapshots(run_id):
         if seq > newest:
@@ -139,7 +148,7 @@ def _snapshot(journal: Journal, run_id: str, rules: Rules, newest: int) -> tuple
             row = next(journal.rows(run_id, after=seq - 1, until=seq), None)
             if row is not None:
                 return row, found
-    return None, fold.create(rules)
+    return None, fold.create(rules, origin)
 
 
 def _usable(journal: Journal, run_id: str, rules: Rules, seq: int) -> Run | None:
@@ -171,16 +180,18 @@ def _deleted(journal: Journal, record: RunRecord, first: Row | None) -> Exceptio
     )
 
 
-def fold_until(journal: Journal, spec: Spec, rules: Rules, live: Run, attempt: int, step: int) -> Run:
+def fold_until(
+    journal: Journal, spec: Spec, origin: Origin | None, rules: Rules, live: Run, attempt: int, step: int
+) -> Run:
     """The run before it observed `step`, on the line of `attempt`; see `Engine.restored`. Raises Damaged."""
     run_id, attempts = spec.run, live.attempts
     # Before its first step an attempt shares the line of the one it came from.
     while attempts[attempt - 1][0] > step and attempts[attempt - 1][2] > 0:
         attempt = attempts[attempt - 1][2]
     opened = attempts[attempt - 1][1]
-    at, run = _snapshot(journal, run_id, rules, live.seq)
+    at, run = _snapshot(journal, run_id, rules, live.seq, origin)
     while at is not None and not (run.seq < opened or (run.attempt == attempt and run.through < step)):
-        at, run = _snapshot(journal, run_id, rules, run.seq - 1)
+        at, run = _snapshot(journal, run_id, rules, run.seq - 1, origin)
     head = at.hash if at is not None else _first_hash(journal, run_id)
     for row in checked(run_id, journal.rows(run_id, after=run.seq), run.seq, head):
         if row.seq > opened and (run.through >= step - 1 or row.kind == "attached"):

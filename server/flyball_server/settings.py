@@ -6,6 +6,7 @@ Rule of this module: every setting is checked here, before anything is opened.
 from __future__ import annotations
 
 from ipaddress import ip_address
+from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -24,7 +25,14 @@ class Settings(BaseSettings):
     store_bytes_max: int | None = Field(default=None, gt=0)
     disk_free_min: int = Field(default=limits.DISK_FREE_MIN_BYTES, ge=0)
     profiles: str = ""
+    signing_key: str = ""
     insecure: bool = False
+
+    @property
+    def own_key(self) -> Path | None:
+        """Where the signing key is kept when none is named: beside the store's file; None: with the process."""
+        file = self.store.removeprefix("sqlite:///")
+        return None if file == self.store else Path(file + ".signing-key")
 
     @field_validator("http", "grpc")
     @classmethod

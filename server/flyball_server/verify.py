@@ -37,6 +37,7 @@ class _Folded:
         self.state: Run | None = None
         self.first: Row | None = None
         self.newest: Row | None = None
+        self.shadows: tuple[str, ...] = ()
         self.rows = self.decisions = 0
         self.snapshot_problem = ""
 
@@ -101,12 +102,13 @@ def _follow(journal: Journal, run_id: str, record: RunRecord | None, folded: _Fo
         folded.newest = row
         folded.rows += 1
         if folded.rules is None or folded.state is None:
-            folded.first, folded.rules = row, rules_of(records.spec_of(row))
-            folded.state = fold.create(folded.rules)
+            spec = records.spec_of(row)
+            folded.first, folded.rules, folded.shadows = row, rules_of(spec), (*spec.shadows,)
+            folded.state = fold.create(folded.rules, records.origin_of(row))
         else:
             event, stored = records.from_row(row, folded.rules.groups)
             folded.state, outcome = fold.apply(folded.rules, folded.state, event)
-            if not _same(row, records.to_entry(event, outcome)):
+            if not _same(row, records.to_entry(event, outcome, folded.shadows)):
                 return f"{where}: the decisions differ"
             folded.decisions += len(stored.marks)
         if row.seq in snapshots and not folded.snapshot_problem:
@@ -125,7 +127,8 @@ def _ends(journal: Journal, run_id: str, record: RunRecord | None, folded: _Fold
         return f"row {rows + 1} is not in the run's record"
     assert folded.newest is not None
     spec, (first, newest) = records.spec_of(folded.first), (folded.first, folded.newest)
-    right = projected(spec, folded.rules, folded.state, first.at, newest.at, newest.hash)
+    origin = records.origin_of(first)
+    right = projected(spec, origin, folded.rules, folded.state, first.at, newest.at, newest.hash)
     if record.hash != newest.hash:
         return f"row {rows}: the newest row's hash is not the recorded one"
     if wrong := differs(record, right):

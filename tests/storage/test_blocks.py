@@ -6,6 +6,8 @@ Method: rows made by hypothesis for equality, flipped bytes for damage, noisy fl
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from tests.storage.making import SIGNALS, chain, joined, joined_blocks, meta_of, observed, row, rows_of_any_kind
 
 from flyball_server.core.errors import Damaged, Invalid
-from flyball_server.storage.blocks import Stored, pack_segment, store, unpack_row, unpack_segment
+from flyball_server.storage.blocks import ROW_INTS, Stored, pack_segment, store, unpack_row, unpack_segment
 from flyball_server.storage.journal import GENESIS, Column, Row
+from flyball_server.storage.packing import compress, decompress
 from flyball_server.storage.series import row_blocks, segment_blocks
 
 BYTES_PER_OBSERVATION = 17.0
@@ -119,3 +122,20 @@ def test_an_observation_of_four_float32_born_signals_fits_the_budget(count: int,
     size = len(segment.payload) / (count * per_row)
     print(f"{count} rows of {per_row} observations of type {type_}: {size:.2f} bytes an observation")
     assert size <= BYTES_PER_OBSERVATION
+
+
+@pytest.mark.parametrize("lie", ["rows", "shape"])
+def test_a_segment_that_claims_more_than_it_holds_takes_no_memory(lie: str) -> None:
+    """What a stranger wrote may have right checksums all over."""
+    segment = packed(chain("r", observed(3, 4)))
+    data = decompress(segment.payload)
+    end = 4 + int.from_bytes(data[:4], "little")
+    head = json.loads(data[4:end])
+    if lie == "rows":
+        head["rows"] = 1 << 48
+    else:
+        head["ints"][ROW_INTS.index("shape")] = [0, 1 << 48]
+    changed = json.dumps(head).encode()
+    payload = compress([len(changed).to_bytes(4, "little"), changed, data[end:]])
+    with pytest.raises(Damaged, match="rows 1 to 3"):
+        list(unpack_segment("r", segment._replace(payload=payload)))

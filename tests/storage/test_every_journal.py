@@ -23,6 +23,7 @@ from tests.storage.making import (
     joined_blocks,
     keep,
     observed,
+    record,
     row,
     rows_of_any_kind,
     started,
@@ -30,6 +31,7 @@ from tests.storage.making import (
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.storage import open_journal
+from flyball_server.storage.blocks import Stored, pack_segment, store
 from flyball_server.storage.journal import (
     DELETED,
     GENESIS,
@@ -389,3 +391,59 @@ def test_a_closed_journal_takes_no_appends(opened: tuple[Journal, Results]) -> N
 def test_another_store_is_refused_with_what_is_allowed(store: str) -> None:
     with pytest.raises(Invalid, match=r"'memory:'.*'sqlite:///FILE'"):
         open_journal(store)
+
+
+def segments(rows: list[Row], *sizes: int) -> list[Stored]:
+    """The rows as segments of these sizes."""
+    out, start, previous = [], 0, GENESIS
+    for size in sizes:
+        part = [store(one) for one in rows[start : start + size]]
+        out.append(pack_segment(previous, part) if size > 1 else part[0])
+        start, previous = start + size, part[-1].hash
+    return out
+
+
+def test_a_whole_run_is_inserted_and_goes_on_like_any_other(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(7, 3))
+    wanted = record("r", rows[-1], labels={"team": "a"}, step=20)
+    journal.insert(wanted, iter(segments(rows, 4, 2, 1)))
+    assert list(journal.rows("r")) == rows
+    assert list(journal.rows("r", after=3, until=6)) == rows[3:6]
+    assert joined_blocks(list(journal.blocks("r", SIGNALS))) == joined(rows, SIGNALS)
+    assert journal.record("r") == wanted
+    assert journal.records(RunFilter(labels={"team": "a"}), after=None, limit=9) == [wanted]
+    more = chain("r", observed(2, 3, first=21), after=rows[-1])
+    assert keep(journal, results, append("r", more)) == [None]
+    journal.compact("r")
+    assert list(journal.rows("r")) == rows + more
+
+
+def test_an_insert_of_a_run_that_exists_or_breaks_off_leaves_no_trace(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows, other = chain("r", observed(2, 2)), chain("r", observed(4, 1))
+    assert keep(journal, results, append("r", rows)) == [None]
+    with pytest.raises(Conflict, match="'r' exists already"):
+        journal.insert(record("r", other[-1]), segments(other, 4))
+    assert list(journal.rows("r")) == rows
+    assert journal.record("r") == record("r", rows[-1])
+
+    def broken() -> Iterator[Stored]:
+        yield from segments(chain("s", observed(2, 2)), 2)
+        raise Invalid("the file ends here")
+
+    with pytest.raises(Invalid, match="the file ends here"):
+        journal.insert(record("s", rows[-1]), broken())
+    assert journal.record("s") is None
+    assert list(journal.rows("s")) == []
+    again = chain("s", observed(2, 2))
+    assert keep(journal, results, append("s", again)) == [None]
+    assert list(journal.rows("s")) == again
+
+
+def test_a_closed_journal_takes_no_inserts(opened: tuple[Journal, Results]) -> None:
+    journal, _ = opened
+    journal.close()
+    rows = chain("r", observed(2, 1))
+    with pytest.raises(Busy):
+        journal.insert(record("r", rows[-1]), segments(rows, 2))

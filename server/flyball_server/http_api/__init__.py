@@ -7,13 +7,14 @@ from collections.abc import Callable
 from fastapi import FastAPI, Response
 
 from flyball_server import limits
-from flyball_server.http_api import problems, runs, steer, store
+from flyball_server.exports.exchange import Exchange
+from flyball_server.http_api import branches, exports, problems, runs, steer, store
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
 
-def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastAPI:
-    """The FastAPI application over one service. `is_ready`: false while starting up and while draining."""
+def build(service: Service, version: str, is_ready: Callable[[], bool], exchange: Exchange) -> FastAPI:
+    """The FastAPI application over one service and its exchange. `is_ready`: false while starting and draining."""
     app = FastAPI(
         title="Flyball",
         version=version,
@@ -25,7 +26,9 @@ def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastA
     problems.install(app)
     app.include_router(steer.router(service))
     app.include_router(runs.router(service))
+    app.include_router(branches.router(service))
     app.include_router(store.router(service))
+    app.include_router(exports.router(exchange))
 
     @app.get("/healthz", tags=["probes"])
     async def healthz() -> dict[str, str]:
@@ -40,5 +43,6 @@ def build(service: Service, version: str, is_ready: Callable[[], bool]) -> FastA
             return {"status": "not ready"}
         return await service.ready()
 
-    app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX)
+    others = {exports.IMPORT_PATH: limits.IMPORT_BYTES_MAX}
+    app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX, others=others)
     return app

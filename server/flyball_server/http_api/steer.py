@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report
 from flyball_server.service import Service
 
 Number = Annotated[float, Field(description='a number, or "NaN", "Infinity", "-Infinity"')]
@@ -30,6 +30,16 @@ class GroupBody(_Body):
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+
+
+class ForkBody(_Body):
+    """See Fork in steering.proto."""
+
+    run: str
+    attempt: int | None = None
+    step: int | None = None
+    seq: int = 0
+    digest: str = ""
 
 
 class AttachBody(_Body):
@@ -52,6 +62,9 @@ class AttachBody(_Body):
     seq: int = 0
     digest: str = ""
     client: str = ""
+    shadows: dict[str, dict[str, Any]] = {}
+    fork: ForkBody | None = None
+    on_unknown: Literal["refuse", "import"] = "refuse"
 
 
 class ReceiptBody(_Body):
@@ -152,7 +165,8 @@ def router(service: Service) -> APIRouter:
     async def attach(body: AttachBody, request: Request) -> AttachedBody:
         """Begin a run, reconnect to it, or open a new attempt of it."""
         groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
-        fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups}
+        fork = None if body.fork is None else Fork(**dict(body.fork))
+        fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups, "fork": fork}
         return _attached(await service.attach(Attach(**fields), actor_of(request)))
 
     @routes.post("/runs/{run}/report")
@@ -172,7 +186,7 @@ def router(service: Service) -> APIRouter:
 
 
 def actor_of(request: Request) -> str:
-    """Who asks, for the journal."""
+    """Who asks, for the record."""
     return f"http:{request.client.host}" if request.client else "http:"
 
 

@@ -281,14 +281,16 @@ def read_segment(run: str, segment: Stored) -> tuple[bytes, Batch]:
     if segment.actor and segment.actor != _digest(segment):  # early versions wrote none
         raise Damaged(f"run {run!r}, rows {segment.seq} to {segment.last_seq} are damaged: their digest is another")
     try:
-        return _decode(memoryview(decompress(segment.payload)))
+        return _decode(memoryview(decompress(segment.payload)), segment.last_seq - segment.seq + 1)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise Damaged(f"run {run!r}, rows {segment.seq} to {segment.last_seq} are damaged: {error}") from error
 
 
-def _decode(data: memoryview) -> tuple[bytes, Batch]:
+def _decode(data: memoryview, count: int) -> tuple[bytes, Batch]:
     at = 4 + int.from_bytes(data[:4], "little")
     head: dict[str, Any] = json.loads(bytes(data[4:at]))
+    if head["rows"] != count:  # what is made below has this size, whoever wrote the segment
+        raise ValueError(f"it says that it holds {head['rows']} rows")
     metas = []
     for size in head["metas"]:
         metas.append(bytes(data[at : at + size]))
@@ -298,12 +300,14 @@ def _decode(data: memoryview) -> tuple[bytes, Batch]:
         rows[name], used = unpack_ints(form, head["rows"], data[at:])
         at += used
     shapes = [Shape(kind, tuple((n, t) for n, t in columns)) for kind, columns in head["shapes"]]
+    if not 0 <= int(rows["shape"].min()) <= int(rows["shape"].max()) < len(shapes):
+        raise ValueError("a row has a shape that is not there")
     members = np.bincount(rows["shape"], minlength=len(shapes)).tolist()
     sizes: list[list[Ints]] = []
-    for count, forms in zip(members, head["sizes"], strict=True):
+    for size, forms in zip(members, head["sizes"], strict=True):
         sizes.append([])
         for form in forms:
-            values, used = unpack_ints(form, count, data[at:])
+            values, used = unpack_ints(form, size, data[at:])
             sizes[-1].append(values)
             at += used
     planes: list[list[memoryview]] = []

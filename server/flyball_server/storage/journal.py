@@ -17,7 +17,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from flyball_server.storage.blocks import Stored
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
@@ -58,7 +61,7 @@ class RunRecord(NamedTuple):
 
     `status` is "active" or how the run ended ("finished", "failed"), or DELETED; "damaged" where the record cannot
     even be read. `step` is the last observed step.
-    `seq` and `hash` are those of the newest row.
+    `seq` and `hash` are those of the newest row. `parent`: the run it is a fork of, or "".
     """
 
     run: str
@@ -73,6 +76,7 @@ class RunRecord(NamedTuple):
     updated_at: int
     seq: int
     hash: bytes
+    parent: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -122,13 +126,15 @@ class Usage(NamedTuple):
 
 class RunFilter(NamedTuple):
     """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
-    `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time."""
+    `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time.
+    `parent`: the forks of this run."""
 
     project: str | None = None
     status: str | None = None
     policy: str | None = None
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
+    parent: str | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
@@ -164,6 +170,11 @@ class Journal(Reading, Protocol):
     def delete(self, deletion: Deletion) -> None:
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        """Write a whole run at once, and wait until it is durable: all or nothing. The caller has proved its rows.
+        Only the last of `segments` may be a single row. Raises Conflict where the run exists, Busy where the store
+        cannot write now, and whatever `segments` raises while it is read."""
 
     def record(self, run: str) -> RunRecord | None:
         """The projection of one run, or None."""

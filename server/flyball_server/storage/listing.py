@@ -63,6 +63,8 @@ def conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
     if where.policy is not None:  # LIKE would ignore case
         versions = where.policy + "@"
         found.append((runs.policy == where.policy) | (sa.func.substr(runs.policy, 1, len(versions)) == versions))
+    if where.parent is not None:
+        found.append(runs.parent == where.parent)
     for key, value in (where.labels or {}).items():
         labels = tables.labels.c
         found.append(runs.run.in_(sa.select(labels.run).where(labels.key == key, labels.value == value)))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.storage.blocks import Stored, check_order, store, unpack_row
+from flyball_server.storage.blocks import Stored, check_order, store, unpack, unpack_row
 from flyball_server.storage.journal import (
     DELETED,
     STORE,
@@ -105,6 +105,15 @@ class MemoryJournal:
         record = self._records.get(run)
         return record is not None and record.status == DELETED
 
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        if self._deliver is None:
+            raise Busy("the journal is closed")
+        with self._lock:
+            if self._stored.get(record.run) or self._is_deleted(record.run):
+                raise Conflict(f"run {record.run!r} exists already")
+            self._stored[record.run] = [store(row) for one in segments for row in unpack(record.run, one)]
+            self._records[record.run] = record
+
     def record(self, run: str) -> RunRecord | None:
         return self._records.get(run)
 
@@ -162,6 +171,7 @@ def _matches(record: RunRecord, where: RunFilter) -> bool:
         return False
     return (
         where.project in (None, record.project)
+        and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()
     )

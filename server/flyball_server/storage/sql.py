@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,6 +109,9 @@ class SqlJournal:
 
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        self._open().insert(record, segments)
 
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
@@ -343,9 +346,14 @@ def _lock(path: str) -> IO[str]:
                 f"{path} is in use by another Flyball server (process {owner or 'unknown'}): stop that one first, or "
                 "name another file"
             ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # closing tries to write once more
+            lock.close()
+        raise Busy(f"{path} cannot be opened now: {error.strerror} (writing {path}.lock)") from error
     return lock
 
 

@@ -8,6 +8,8 @@ Tidying comes after delivering, one run at a time, and waits for a moment withou
 behind; then it keeps pace with what is written, so that neither the backlog nor the pause grows. Compaction
 replaces a run's single rows by one segment. Snapshots thin out with age: the newest SNAPSHOTS_KEPT stay, of the
 older ones the oldest in each doubling of distance from the newest row.
+
+Longer than 400 lines because all of it shares one connection and what is known of each run's newest rows.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import queue
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -27,10 +29,10 @@ import sqlalchemy as sa
 
 from flyball_server.core.errors import Busy, Conflict, Damaged, SteeringError
 from flyball_server.storage import tables, tidying
-from flyball_server.storage.blocks import check_order, store
+from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.heads import Head, load_head
-from flyball_server.storage.journal import STORE, Append, Deletion, Deliver
+from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, RunRecord
 from flyball_server.storage.packing import seal
 from flyball_server.storage.tidying import SNAPSHOTS_KEPT, observations
 
@@ -56,7 +58,7 @@ class _Request(NamedTuple):
 
 
 class Writer:
-    """`append`, `delete`, `compact` and `shrink` may be called from any thread; the rest is the writer's own."""
+    """`append` and the verbs behind it may be called from any thread; the rest is the writer's own."""
 
     def __init__(self, engine: sa.Engine, deliver: Deliver, gone: Callable[[], str], gauge: Gauge) -> None:
         self._deliver = deliver
@@ -86,6 +88,9 @@ class Writer:
 
     def delete(self, deletion: Deletion) -> None:
         self._put(deletion)
+
+    def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        self._ask(lambda: self._insert(record, segments))
 
     def compact(self, run: str) -> None:
         self._ask(lambda: self._compact_all(run))
@@ -192,6 +197,26 @@ class Writer:
         """Not part of any transaction, so past SQLAlchemy."""
         for words in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
             self._driver.execute(words).fetchall()
+
+    # -- whole runs ------------------------------------------------------------------------------------------
+
+    def _insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
+        """One transaction, which reads `segments` as it goes: a long run need not fit into memory."""
+        if why := self._gone():
+            raise Busy(why)
+        run = record.run
+        try:
+            with self._connection.begin():
+                head = self._head(run)
+                if head.seq or head.deleted:
+                    raise Conflict(f"run {run!r} exists already")
+                if why := self._gauge.full(self._driver):
+                    raise Busy(why)
+                for one in segments:
+                    self._save_row.execute(self._connection, [{"run": run, **one._asdict()}])
+                self._save([], {run: Append(0, (), record, None, None)}, [], {run: record.labels})
+        finally:
+            self._heads.pop(run, None)
 
     # -- appends ---------------------------------------------------------------------------------------------
 

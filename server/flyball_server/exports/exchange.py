@@ -1,0 +1,103 @@
+"""The use cases of what leaves and enters: export, import, table, schedule, the key.
+
+Rule of this module: nothing is written before all of it is proved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flyball_server import limits
+from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
+from flyball_server.engine import Engine
+from flyball_server.exports.check import check
+from flyball_server.exports.schedule import schedule
+from flyball_server.exports.table import table
+from flyball_server.exports.write import written
+from flyball_server.signing import Signer, fingerprint, pem
+from flyball_server.storage.journal import Journal, RunRecord
+
+_log = logging.getLogger(__name__)
+
+
+class Exchange:
+    """Exports and imports over one engine and its journal."""
+
+    def __init__(self, engine: Engine, journal: Journal, signer: Signer, version: str) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._signer = signer
+        self._version = version
+        self._importing = 0
+
+    async def export(self, run: str) -> Iterator[bytes]:
+        """The run's export file, in pieces to be read outside the event loop. Raises NotFound."""
+        record = await asyncio.to_thread(self._journal.record, run)
+        if record is None:
+            raise NotFound(f"run {run!r} is not known: `flyball runs` lists those that are")
+        return written(self._journal, record, self._version, self._engine.now_us(), self._signer)
+
+    async def import_file(self, path: Path) -> dict[str, Any]:
+        """Take the run in an export file. Raises Invalid, with the place, where anything in it is wrong; Conflict
+        where there is another run of its name; Busy where IMPORTS_MAX are under way."""
+        if self._importing >= limits.IMPORTS_MAX:
+            raise Busy(f"{limits.IMPORTS_MAX} imports are under way already; try again", 5.0)
+        self._importing += 1
+        try:
+            return await asyncio.to_thread(self._import, path)
+        finally:
+            self._importing -= 1
+
+    async def table(self, run: str, attempt: int | None) -> Iterator[bytes]:
+        """The run's table as JSON lines, in pieces to be read outside the event loop. Raises NotFound."""
+        live = await self._engine.find(run)
+        pieces = table(self._journal, live.spec, live.run, attempt)
+        # The first piece comes now: what is wrong about the request shall be an answer, and no broken stream.
+        first = await asyncio.to_thread(next, pieces)
+        return _behind(first, pieces)
+
+    async def schedule(self, run: str, attempt: int | None) -> dict[str, Any]:
+        """The settings applied, as a static schedule. Raises NotFound, Invalid."""
+        live = await self._engine.find(run)
+        return await asyncio.to_thread(schedule, self._journal, live.spec, live.run, attempt)
+
+    def signing_key(self) -> dict[str, str]:
+        """The public key that exports are signed with."""
+        return {"public_key": pem(self._signer.public), "fingerprint": fingerprint(self._signer.public)}
+
+    def _import(self, path: Path) -> dict[str, Any]:
+        checked = check(path)
+        if checked.verdict.problem or checked.export is None or checked.run is None:
+            raise Invalid(f"the export is not right: {checked.verdict.problem}")
+        record = checked.export.record
+        answer = {"run": record.run, "seq": record.seq, "digest": record.hash.hex(), "signer": checked.signer}
+        here = self._journal.record(record.run)
+        if here is None:
+            try:
+                self._journal.insert(record, checked.run.segments())
+            except Conflict:
+                here = self._journal.record(record.run)
+                if here is None:
+                    raise
+            else:
+                _log.info("run %s imported (%d rows), signed by %s", record.run, record.seq, checked.signer)
+                return {**answer, "status": "imported"}
+        if (here.seq, here.hash) != (record.seq, record.hash):
+            raise Conflict(_other(here, record))
+        return {**answer, "status": "unchanged"}
+
+
+def _other(here: RunRecord, record: RunRecord) -> str:
+    return (
+        f"run {record.run!r} is there already and another one: its newest row is {here.seq} with the hash "
+        f"{here.hash.hex()}, the export's is {record.seq} with {record.hash.hex()}; nothing was changed"
+    )
+
+
+def _behind(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
