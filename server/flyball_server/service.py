@@ -235,10 +235,8 @@ class Service:
             async with self._engine.turn(live):
                 view = self._view(live.record, live)
                 if view.status == "active":
-                    raise Conflict(
-                        f"run {run}: it is {view.status}, with news {view.stale_s:.0f} s ago: let it end, or wait "
-                        f"until there was none for {limits.STALE_AFTER_S:.0f} s"
-                    )
+                    wait_s = limits.STALE_AFTER_S - view.stale_s
+                    raise Conflict(f"run {run}: it is {view.status}: let it end, or wait {wait_s:.0f} s without news")
                 return deletion.described(await self._engine.delete(live.record, live, reason, actor))
 
         return await _retried(once)
