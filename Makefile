@@ -1,8 +1,9 @@
-# From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make check`, `make bench`, `make docs`,
-# `make proto`.
+# From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make check`, `make bench`,
+# `make bench-faults`, `make docs`, `make proto`, `make sim`.
 # Everything is installed into .venv and .venv-proto beside this file, and nowhere else.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SEEDS ?= 2000
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -10,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 # It imports pkg_resources, which setuptools 81 dropped.
 PROTO_TOOLS := grpcio-tools==1.60.1 'setuptools<81'
 
-.PHONY: demo test check bench proto docs mutants
+.PHONY: demo test check bench bench-faults proto docs mutants sim
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -27,12 +28,18 @@ check: .venv/.dev .venv-proto/.tools
 bench: .venv/.dev
 	$(BIN)/python -m tests.bench
 
+bench-faults: .venv/.dev
+	$(BIN)/python -m tests.bench.faults
+
 docs: .venv/.dev
 	$(BIN)/python docs/generate.py --plots
 
 mutants: .venv/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+sim: .venv/.dev
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
 
 proto: .venv-proto/.tools
 	$(PROTO_BIN)/python proto/generate.py

@@ -16,7 +16,8 @@ from flyball_server.core.errors import Busy, Conflict, NotFound
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Report
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage.memory import MemoryJournal
 from flyball_server.verify import verify
 
@@ -260,6 +261,41 @@ def test_of_two_processes_that_begin_one_run_one_gets_it():
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert sorted(type(a).__name__ for a in answers) == ["Attached"] + ["Conflict"] * 5
         assert verify(shared.door(), "r").problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_missed_something_refuses_nothing_for_it():
+    async def scenario():
+        shared = Shared(MemoryJournal())
+        (_, one), (_, two) = [await opened(shared.door()) for _ in range(2)]
+        await one.attach(attach_message(), "a")
+        await two.report(report_message(0, 9), "a")
+        await one.attach(attach_message("s2", resume=True, from_step=5, from_attempt=1), "a")
+        assert (await two.report(report_message(5, 9, 2, "s2"), "a")).attempt == 2
+        # The other way round: what is over for all is over for whoever has not heard of it, too.
+        with pytest.raises(Conflict, match="another process has taken the run over"):
+            await two.report(report_message(10, 12), "a")
+        # The first one knows of no attempt 3 yet.
+        await two.attach(attach_message("s3", resume=True, from_step=8, from_attempt=2), "a")
+        await two.report(report_message(8, 12, 3, "s3"), "a")
+        assert (await one.attach(attach_message("s4", resume=True, from_step=10, from_attempt=3), "a")).attempt == 4
+        assert verify(shared.door(), "r").problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_a_late_attach_of_a_session_that_was_relieved_takes_nothing_back():
+    async def scenario():
+        _, service = await opened(MemoryJournal())
+        await service.attach(attach_message(), "a")
+        resumed = attach_message("s2", resume=True)
+        assert (await service.attach(resumed, "a")).attempt == 2
+        assert (await service.attach(resumed, "a")).attempt == 2
+        await service.attach(attach_message("s3", resume=True), "a")
+        with pytest.raises(Conflict, match="the session 's2' drove attempt 2"):
+            await service.attach(resumed, "a")
+        assert (await service.report(report_message(0, 9, 3, "s3"), "a")).through == 9
 
     asyncio.run(scenario())
 

@@ -21,14 +21,13 @@ from flyball.errors import FlyballError, Refused
 from flyball.exporting import Format, export_run
 from flyball_server import limits, signing
 from flyball_server.app import signer_of
-from flyball_server.core.errors import Invalid
+from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.check import check
 from flyball_server.exports.form import MAGIC, line, signed_part
 from flyball_server.exports.read import ExportedRun, scan
 from flyball_server.exports.write import written
 from flyball_server.settings import Settings
 from flyball_server.storage import open_journal
-from flyball_server.storage.blocks import Damaged
 from flyball_server.storage.journal import RunFilter
 from flyball_server.storage.packing import compress
 

@@ -161,7 +161,15 @@ def kinds():
 
 def test_the_table_of_statuses_covers_every_kind_of_error():
     assert {kind.code for kind in kinds()} == set(problems.STATUS)
-    statuses = {"invalid": 422, "not_found": 404, "conflict": 409, "denied": 403, "busy": 503, "internal": 500}
+    statuses = {
+        "invalid": 422,
+        "not_found": 404,
+        "conflict": 409,
+        "denied": 403,
+        "busy": 503,
+        "damaged": 500,
+        "internal": 500,
+    }
     assert {code: status for code, (status, _) in problems.STATUS.items()} == statuses
 
 
@@ -483,7 +491,7 @@ def series(http, run, **query):
     return answer.json()["series"]
 
 
-def test_a_series_follows_the_line_of_its_attempt(http, long):
+def test_a_series_follows_the_cutoffs_its_attempt(http, long):
     for attempt, parts in (
         (1, [(1, 0, 1000)]),
         (2, [(1, 0, 600), (2, 600, 700)]),
@@ -575,7 +583,7 @@ def test_the_openapi_document_names_every_route(http):
     document = http.get("/openapi.json").json()
     assert {
         "/v1/attach", "/v1/policies", "/v1/runs", "/v1/runs/{run}", "/v1/runs/{run}/decisions",
-        "/v1/runs/{run}/report", "/v1/runs/{run}/series", "/v1/runs/{run}/signals",
+        "/v1/runs/{run}/report", "/v1/runs/{run}/series", "/v1/runs/{run}/signals", "/v1/store", "/v1/tombstones",
     } <= document["paths"].keys()  # fmt: skip
     assert document["info"]["title"] == "Flyball"
 

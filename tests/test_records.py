@@ -21,6 +21,7 @@ from flyball_server.core.events import (
     Ended,
     Mark,
     Observed,
+    Origin,
     Outcome,
     Receipt,
     Reported,
@@ -134,6 +135,7 @@ def in_order(signals):
             words,
             st.none() | steps_,
             st.none() | mappings,
+            claimed=st.none() | mappings,
         ),
         st.builds(DirectiveAnswered, st.integers(1, 9), words, st.sampled_from(["done", "declined"]), words),
         st.builds(Ended, st.integers(1, 9), st.sampled_from(["finished", "failed"])),
@@ -154,11 +156,16 @@ def test_all_other_events_come_back_equal(event):
     base=st.none() | mappings,
     guard=mappings,
     seed=st.integers(-(2**63), 2**63 - 1),
+    shadows=st.dictionaries(words, mappings, max_size=2),
+    origin=st.none()
+    | st.builds(
+        Origin, st.sampled_from(["fork", "token"]), words, steps_, steps_, steps_, words, state=st.none() | mappings
+    ),
 )
-def test_a_specification_comes_back_equal(labels, policy, base, guard, seed):
-    spec = Spec("p:r", "p", "r", labels, GROUPS, policy, base, guard, "absolute", seed)
-    again, _ = there_and_back(Created(spec))
-    assert again.spec == spec
+def test_a_specification_comes_back_equal(labels, policy, base, guard, seed, shadows, origin):
+    spec = Spec("p:r", "p", "r", labels, GROUPS, policy, base, guard, "absolute", seed, "", shadows)
+    again, _ = there_and_back(Created(spec, origin))
+    assert again == Created(spec, origin)
     assert spec_of(row_of(to_entry(Created(spec), NOTHING))).groups == GROUPS
 
 

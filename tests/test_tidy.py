@@ -48,7 +48,10 @@ CORE_EXCEPTIONS = {"flyball_server.core.mersenne": {"random"}}
 CLIENT_LIBRARIES = {
     "flyball.over_grpc": {"grpc", "flyball_proto"},
     "flyball.api": {"httpx"},
-    "flyball.cli": {"typer", "rich", "click"},
+    "flyball.cli": set(),
+    "flyball.cli_branches": set(),
+    "flyball.cli_output": {"typer", "rich"},
+    "flyball.adapters.gradient_noise": {"torch"},
     "flyball.parquet": {"pyarrow"},
 }
 

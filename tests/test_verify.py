@@ -14,7 +14,8 @@ from flyball_server.core.events import Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
 from flyball_server.messages import Attach, Report
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage import open_journal
 from flyball_server.storage.blocks import store
 from flyball_server.storage.journal import GENESIS, Column, chained

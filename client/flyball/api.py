@@ -69,8 +69,8 @@ class Client:
         policy: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """All runs that match, newest first. status: created, active, stale, finished or failed; policy: a name
-        (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
+        """All runs that match, newest first. status: created, active, stale, finished, failed or deleted (those only
+        then); policy: a name (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
         where: dict[str, Any] = {"project": project, "status": status, "policy": policy, "limit": RUNS_PAGE}
         where["label"] = [f"{key}={value}" for key, value in (labels or {}).items()]
         while True:
@@ -123,6 +123,37 @@ class Client:
         page = self._get(_path(run, "decisions"), {"newest": True, "limit": limit})
         return list(page["decisions"])
 
+    def fork(
+        self,
+        run: str,
+        name: str,
+        *,
+        step: int | None = None,
+        attempt: int | None = None,
+        policy: str | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Begin the run `name` as a fork of `run` at `step` (None: behind its newest), on the line of `attempt` (None:
+        the newest); the new run. Its job loads the checkpoint of that step and attaches with `resume=True`.
+
+        Without a policy it goes on under the other run's, in the state of then. options: project, base, guard, labels,
+        seed, shadows, as in `attach`; what is not given is the other run's.
+        """
+        body = {"name": name, "step": step, "attempt": attempt, "policy": _policy(policy), **options}
+        return self._answer("POST", _path(run, "fork"), body={k: v for k, v in body.items() if v is not None})
+
+    def lineage(self, run: str) -> dict[str, Any]:
+        """{"run", "ancestors", "forks", "attempts"}: where a run comes from, what left it, its attempts, their gaps."""
+        return self._get(_path(run, "lineage"))
+
+    def what_if(self, run: str, policy: str | Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """What another policy would have decided on the signals that `run` recorded, beside what was decided.
+
+        {"run", "policy", "summary", "series", "decisions"}. options: base, guard, seed (the run's own without),
+        attempt, points, limit.
+        """
+        return self._answer("POST", _path(run, "what-if"), body={"policy": _policy(policy), **options})
+
     def policies(self) -> dict[str, Any]:
         """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
         return self._get("/v1/policies")
@@ -132,6 +163,24 @@ class Client:
         next step. Returns the number of the journal's row. A name that is no Python name: `**{"val/loss": 0.31}`."""
         values = {name: _jsonable(float(value)) for name, value in signals.items()}
         return int(self._answer("POST", _path(run, "signals"), body={"signals": values})["seq"])
+
+    def delete(self, run: str, *, reason: str) -> dict[str, Any]:
+        """Delete a run for good; its name is not used again. Returns what is left of it: when, by whom, the reason, how
+        much it was. Refused for a run that is still being trained."""
+        return self._answer("DELETE", _path(run), parameters={"reason": reason})
+
+    def tombstones(self) -> Iterator[dict[str, Any]]:
+        """What is left of the deleted runs, oldest first."""
+        after: int | None = 0
+        while after is not None:
+            page = self._get("/v1/tombstones", {"after": after})
+            yield from page["tombstones"]
+            after = page["next"]
+
+    def store(self) -> dict[str, Any]:
+        """What the store takes and may take: bytes, bytes_max, disk_free, disk_free_min, state, and words what to do
+        where that is not "ok"."""
+        return self._get("/v1/store")
 
     def export(self, run: str, file: IO[bytes]) -> None:
         """Write a run's export file: its whole journal, signed. `flyball-server verify FILE` checks it, and
@@ -235,6 +284,10 @@ def rest_address(server: str | None) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise FlyballError(f"{name} is {given!r}: give http://HOST:PORT (https:// for TLS)")
     return given.rstrip("/")
+
+
+def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return {"type": policy} if isinstance(policy, str) else policy
 
 
 def _path(run: str, what: str = "") -> str:

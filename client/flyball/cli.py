@@ -6,27 +6,20 @@ for programs. Errors go to stderr in one line with exit code 1 (2 for a wrong co
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
+from flyball import cli_branches
 from flyball.api import Client
+from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
 from flyball.errors import FlyballError
 from flyball.exporting import TEXT_FORMATS, Format, export_run
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as error:
-    raise SystemExit(f"flyball: {error.name or error} is not installed: pip install 'flyball[cli]'") from error
 
 #: Decisions that `show` prints.
 DECISIONS_SHOWN = 5
@@ -50,14 +43,7 @@ class RunStatus(StrEnum):
     STALE = "stale"
     FINISHED = "finished"
     FAILED = "failed"
-
-
-Server = Annotated[
-    str | None, typer.Option(help="http://HOST:PORT; without it FLYBALL_SERVER, then http://127.0.0.1:1788.")
-]
-Token = Annotated[str | None, typer.Option(help="The bearer token; without it FLYBALL_TOKEN.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `flyball runs` shows it.")]
+    DELETED = "deleted"
 
 
 @cli.command()
@@ -75,14 +61,14 @@ def runs(
 ) -> None:
     """List runs, newest first."""
     labels = _labels(label or [])
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         matching = client.runs(project=project, status=status, policy=policy, labels=labels)
         found = list(islice(matching, limit + 1))
     more, found = found[limit:], found[:limit]
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
-    _table(
+    table(
         ("run", "status", "policy", "attempt", "step", "last news", "labels"),
         [
             (
@@ -104,25 +90,25 @@ def runs(
 @cli.command()
 def show(run: RunId, json_output: Json = False, server: Server = None, token: Token = None) -> None:
     """Show one run: where it stands, its settings, its newest signals and decisions."""
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         found = client.run(run)
         newest = client.newest_decisions(run, DECISIONS_SHOWN)
     newest.reverse()
     if json_output:
-        _print_json({**found, "newest_decisions": newest})
+        print_json({**found, "newest_decisions": newest})
         return
     _print_run(found)
-    _section(
+    section(
         "settings",
         ("group", "lr decided", "lr applied", "lr at attach", "momentum", "noise_std"),
-        [[group["group"], *(_short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
+        [[group["group"], *(short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
     )
-    _section("signals", ("signal", "newest"), [(n, _short(value)) for n, value in sorted(found["signals"].items())])
-    _section(
+    section("signals", ("signal", "newest"), [(n, short(value)) for n, value in sorted(found["signals"].items())])
+    section(
         "newest decisions",
         ("step", "group", "lr", "decision", "reason"),
         [
-            (one["step"], group, f"{_short(before)} -> {_short(one['lr_after'][group])}", _decided(one), one["reason"])
+            (one["step"], group, f"{short(before)} -> {short(one['lr_after'][group])}", _decided(one), one["reason"])
             for one in newest
             for group, before in one["lr_before"].items()
         ],
@@ -151,10 +137,10 @@ def series(
     if csv_output and json_output:
         raise typer.BadParameter("give --csv or --json, not both")
     names = [name.strip() for name in signals.split(",") if name.strip()]
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         found = client.series(run, names, points=points, from_step=from_step, to_step=to_step, attempt=attempt)
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
     header, rows = _joined(found["series"])
     if csv_output:
@@ -162,7 +148,37 @@ def series(
         out.writerow(header)
         out.writerows(rows)
     else:
-        _table(header, rows)
+        table(header, rows)
+
+
+@cli.command()
+def delete(
+    run: RunId,
+    reason: Annotated[str, typer.Option(help="Why; it stays in the store's own journal.")],
+    json_output: Json = False,
+    server: Server = None,
+    token: Token = None,
+) -> None:
+    """Delete a run for good. Its name is not used again."""
+    with errors(), Client(server, token) as client:
+        left = client.delete(run, reason=reason)
+    if json_output:
+        print_json(left)
+        return
+    observations = "unknown" if left["observations"] is None else left["observations"]
+    print(f"deleted {left['run']}: {left['attempts']} attempts, {observations} observations, {left['rows']} rows")
+
+
+@cli.command()
+def tombstones(json_output: Json = False, server: Server = None, token: Token = None) -> None:
+    """List the deleted runs: which, when, by whom and why."""
+    with errors(), Client(server, token) as client:
+        found = list(client.tombstones())
+    if json_output:
+        print_json(found)
+        return
+    header = ("run", "at", "actor", "observations", "reason")
+    table(header, [["-" if one[name] is None else one[name] for name in header] for one in found])
 
 
 @cli.command()
@@ -192,7 +208,7 @@ def export(
         raise typer.BadParameter(f"-o is {str(path)!r}: give a name that ends with .json, the module goes beside it")
     if attempt is not None and format_ is Format.FLYBALL:
         raise typer.BadParameter("--attempt is for tables and schedules: --format flyball holds all attempts")
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         export_run(client, run, format_, path, attempt=attempt, force=force)
 
 
@@ -204,14 +220,14 @@ def import_command(
     token: Token = None,
 ) -> None:
     """Give the service a run that another one exported. It takes nothing that does not verify."""
-    with _errors(), Client(server, token) as client:
+    with errors(), Client(server, token) as client:
         try:
             with file.open("rb") as opened:
                 found = client.import_run(opened)
         except OSError as error:
             raise FlyballError(f"{file} cannot be read: {error.strerror}") from error
     if json_output:
-        _print_json(found)
+        print_json(found)
         return
     what = "imported" if found["status"] == "imported" else "is there already, unchanged"
     print(f"{found['run']}: {what}, {found['seq']} rows, signed by {found['signer']}")
@@ -241,30 +257,10 @@ def _print_run(run: Mapping[str, Any]) -> None:
         "phase": f"{run['phase']}, {run['decision']}" + (f": {run['reason']}" if run["reason"] else ""),
         "guard": json.dumps(run["guard"]) if run["guard"] else "only finite, not negative",
     }
+    if run.get("problem"):
+        facts["damage"] = run["problem"]
     for name, fact in facts.items():
         print(f"{name:<8} {fact}")
-
-
-def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    if rows:
-        print(f"\n{title}")
-        _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on a terminal; elsewhere plain columns, nothing cut off."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in header:
-            table.add_column(title, overflow="fold")
-        for row in cells:
-            table.add_row(*row)
-        Console(markup=False, highlight=False).print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-    for row in [list(header), *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _decided(decision: Mapping[str, Any]) -> str:
@@ -282,27 +278,9 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _short(value: float | None) -> str:
-    """Six digits: for people."""
-    return "-" if value is None else f"{value:.6g}"
-
-
 def _full(value: float | None) -> str:
     """Every digit: for programs. NaN as such, nothing where there is no value."""
-    return "" if value is None else str(_plain(value))
-
-
-def _plain(value: Any) -> Any:
-    """The SDK's answer as JSON can carry it: what is not finite as the words that the service uses."""
-    if isinstance(value, float) and not isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list) else value
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    return "" if value is None else str(plain(value))
 
 
 def _labels(pairs: list[str]) -> dict[str, str]:
@@ -315,14 +293,7 @@ def _labels(pairs: list[str]) -> dict[str, str]:
     return labels
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the service or the address is to blame for ends in one line on stderr, not in a traceback."""
-    try:
-        yield
-    except FlyballError as error:
-        print(f"flyball: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+cli_branches.add(cli)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from flyball.base import Base, build
 from flyball.errors import FlyballError, Refused
 from flyball.link import Link, Transport
 from flyball.session import Session
-from flyball.wire import Attach, Group
+from flyball.wire import Attach, Fork, Group
 
 log = logging.getLogger("flyball")
 
@@ -44,6 +44,9 @@ def connect(
     lag: int | None,
     on_outage: str,
     resume: bool | Mapping[str, Any],
+    on_unknown: str,
+    fork: Mapping[str, Any] | None,
+    shadows: Mapping[str, Any] | None,
     start_wait_s: float,
 ) -> tuple[Session, Link]:
     """A session and its running link. Waits up to `start_wait_s` for the service's first answer.
@@ -53,6 +56,7 @@ def connect(
     """
     options.check_choice("on_outage", on_outage, "hold", "base", "stop")
     options.check_choice("mode", mode, "absolute", "multiplier")
+    options.check_choice("on_unknown", on_unknown, "refuse", "import")
     options.check("run", run, str, wanted="the run's name")
     options.check("project", project, str, wanted="the project's name")
     options.check("seed", seed, int, wanted="an integer")
@@ -66,6 +70,9 @@ def connect(
     options.check_mapping("base", base, "{'type': NAME, parameters ...}")
     options.check_mapping("guard", guard, "limits, such as {'max_lr': 0.1}")
     options.check_mapping("labels", labels, "text by name, such as {'team': 'vision'}")
+    options.check_mapping("shadows", shadows, "policies by name, such as {'bold': {'type': 'windowed'}}")
+    if fork is not None and resume:
+        raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     options.check_seconds("start_wait_s", start_wait_s)
     # Nothing said: a resumed run goes on under its own policy, a new one keeps its settings.
     spec = {"type": policy} if isinstance(policy, str) else dict(policy or {})
@@ -91,6 +98,9 @@ def connect(
         seq=0 if token_of is None else token_of.seq,
         digest="" if token_of is None else token_of.digest,
         client=f"flyball/{_version()}",
+        shadows={name: {"type": one} if isinstance(one, str) else one for name, one in (shadows or {}).items()},
+        fork=None if fork is None else _fork(fork),
+        on_unknown=on_unknown,
     )
     make = transport(server or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, token)
     session = Session(message, base=declared, on_outage=on_outage, now=time.monotonic())
@@ -155,6 +165,18 @@ def check_token(token: Mapping[str, Any], run: str) -> Token:
     if token.get("run") != run:
         raise ValueError(f"the checkpoint token is of run {token.get('run')!r}, but this is run {run!r}")
     return Token(token["step"], token.get("attempt"), int(token.get("seq", 0)), str(token.get("digest", "")))
+
+
+def _fork(fork: Mapping[str, Any]) -> Fork:
+    """The run to leave, out of its checkpoint token or of {"run", "step"} and perhaps "project", "attempt"."""
+    step = fork.get("step") if isinstance(fork, Mapping) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(fork.get("run"), str):
+        raise ValueError(
+            f"fork is {fork!r:.80}: give a checkpoint token of the run to leave, or {{'run': NAME, 'step': STEP}}"
+        )
+    project, name = fork.get("project", "default"), fork["run"]
+    run = name if project == "default" else f"{project}:{name}"
+    return Fork(run, fork.get("attempt"), step, int(fork.get("seq", 0)), str(fork.get("digest", "")))
 
 
 def _declared_base(spec: Mapping[str, Any], base: Mapping[str, Any] | None) -> Base | None:

@@ -15,7 +15,7 @@ import logging
 import re
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -143,8 +143,16 @@ class Governor:
         return self._session.should_stop
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint token: plain JSON values, to be saved with the model."""
-        return self._session.token(self._next_step)
+        """The checkpoint token: plain JSON values, to be saved with the model.
+
+        With lag=k it waits, as a step does, until the service has every step before it: whoever goes on from this
+        checkpoint, in another process too, then misses none. With lag=None it never waits, and a process killed right
+        after saving may leave its last steps out of the record.
+        """
+        session = self._session
+        if session.unsettled():
+            self._wait(lambda: not session.unsettled(), "the steps before a checkpoint")
+        return session.token(self._next_step)
 
     def load_state_dict(self, token: Mapping[str, Any]) -> None:
         """Go back to a checkpoint: a new attempt begins at the token's step, with the policy as it was then.
@@ -203,7 +211,7 @@ class Governor:
             # Here as well as in the link, which may itself be waiting for an answer that does not come.
             session.tick(started / 1e9)
             if session.lag is not None and session.missing(step):
-                started += self._wait(step)
+                started += self._wait(lambda: not session.missing(step), f"the decision for step {step}")
             target = session.target(step)
             if target is None:
                 conflict = self._optimizer.write(None, session.reference, session.bounds, None)
@@ -237,13 +245,12 @@ class Governor:
 
     # -- leaves --------------------------------------------------------------------------------------
 
-    def _wait(self, step: int) -> int:
-        """Wait for the decision of `step` within the budget; how long that took, in nanoseconds."""
+    def _wait(self, done: Callable[[], bool], waiting_for: str) -> int:
+        """Wait within the budget; how long that took, in nanoseconds. After a wait in vain none waits for a while."""
         started = time.monotonic_ns()
-        session = self._session
-        if not self._link.wait(lambda: not session.missing(step), self._wait_s, f"the decision for step {step}"):
+        if not self._link.wait(done, self._wait_s, waiting_for):
             self._missed += 1
-            session.missed()
+            self._session.missed()
         waited = time.monotonic_ns() - started
         self._waited_ns += waited
         return waited

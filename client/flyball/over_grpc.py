@@ -126,6 +126,9 @@ def _attach(m: wire.Attach) -> pb.Attach:
         seq=m.seq,
         digest=m.digest,
         client=m.client,
+        shadows_json=json.dumps(m.shadows) if m.shadows else "",
+        fork=None if m.fork is None else pb.Fork(**m.fork._asdict()),
+        on_unknown=m.on_unknown,
     )
 
 

@@ -13,6 +13,8 @@ States: connecting -> steering <-> away -> ... -> closed; or refused (the servic
 process drives the run now). While `away` is an outage, `on_outage` says which settings hold: the last ones
 (hold), those of the declared base schedule under the last known factor (base), or the last ones with
 `should_stop` set (stop).
+
+Longer than 400 lines because the whole state machine stands in one place.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Session:
         self._answers: deque[Answer] = deque(maxlen=64)
         #: The job counts its steps from 0; the run counts on from here. Not known before the first Attached where a
         #: run is resumed "after its newest step".
-        self._offset = attach.from_step or 0
+        self._offset = attach.from_step or (attach.fork.step if attach.fork else 0)
+        #: The attempt on whose line everything before the offset was observed, where this process went back to it.
+        self._origin: int | None = None
         self._dropped = 0
         self._in_flight: Report | None = None
         self._took_all = False
@@ -95,9 +99,12 @@ class Session:
 
     def missing(self, step: int) -> bool:
         """Whether optimizer `step` ought to wait: lag = k, its decision is not here, and waiting makes sense."""
-        if self.lag is None or self.circuit_open or self.state in ("refused", "superseded", "closed"):
-            return False
-        return self.attached is None or self._decisions.missing(step + self._offset)
+        return self._may_wait() and (self.attached is None or self._decisions.missing(step + self._offset))
+
+    def unsettled(self) -> bool:
+        """Whether a checkpoint ought to wait: lag = k, steps before it are not in the journal yet, and waiting makes
+        sense. A process that goes on from it would never send them."""
+        return self._may_wait() and bool(self._observations)
 
     def noise_seed(self, step: int) -> int:
         """What gradient noise of optimizer `step` is drawn from: the run's seed and count, whichever process steps."""
@@ -152,7 +159,9 @@ class Session:
             if previous is None and to.resume and to.from_step is None:
                 self._shift(message.from_step - self._offset)
             # From now on this is a reconnect: if another process resumes the run meanwhile, it is not taken back.
-            self.attach = to._replace(resume=False, from_step=None, from_attempt=None, seq=0, digest="")
+            self.attach = to._replace(
+                resume=False, from_step=None, from_attempt=None, seq=0, digest="", fork=None, on_unknown="refuse"
+            )
             self.attached = message
             self._in_flight = None
             self._seed = message.seed
@@ -279,20 +288,29 @@ class Session:
     def reattach(self, session: str, from_attempt: int | None, step: int, seq: int, digest: str) -> None:
         """Go back to a checkpoint taken before optimizer `step`, under a new session id: the job counts from there.
 
-        Observations from `step` on belong to a past that did not happen, and are dropped. Those before it that are
-        not acknowledged stay: the new attempt begins with the first of them, so that none is missed.
+        Observations from `step` on, and those of another line than the checkpoint's, belong to a past that did not
+        happen, and are dropped. Those before it that are not acknowledged stay: the new attempt begins with the first
+        of them, so that none is missed.
         """
         with self._lock:
             known = self.attached is not None or self.attach.resume
-            if self.attached is None and self.attach.resume:
+            if self.attached is None and self.attach.resume and self.attach.from_step is None:
+                self._dropped += len(self._observations) + len(self._receipts)
                 self._observations.clear()  # numbered from 0, as it is not known from where this job resumed
                 self._receipts.clear()
-            kept = [entry for entry in self._observations if entry[0] < step]
+            if self.attached is not None and from_attempt == self._origin and step <= self._offset:
+                # This attempt's line has all of the checkpoint's, with what only arrived since.
+                from_attempt = self.attached.attempt
+            kept = [entry for entry in self._observations if entry[0] < step and self._is_of(from_attempt, entry[0])]
             self._dropped += len(self._observations) - len(kept)
             self._observations = deque(kept)
-            receipts = [receipt for receipt in self._receipts if receipt.step < step]
+            receipts = [r for r in self._receipts if r.step < step and self._is_of(from_attempt, r.step)]
             self._receipts = deque(r._replace(number=i) for i, r in enumerate(receipts, 1))
             self._receipt_number = len(receipts)
+            if from_attempt is not None:
+                self._origin = from_attempt
+            elif self.attached is not None:
+                self._origin = self.attached.attempt
             self._in_flight = None
             self.attached = None
             self._decisions.newest = None
@@ -357,6 +375,10 @@ class Session:
 
     # -- leaves --------------------------------------------------------------------------------------
 
+    def _may_wait(self) -> bool:
+        open_ = self.state not in ("refused", "superseded", "closed")
+        return self.lag is not None and not self.circuit_open and open_
+
     def _heard(self, state: str, now: float) -> None:
         self.state = state
         self.outage = False
@@ -370,6 +392,11 @@ class Session:
             self._offset += by
             self._observations = deque((step + by, signals) for step, signals in self._observations)
             self._receipts = deque(r._replace(step=r.step + by, decided=r.decided + by) for r in self._receipts)
+
+    def _is_of(self, attempt: int | None, step: int) -> bool:
+        """Whether what happened at `step` lies on the line of an attempt (None: the one that is not known yet)."""
+        own = None if self.attached is None else self.attached.attempt
+        return attempt in (None, own) or (attempt == self._origin and step < self._offset)
 
     def _drop_answers(self, report: Report) -> None:
         for _ in range(min(len(report.answers), len(self._answers))):

@@ -29,6 +29,17 @@ class Settings(NamedTuple):
     noise_std: tuple[float, ...] | None = None
 
 
+class Fork(NamedTuple):
+    """The run that a new one leaves: its id, the attempt (None: the newest), the new run's first step; the row of the
+    checkpoint token."""
+
+    run: str
+    attempt: int | None
+    step: int
+    seq: int = 0
+    digest: str = ""
+
+
 class Attach(NamedTuple):
     """A training job asks to be steered."""
 
@@ -49,6 +60,9 @@ class Attach(NamedTuple):
     seq: int
     digest: str
     client: str
+    shadows: Mapping[str, Any] = MappingProxyType({})
+    fork: Fork | None = None
+    on_unknown: str = "refuse"
 
 
 class Attached(NamedTuple):
@@ -131,8 +145,14 @@ class Advice(NamedTuple):
 
 
 def attach_json(message: Attach) -> dict[str, Any]:
-    """Attach as JSON values."""
-    return {**message._asdict(), "groups": [group._asdict() for group in message.groups]}
+    """Attach as JSON values. What is not asked for is left out: a service older than it would refuse it."""
+    data = {**message._asdict(), "groups": [group._asdict() for group in message.groups]}
+    for name, default in Attach._field_defaults.items():
+        if data[name] == default:
+            del data[name]
+    if message.fork is not None:
+        data["fork"] = message.fork._asdict()
+    return data
 
 
 def report_json(message: Report) -> dict[str, Any]:

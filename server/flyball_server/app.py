@@ -26,7 +26,8 @@ from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
@@ -50,7 +51,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
     sock = _bind(settings.http)
-    journal = open_journal(settings.store)
+    journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
     service = Service(engine, journal, profiles)
     ready = threading.Event()
@@ -154,13 +155,19 @@ class Running:
 
 
 def running(
-    store: str = "memory:", http: str = "127.0.0.1:0", grpc: str = "127.0.0.1:0", profiles: str = ""
+    store: str = "memory:",
+    http: str = "127.0.0.1:0",
+    grpc: str = "127.0.0.1:0",
+    profiles: str = "",
+    store_bytes_max: int | None = None,
 ) -> Running:
     """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
 
     By default it listens on free loopback ports and keeps its journal in memory.
     """
-    return Running(Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False))
+    return Running(
+        Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False, store_bytes_max=store_bytes_max)
+    )
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -74,6 +74,8 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
     base = resolved.pop("base", None)
     seed = request.seed if resolved.get("seed") is None else resolved["seed"]
     check_seed(seed)
+    if len(request.shadows) > limits.SHADOWS_MAX:
+        raise Invalid(f"shadows: {len(request.shadows)} are too many; at most {limits.SHADOWS_MAX}")
     unknown = limits_of(guard).groups.keys() - {g.name for g in request.groups}
     if unknown:
         raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
@@ -89,9 +91,38 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
         mode=request.mode,
         seed=seed,
         profile="" if profile is None else profile.name,
+        # In the order in which a stored row gives them back.
+        shadows={name: _shadow(name, asked, base, profiles) for name, asked in sorted(request.shadows.items())},
     )
     _check_text(spec)
     return spec
+
+
+def alternative(
+    asked: Mapping[str, Any], base: Mapping[str, Any] | None, profiles: Mapping[str, Profile]
+) -> dict[str, Any]:
+    """Another policy for a run on the schedule `base`, on which it stands unless it names a base of its own (or none):
+    {"policy", "base"} with every default filled in. Raises Invalid."""
+    if not asked:
+        raise Invalid("policy is {}: give {'type': NAME, parameters ...}")
+    policy = dict(asked)
+    profile = profiles.get(str(policy.get("type")))
+    if profile is not None:
+        policy = use_profile(profile, policy)
+    resolved = resolve(policy, profiles).spec()
+    own = resolved.pop("base", None)
+    return {"policy": resolved, "base": own if own is not None or "base" in policy else base}
+
+
+def _shadow(
+    name: str, asked: Mapping[str, Any], base: Mapping[str, Any] | None, profiles: Mapping[str, Profile]
+) -> dict[str, Any]:
+    if len(name) > limits.NAME_MAX or not NAME.fullmatch(name):
+        raise Invalid(f"shadows: the name {name!r:.60} is no good; use letters, digits, '.', '_' or '-'")
+    try:
+        return alternative(asked, base, profiles)
+    except Invalid as error:
+        raise Invalid(f"shadows.{name}: {error}") from error
 
 
 def check_spec(spec: Spec) -> None:
@@ -119,6 +150,10 @@ def check_seed(seed: int) -> None:
 
 def check_resumption(request: Attach) -> None:
     """Whatever can be wrong about going back is refused before a run is begun."""
+    if request.on_unknown not in ("refuse", "import"):
+        raise Invalid(f"on_unknown is {request.on_unknown!r}: give 'refuse' or 'import'")
+    if request.fork is not None and request.resume:
+        raise Invalid("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     for field in ("from_step", "from_attempt"):
         value = getattr(request, field)
         if value is not None and not request.resume:

@@ -5,7 +5,8 @@ fold) only after the journal has its events. This is the only place of the serve
 
 All of it runs on one event loop. A run's requests pass one at a time behind its lock; the journal commits the
 appends of all runs together on its own thread. Where another process appended first, or an append's fate is
-unknown, the run is folded again from the journal before anything else is done with it.
+unknown, the run is folded again from the journal before anything else is done with it. A run whose record is damaged
+(`loading` and `scrub` find out) takes no turn until it was restored; what can be read of it still is.
 """
 
 from __future__ import annotations
@@ -13,29 +14,42 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from flyball_server import limits, records
+from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
-from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Attached, Created, Event, Observed, Outcome, Spec
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
+from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
-from flyball_server.storage.journal import GENESIS, Append, Journal, Row, RunRecord, Snapshot, chained
+from flyball_server.damage import Damage
+from flyball_server.loading import Loaded, Ruler
+from flyball_server.scrub import Scrub
+from flyball_server.storage.journal import (
+    GENESIS,
+    Append,
+    Deletion,
+    Journal,
+    Row,
+    RunRecord,
+    Snapshot,
+    chained,
+)
 
-#: Builds what a specification means (policy, base, guard); raises Invalid.
-Ruler = Callable[[Spec], Rules]
+T = TypeVar("T")
 
 
 class Lost(Exception):
-    """Another process appended to the run first: fold again and retry. Never leaves this module."""
+    """Another process appended to the run first: fold again and retry. No caller of the service sees it."""
 
 
 class LiveRun:
     """One run in memory: its newest durable state and the place its next row goes to."""
 
-    def __init__(self, spec: Spec, rules: Rules, run: Run, record: RunRecord) -> None:
+    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
         self.spec = spec
+        self.origin = origin
         self.rules = rules
         self.run = run
         self.record = record
@@ -60,10 +74,13 @@ class Turn:
         live = self._live
         if live.waiting >= limits.INBOX_MAX:
             raise Busy(f"run {live.spec.run}: {limits.INBOX_MAX} requests wait already; try again", 0.5)
+        damage = self._engine.damage
+        damage.check(live.spec.run)
         live.waiting += 1
         try:
             await live.lock.acquire()
             try:
+                damage.check(live.spec.run)
                 if live.stale:
                     await self._engine._reload(live)
             except BaseException:
@@ -74,9 +91,16 @@ class Turn:
             raise
         return live
 
-    async def __aexit__(self, *_: object) -> None:
-        self._live.lock.release()
-        self._live.waiting -= 1
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        live = self._live
+        try:
+            # Where another process has gone on with the run, a refusal may be about what is long over.
+            if isinstance(error, Conflict | Invalid | NotFound) and await self._engine._is_behind(live):
+                live.stale = True
+                raise Lost(f"run {live.spec.run}: refused by what another process has changed since") from error
+        finally:
+            live.lock.release()
+            live.waiting -= 1
 
 
 class Engine:
@@ -89,6 +113,10 @@ class Engine:
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
         self._loading: dict[str, asyncio.Lock] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._deleting = asyncio.Lock()
+        self._tombstone: Row | None = None  # the newest one, where this process wrote it
+        self.damage = Damage()
+        self._scrub = Scrub(journal, self.found_damage)
 
     @property
     def live_runs(self) -> int:
@@ -102,40 +130,70 @@ class Engine:
 
     async def close(self) -> None:
         """Commit what is under way and close the journal."""
+        await self._scrub.stop()
         await asyncio.to_thread(self._journal.close)
 
-    async def create(self, spec: Spec, actor: str) -> LiveRun:
+    async def create(self, spec: Spec, actor: str, origin: Origin | None = None) -> LiveRun:
         """Begin a run. Raises Conflict where it exists (in any process)."""
         rules = self._ruler(spec)
-        run = fold.create(rules)
+        run = fold.create(rules, origin)
         now = self.now_us()
-        entry = records.to_entry(Created(spec), fold.NOTHING)
+        entry = records.to_entry(Created(spec, origin), fold.NOTHING)
         row = Row(1, *entry[:4], actor, now, entry.meta, entry.columns, b"")
         row = row._replace(hash=chained(GENESIS, spec.run, row))
         tag = rules.policy.tag
         record = RunRecord(
-            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash
-        )
+            spec.run, spec.project, spec.name, run.status, tag, spec.labels, 0, None, now, now, 1, row.hash,
+            loading.parent_of(origin),
+        )  # fmt: skip
         await self._append(spec.run, 0, (row,), record, None)
-        live = LiveRun(spec, rules, run, record)
+        live = LiveRun(spec, origin, rules, run, record)
         self._keep(live)
         return live
 
     async def find(self, run_id: str) -> LiveRun:
-        """The live run, folded from the journal where it is not in memory. Raises NotFound."""
+        """The live run, folded from the journal where it is not in memory. Raises NotFound.
+
+        One whose record is damaged is as of the last row before that, good for reading, and examined again now and
+        then; Damaged is raised where nothing of it can be read.
+        """
         live = self._live.get(run_id)
-        if live is not None:
+        if live is not None and not self._is_due(run_id):
             self._live.move_to_end(run_id)
             return live
         async with self._loading.setdefault(run_id, asyncio.Lock()):
             live = self._live.get(run_id)
-            if live is None:
+            if live is None or self._is_due(run_id):
                 try:
-                    live = await asyncio.to_thread(self._load, run_id)
+                    live = self._better(live, await self._examined(run_id))
+                except Damaged:
+                    if live is None:
+                        raise
                 finally:
                     self._loading.pop(run_id, None)
                 self._keep(live)
         return live
+
+    async def delete(self, record: RunRecord, live: LiveRun | None, reason: str, actor: str) -> Row:
+        """Remove a run; returns its tombstone. live: None where it is so damaged that it cannot be read.
+
+        Raises Busy, Damaged where the store's own journal is, Lost where somebody else was faster.
+        """
+        run_id = record.run
+        expected = None if live is None or self.damage.words(run_id) else live.run.seq
+        observations = None if live is None else live.run.observations
+        async with self._deleting:
+            last, self._tombstone = self._tombstone or await asyncio.to_thread(deletion.newest, self._journal), None
+            row, left = deletion.tombstone(record, observations, reason, actor, self.now_us(), last)
+            try:
+                await self._hand_in(run_id, lambda token: self._journal.delete(Deletion(expected, row, left, token)))
+            finally:  # whatever is known here: what the journal has is asked for again
+                if live is not None:
+                    live.stale = True
+                self._live.pop(run_id, None)
+            self._tombstone = row
+        self.damage.forget(run_id)
+        return row
 
     def turn(self, live: LiveRun) -> Turn:
         """Wait for the run's turn, then hold it. Raises Busy when INBOX_MAX others wait already."""
@@ -155,21 +213,25 @@ class Engine:
             outcomes.append(outcome)
             seq += 1
             assert run.seq == seq, "only events that change the run may be committed: see fold.fresh"
-            entry = records.to_entry(event, outcome)
+            entry = records.to_entry(event, outcome, live.spec.shadows)
             kind, attempt, first, last, meta, columns = entry
             head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
             rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        of, project, name, _, policy, labels, _, _, created, _, _, _ = live.record
-        record = RunRecord(of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head)
+        of, project, name, _, policy, labels, _, _, created, _, _, _, parent = live.record
+        record = RunRecord(
+            of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
+        )
         snapshot = self._snapshot(live, run)
         try:
             await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
         except Busy:
             raise
-        except BaseException:
+        except BaseException as error:
             # Conflict, or cancelled with the append under way: what the journal holds is not known here.
             live.stale = True
+            if isinstance(error, Damaged):
+                self.found_damage(run_id, str(error))
             raise
         live.run, live.record = run, record
         live.snapshot_at = min(live.snapshot_at, run.observations)  # a rewind takes observations back
@@ -185,14 +247,18 @@ class Engine:
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
         """The run as it was before it observed `step`, on the line of `attempt`; as it last was on that line, where
         the line ends before the step (what the job did in between never arrived: a gap)."""
-        return await asyncio.to_thread(self._fold_until, live, attempt, step)
+        read = loading.fold_until
+        return await self._reading(
+            live, lambda: read(self._journal, live.spec, live.origin, live.rules, live.run, attempt, step)
+        )
 
     async def resent(self, live: LiveRun, first: int, last: int) -> list[tuple[int, Settings]]:
         """The recorded settings for steps first..last, which were folded before; [] where too long ago."""
-        found = self._within(live.recent, first, last)
+        found = loading.within(live.recent, first, last)
         if not found:
-            rows = await asyncio.to_thread(self._recent_rows, live)
-            found = self._within(rows, first, last)
+            read = loading.recent_batches
+            rows = await self._reading(live, lambda: read(self._journal, live.spec, live.run))
+            found = loading.within(rows, first, last)
         return found
 
     def _keep(self, live: LiveRun) -> None:
@@ -211,119 +277,112 @@ class Engine:
     async def _append(
         self, run_id: str, expected: int, rows: tuple[Row, ...], record: RunRecord, snapshot: Snapshot | None
     ) -> None:
+        append = self._journal.append
+        await self._hand_in(run_id, lambda token: append(Append(expected, rows, record, snapshot, token)))
+
+    async def _hand_in(self, run_id: str, hand: Callable[[asyncio.Future[None]], None]) -> None:
+        """Give the journal something to write and wait until it has. Raises Lost instead of Conflict."""
         assert self._loop is not None, "start() comes first"
         future: asyncio.Future[None] = self._loop.create_future()
         try:
-            self._journal.append(Append(expected, rows, record, snapshot, future))
+            hand(future)
             await future
         except Conflict as error:
             raise Lost(f"run {run_id}: another process appended first") from error
 
-    def _deliver(self, results: Sequence[tuple[Append, Exception | None]]) -> None:
+    def _deliver(self, results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._resolve, results)
 
     @staticmethod
-    def _resolve(results: Sequence[tuple[Append, Exception | None]]) -> None:
-        for append, error in results:
-            future: asyncio.Future[None] = append.token
+    def _resolve(results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
+        for item, error in results:
+            future: asyncio.Future[None] = item.token
             if not future.done():
                 if error is None:
                     future.set_result(None)
                 else:
                     future.set_exception(error)
 
+    async def _is_behind(self, live: LiveRun) -> bool:
+        record = await asyncio.to_thread(self._journal.record, live.spec.run)
+        return record is not None and record.seq > live.run.seq
+
     async def _reload(self, live: LiveRun) -> None:
-        newest = await asyncio.to_thread(self._load, live.spec.run)
+        run_id = live.spec.run
+        newest = await self._reading(live, lambda: loading.load(self._journal, self._ruler, run_id))
+        if newest.problem:
+            self.found_damage(run_id, newest.problem)
+            raise Damaged(newest.problem)
         live.run, live.record, live.snapshot_at = newest.run, newest.record, newest.snapshot_at
         live.recent.clear()
         live.stale = False
 
-    def _load(self, run_id: str) -> LiveRun:
-        record = self._journal.record(run_id)
-        first = next(self._journal.rows(run_id, until=1), None)
-        if record is None or first is None:
-            raise NotFound(f"run {run_id!r} is not known: `flyball runs` lists those that are")
-        spec = records.spec_of(first)
-        rules = self._ruler(spec)
-        snapshot = self._journal.snapshot(run_id)
-        run = fold.create(rules) if snapshot is None else fold.load(rules, json.loads(snapshot.state))
-        snapshot_at, head = run.observations, first.hash
-        for row in self._journal.rows(run_id, after=run.seq):
-            run, _ = fold.apply(rules, run, records.from_row(row, spec.groups)[0])
-            head = row.hash
-        # Read last: where another process appends at this moment, whatever we miss here shows as a lost append.
-        record = self._journal.record(run_id) or record
-        if record.seq < run.seq:
-            record = record._replace(seq=run.seq, hash=head)
-        live = LiveRun(spec, rules, run, record)
-        live.snapshot_at = snapshot_at
-        return live
+    # -- damage ----------------------------------------------------------------------------------------------
 
-    def _fold_until(self, live: LiveRun, attempt: int, step: int) -> Run:
-        attempts = live.run.attempts
-        # Before its first step an attempt shares the line of the one it came from.
-        while attempts[attempt - 1][0] > step and attempts[attempt - 1][2] > 0:
-            attempt = attempts[attempt - 1][2]
-        opened = attempts[attempt - 1][1]
-        snapshot = self._journal.snapshot(live.spec.run)
-        while snapshot is not None and not (
-            snapshot.seq < opened
-            or (snapshot.attempt == attempt and snapshot.step is not None and snapshot.step < step)
-        ):
-            snapshot = self._journal.snapshot(live.spec.run, until=snapshot.seq - 1)
-        rules = live.rules
-        run = fold.create(rules) if snapshot is None else fold.load(rules, json.loads(snapshot.state))
-        for row in self._journal.rows(live.spec.run, after=run.seq):
-            if row.seq > opened and (run.through >= step - 1 or row.kind == "attached"):
-                break
-            event, _ = records.from_row(row, live.spec.groups)
-            if isinstance(event, Observed) and row.seq > opened and event.steps[-1] >= step:
-                earlier = _before(event, step)
-                if earlier is None:
-                    break
-                event = earlier
-            run, _ = fold.apply(rules, run, event)
-        return run
+    def found_damage(self, run_id: str, problem: str, took_s: float = 0.0) -> None:
+        """Somebody read a run, in so much time, and found that it is not what was written."""
+        assert self._loop is not None
+        self.damage.note(run_id, problem, self._loop.time(), took_s)
 
-    def _recent_rows(self, live: LiveRun) -> list[tuple[int, int, Sequence[tuple[int, Settings]]]]:
-        after = max(0, live.run.seq - limits.RESENT_ROWS_MAX)
-        out: list[tuple[int, int, Sequence[tuple[int, Settings]]]] = []
-        for row in self._journal.rows(live.spec.run, after=after):
-            if row.kind == "observed" and row.attempt == live.run.attempt:
-                event, outcome = records.from_row(row, live.spec.groups)
-                assert isinstance(event, Observed)
-                out.append((event.steps[0], event.steps[-1], outcome.changes))
-        return out
+    def _better(self, known: LiveRun | None, found: LiveRun) -> LiveRun:
+        """Of a damaged run memory may hold more than can still be read."""
+        damaged = self.damage.words(found.spec.run)
+        return known if known is not None and damaged and known.run.seq >= found.run.seq else found
 
-    @staticmethod
-    def _within(
-        batches: Sequence[tuple[int, int, Sequence[tuple[int, Settings]]]]
-        | deque[tuple[int, int, Sequence[tuple[int, Settings]]]],
-        first: int,
-        last: int,
-    ) -> list[tuple[int, Settings]]:
-        out: list[tuple[int, Settings]] = []
-        for start, end, changes in batches:
-            if end >= first and start <= last:
-                out.extend(changes)
-        # An older batch's last change may cover `first`; a later change than `last` is not asked for.
-        return [change for change in out if change[0] <= last] if out and out[0][0] <= first else []
+    def _is_due(self, run_id: str) -> bool:
+        return bool(self.damage) and self._loop is not None and self.damage.is_due(run_id, self._loop.time())
+
+    async def _reading(self, live: LiveRun, work: Callable[[], T]) -> T:
+        """Read outside the event loop, and remember what is found damaged."""
+        try:
+            return await asyncio.to_thread(work)
+        except Damaged as error:
+            self.found_damage(live.spec.run, str(error))
+            raise
+
+    async def _examined(self, run_id: str) -> LiveRun:
+        """The run as the journal has it. One that was found damaged is examined whole, and forgiven where it is well;
+        what lies before the snapshot of any other is left to the scrub."""
+        assert self._loop is not None
+        known, started = self.damage.words(run_id), self._loop.time()
+        if known and not self.damage.is_due(run_id, started):
+            raise Damaged(known)
+        try:
+            found = await asyncio.to_thread(loading.load, self._journal, self._ruler, run_id)
+            problem = found.problem
+            if known and not problem:
+                problem = await asyncio.to_thread(proving.unread_problem, self._journal, run_id, found.unread)
+        except Damaged as error:
+            self.found_damage(run_id, str(error), self._loop.time() - started)
+            raise
+        if problem:
+            self.found_damage(run_id, problem, self._loop.time() - started)
+        elif known:
+            self.damage.forget(run_id)
+        else:
+            self._scrub.add(run_id, found.unread)
+        return _live(found)
 
 
-def _before(event: Observed, step: int) -> Observed | None:
-    """The part of a batch that lies before `step`; None where there is none."""
-    cut = next((i for i, s in enumerate(event.steps) if s >= step), len(event.steps))
-    if cut == 0:
-        return None
-    return Observed(event.attempt, event.steps[:cut], {n: c[:cut] for n, c in event.signals.items()})
+def _live(found: Loaded) -> LiveRun:
+    live = LiveRun(found.spec, found.origin, found.rules, found.run, found.record)
+    live.snapshot_at = found.snapshot_at
+    return live
 
 
 def next_attempt(
-    live: LiveRun, parent: int, from_step: int, session: str, client: str, lag: int | None, restored: Run | None
+    live: LiveRun,
+    parent: int,
+    from_step: int,
+    session: str,
+    client: str,
+    lag: int | None,
+    restored: Run | None,
+    claimed: Mapping[str, Any] | None = None,
 ) -> Attached:
     """The event that opens the run's next attempt."""
     if from_step < 0:
         raise Invalid(f"from_step is {from_step}: steps are counted from 0")
     state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state)
+    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

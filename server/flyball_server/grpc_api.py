@@ -19,7 +19,7 @@ from flyball_server import limits
 from flyball_server.core.errors import Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
@@ -31,6 +31,7 @@ STATUS = {
     "conflict": grpc.StatusCode.ABORTED,
     "denied": grpc.StatusCode.PERMISSION_DENIED,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "damaged": grpc.StatusCode.DATA_LOSS,
     "internal": grpc.StatusCode.INTERNAL,
 }
 
@@ -157,7 +158,15 @@ def read_attach(m: pb.Attach) -> Attach:
         seq=m.seq,
         digest=m.digest,
         client=m.client,
+        shadows=_mapping("shadows_json", m.shadows_json) if m.shadows_json else {},
+        fork=_fork(m.fork) if m.HasField("fork") else None,
+        on_unknown=m.on_unknown or "refuse",
     )
+
+
+def _fork(m: pb.Fork) -> Fork:
+    attempt = m.attempt if m.HasField("attempt") else None
+    return Fork(m.run, attempt, m.step if m.HasField("step") else None, m.seq, m.digest)
 
 
 def _group(g: pb.Group) -> Group:

@@ -10,6 +10,12 @@ RECEIPTS_MAX = 4096
 BODY_BYTES_MAX = 4 * 1024 * 1024
 #: Different signals of one run.
 SIGNALS_MAX = 64
+#: Shadow policies of one run.
+SHADOWS_MAX = 3
+#: Observations that a what-if folds again in one request; `flyball-server replay` has no such limit.
+WHAT_IF_OBSERVATIONS_MAX = 2_000_000
+#: What-ifs computed at the same time; more are asked to come again.
+WHAT_IFS_MAX = 1
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -26,6 +32,8 @@ LIVE_RUNS_MAX = 20_000
 SNAPSHOT_EVERY = 10_000
 #: Times an append is tried again after another replica was faster.
 APPEND_TRIES = 8
+#: Newest attempts whose sessions are remembered: none of these may open another one.
+ATTEMPTS_CHECKED = 16
 #: Journal rows looked through for the decisions of steps that a client sends again.
 RESENT_ROWS_MAX = 512
 #: Runs in one page of a listing.
@@ -44,6 +52,26 @@ STREAMS_MAX = 20_000
 DRAIN_S = 10.0
 #: How long an HTTP connection may idle before it is closed.
 KEEP_ALIVE_S = 120
+#: What is kept free of the disk under the store, unless the setting `disk_free_min` says otherwise.
+DISK_FREE_MIN_BYTES = 64 << 20
+#: A store is nearly full at this share of its limit, and where the disk has less than so many times the minimum.
+NEARLY_FULL = 0.9
+DISK_NEARLY_FULL = 4
+#: So far below these limits a store must come before it is better again, or every commit would change it; and the
+#: write-ahead log, which counts, may take this share of the limit before it is cut back.
+ROOM_AGAIN = 0.1
+#: A run that was found damaged is examined again when it is asked for after this time, or after so many times as
+#: long as examining it took.
+DAMAGE_RECHECK_S = 3.0
+DAMAGE_RECHECK_SHARE = 20.0
+#: Rows that the scrub checks at a time, its share of one core, and the runs it remembers to have checked.
+SCRUB_ROWS = 256
+SCRUB_SHARE = 0.2
+SCRUBBED_MAX = 100_000
+#: Characters in the reason for a deletion.
+REASON_MAX = 500
+#: Tombstones in one page.
+TOMBSTONES_MAX = 1000
 #: Rows, observations and bytes of rows in one part of an export; the last row may go beyond the latter two.
 EXPORT_ROWS_MAX = 4096
 EXPORT_OBSERVATIONS_MAX = 16384

@@ -6,10 +6,22 @@ Rule of this module: data only. gRPC and HTTP parse into these values and write 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
+
+
+class Fork(NamedTuple):
+    """Where a new run leaves an existing one: the run's id, the attempt whose line it is (None: the newest), the new
+    run's first step (None: behind the newest), and the checkpoint token's journal row ("": there is no token)."""
+
+    run: str
+    attempt: int | None
+    step: int | None
+    seq: int = 0
+    digest: str = ""
 
 
 class Attach(NamedTuple):
@@ -32,6 +44,20 @@ class Attach(NamedTuple):
     seq: int
     digest: str
     client: str
+    shadows: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    fork: Fork | None = None
+    on_unknown: str = "refuse"
+
+
+class WhatIfRequest(NamedTuple):
+    """Which run to fold again, under which policy; base None, guard {} and seed None: the run's own."""
+
+    run: str
+    policy: Mapping[str, Any]
+    base: Mapping[str, Any] | None
+    guard: Mapping[str, Any]
+    seed: int | None
+    attempt: int | None
 
 
 class Attached(NamedTuple):

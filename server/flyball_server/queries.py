@@ -4,7 +4,7 @@ Rule of this module: it only reads, and reads packed columns, never a Python obj
 
 Names of series: a signal by its name (loss, grad_norm ...); lr:GROUP, momentum:GROUP and noise_std:GROUP as
 they were applied (from the receipts); decided_lr:GROUP and so on as they were decided, at the step that
-decided them.
+decided them; shadow:NAME:lr:GROUP as the run's shadow NAME decided.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flyball_server.core.policies.aees import episode_log
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Decision
 from flyball_server.names import check_signal_name
-from flyball_server.storage.journal import Block, Journal, Row
+from flyball_server.storage.journal import Block, Reading, Row
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class _Wanted(NamedTuple):
     column: str
     position: int
     width: int
+    at: str = "=at"
 
 
 async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -56,12 +57,12 @@ async def in_thread(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) 
     return await asyncio.to_thread(work, *args, **kwargs)
 
 
-def row(journal: Journal, run: str, seq: int) -> Row | None:
+def row(journal: Reading, run: str, seq: int) -> Row | None:
     """One row of a run, None where there is none."""
     return next(journal.rows(run, after=seq - 1, until=seq), None) if seq > 0 else None
 
 
-def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
+def series(journal: Reading, spec: Spec, run: Run, request: SeriesRequest) -> dict[str, Any]:
     """The asked-for series as {"run", "attempt", "series": {name: {"step": [...], "value": [...]}}}.
 
     Each has at most `points` points: the steps are cut into points / 2 equal ranges and the smallest and the
@@ -74,14 +75,15 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
         raise Invalid(f"signals: {len(request.names)} names; give 1 to {limits.SERIES_MAX}")
     attempt = checked_attempt(spec, run, request.attempt)
     wanted = {name: _wanted(name, spec) for name in request.names}
-    cutoffs = line_of(run, attempt)
+    until = cutoffs(run, attempt)
     found: dict[str, list[tuple[Ints, Floats]]] = {name: [] for name in wanted}
-    columns = {"step", "=step", "=at", *(w.column for w in wanted.values()), *(w.column + "?" for w in wanted.values())}
+    columns = {"step", "=step", "=at"}
+    columns |= {name for w in wanted.values() for name in (w.column, w.column + "?", w.at)}
     for block in journal.blocks(spec.run, columns):
-        cutoff = cutoffs.get(block.attempt)
+        cutoff = until.get(block.attempt)
         if block.kind not in ("observed", "applied", "reported") or cutoff is None:
             continue
-        steps = _steps(block)
+        steps = steps_of(block)
         for name, want in wanted.items():
             if block.kind in want.kinds and want.column in block.arrays:
                 s, v = _values(block, want, steps)
@@ -96,7 +98,36 @@ def series(journal: Journal, spec: Spec, run: Run, request: SeriesRequest) -> di
     }
 
 
-def decisions(journal: Journal, spec: Spec, rules: Rules, after: int, limit: int) -> dict[str, Any]:
+class Marked(NamedTuple):
+    """Whose decisions are asked for: the run's own (shadow: "") or a shadow's, and the rules that explain them."""
+
+    spec: Spec
+    rules: Rules
+    shadow: str
+
+    def of(self, row: Row) -> Sequence[Any]:
+        """The marks that a row holds of it."""
+        found: Sequence[Any] = (
+            row.meta.get("shadow_marks", {}).get(self.shadow, ()) if self.shadow else row.meta.get("marks", ())
+        )
+        return found
+
+
+def marked(spec: Spec, rules: Rules, shadow: str) -> Marked:
+    """Raises NotFound where the run has no such shadow."""
+    if not shadow:
+        return Marked(spec, rules, "")
+    _check_shadow(spec, shadow)
+    return Marked(spec, rules.shadows[[*spec.shadows].index(shadow)], shadow)
+
+
+def _check_shadow(spec: Spec, shadow: str) -> None:
+    if shadow not in spec.shadows:
+        known = ", ".join(spec.shadows) or "none"
+        raise NotFound(f"run {spec.run} has no shadow {shadow!r:.60}; it has {known}")
+
+
+def decisions(journal: Reading, marked: Marked, after: int, limit: int) -> dict[str, Any]:
     """The decisions that moved something, in journal order, behind the row `after`.
 
     `next` is the value of `after` for the page behind this one, None at the end. A page ends with a whole row.
@@ -104,24 +135,25 @@ def decisions(journal: Journal, spec: Spec, rules: Rules, after: int, limit: int
     """
     _check_limit(limit)
     out: list[dict[str, Any]] = []
-    for row in journal.rows(spec.run, after=after):
-        if "marks" in row.meta:
+    run = marked.spec.run
+    for row in journal.rows(run, after=after):
+        if marked.of(row):
             if len(out) >= limit:
-                return {"run": spec.run, "decisions": out, "next": after}
+                return {"run": run, "decisions": out, "next": after}
             after = row.seq
-            out += _decisions(row, spec, rules)
-    return {"run": spec.run, "decisions": out, "next": None}
+            out += _decisions(row, marked)
+    return {"run": run, "decisions": out, "next": None}
 
 
-def newest_decisions(journal: Journal, spec: Spec, rules: Rules, limit: int) -> dict[str, Any]:
+def newest_decisions(journal: Reading, marked: Marked, limit: int) -> dict[str, Any]:
     """The newest decisions that moved something, oldest of them first. Raises Invalid for a limit out of range."""
     _check_limit(limit)
-    rows = deque((row for row in journal.rows(spec.run) if "marks" in row.meta), limit)
-    out = [decision for row in rows for decision in _decisions(row, spec, rules)]
-    return {"run": spec.run, "decisions": out[-limit:], "next": None}
+    rows = deque((row for row in journal.rows(marked.spec.run) if marked.of(row)), limit)
+    out = [decision for row in rows for decision in _decisions(row, marked)]
+    return {"run": marked.spec.run, "decisions": out[-limit:], "next": None}
 
 
-def episodes(journal: Journal, spec: Spec) -> dict[str, Any]:
+def episodes(journal: Reading, spec: Spec) -> dict[str, Any]:
     """The log lists of a run that learns in episodes (the policy `aees`): one entry per closed episode in each."""
     marks = (mark for row in journal.rows(spec.run) for mark in row.meta.get("marks", ()))
     closed = (fields for *_, fields in marks if fields and "closed_episode" in fields)
@@ -133,8 +165,8 @@ def _check_limit(limit: int) -> None:
         raise Invalid(f"limit is {limit}: give 1 to {limits.DECISIONS_MAX}")
 
 
-def _decisions(row: Row, spec: Spec, rules: Rules) -> list[dict[str, Any]]:
-    names = [g.name for g in spec.groups]
+def _decisions(row: Row, marked: Marked) -> list[dict[str, Any]]:
+    names, rules = [g.name for g in marked.spec.groups], marked.rules
     return [
         {
             "seq": row.seq,
@@ -149,7 +181,7 @@ def _decisions(row: Row, spec: Spec, rules: Rules) -> list[dict[str, Any]]:
             "lr_after": dict(zip(names, now, strict=True)),
             "fields": fields,
         }
-        for step, phase, code, note, before, now, fields in row.meta["marks"]
+        for step, phase, code, note, before, now, fields in marked.of(row)
     ]
 
 
@@ -162,8 +194,13 @@ def _wanted(name: str, spec: Spec) -> _Wanted:
     if ":" not in name:
         check_signal_name(name)
         return _Wanted(("observed", "reported"), name, 0, 1)
+    if kind == "shadow":
+        shadow, _, setting = group.partition(":")
+        _check_shadow(spec, shadow)
+        own = _wanted("decided_" + setting, spec)
+        return own._replace(column=f"{own.column}@{shadow}", at=f"=at@{shadow}")
     if decided not in _SETTINGS:
-        raise Invalid(f"signals: {name!r} is no series; before the ':' stands lr, momentum or noise_std")
+        raise Invalid(f"signals: {name!r} is no series; before the ':' stands lr, momentum, noise_std or shadow:NAME")
     names = [g.name for g in spec.groups]
     if group not in names:
         raise Invalid(f"signals: {name!r}: run {spec.run} has no group {group!r}; it has {', '.join(names)}")
@@ -181,7 +218,7 @@ def checked_attempt(spec: Spec, run: Run, attempt: int | None) -> int:
     return attempt
 
 
-def line_of(run: Run, attempt: int) -> Mapping[int, float]:
+def cutoffs(run: Run, attempt: int) -> Mapping[int, float]:
     """For each attempt on the line of `attempt`: its steps from this one on were overtaken by a later attempt."""
     # Side signals are journaled under attempt 0: they belong to whatever line the run is on.
     out: dict[int, float] = {0: float("inf")}
@@ -193,7 +230,7 @@ def line_of(run: Run, attempt: int) -> Mapping[int, float]:
     return out
 
 
-def _steps(block: Block) -> Ints:
+def steps_of(block: Block) -> Ints:
     """The step of every entry of a block."""
     name = _step_column(block)
     if name in block.arrays:
@@ -217,7 +254,7 @@ def _values(block: Block, want: _Wanted, steps: Ints) -> tuple[Ints, Floats]:
         values = values[want.position :: want.width]
     if want.column.startswith("="):
         # Changes name the observation that decided them, counted within their own row.
-        return steps[_absolute(block, "=at", _row_lengths(block))], values
+        return steps[_absolute(block, want.at, _row_lengths(block))], values
     missing = want.column + "?"
     if missing in block.arrays and len(block.arrays[missing]):
         keep = np.ones(len(values), dtype=bool)

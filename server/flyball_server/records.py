@@ -8,7 +8,8 @@ Layout of an Observed row (n observations, G groups, K changes):
     NAME    f[n]|d[n] one per signal; float32 where every value survives the trip, which torch's losses do
     NAME?   I[m]    the indices at which NAME was not measured (its values there are 0)
     =at     I[K]    the observation that decided change k;   =lr d[K*G]   =momentum d[K*G]   =noise_std d[K*G]
-    meta    {} or {"marks": [...]}
+    =at@S   and so on: the same of the shadow named S
+    meta    {} or {"marks": [...], "shadow_marks": {S: [...]}}
 A group without momentum has 0 in =momentum; which groups those are is in the run's specification.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any, NamedTuple, cast
@@ -30,6 +31,7 @@ from flyball_server.core.events import (
     Event,
     Mark,
     Observed,
+    Origin,
     Outcome,
     Receipt,
     Reported,
@@ -59,22 +61,26 @@ class Entry(NamedTuple):
     columns: tuple[Column, ...]
 
 
-def to_entry(event: Event, outcome: Outcome) -> Entry:
-    """The canonical form of an event and what folding it brought."""
+def to_entry(event: Event, outcome: Outcome, shadows: Iterable[str] = ()) -> Entry:
+    """The canonical form of an event and what folding it brought. shadows: the names of the run's, in their order."""
     if isinstance(event, Observed):
-        return _observed_entry(event, outcome)
+        return _observed_entry(event, outcome, shadows)
     if isinstance(event, Applied):
         return _applied_entry(event)
     if isinstance(event, Created):
-        return Entry("created", 0, None, None, {"spec": _spec_json(event.spec)}, ())
+        created: dict[str, Any] = {"spec": _spec_json(event.spec)}
+        if event.origin is not None:
+            created["origin"] = event.origin._asdict()
+        return Entry("created", 0, None, None, created, ())
     if isinstance(event, Reported):
         columns = [Column(name, "d", array("d", [event.signals[name]]).tobytes()) for name in sorted(event.signals)]
         return Entry("reported", 0, event.step, event.step, {}, tuple(columns))
     meta = event._asdict()
     attempt = meta.pop("attempt")
-    if outcome.marks:  # what the policy had to say at the end
-        meta["marks"] = [_mark_json(mark) for mark in outcome.marks]
-    return Entry(_KINDS[type(event)], attempt, None, None, meta, ())
+    if meta.get("claimed", ...) is None:  # as it was recorded before there was such a thing
+        del meta["claimed"]
+    # Marks: what the policy had to say at the end.
+    return Entry(_KINDS[type(event)], attempt, None, None, meta | _marks_json(outcome, shadows), ())
 
 
 def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
@@ -84,11 +90,12 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
     if row.kind == "applied":
         return _applied(row, groups), NOTHING
     if row.kind == "created":
-        return Created(spec_of(row)), NOTHING
+        return Created(spec_of(row), origin_of(row)), NOTHING
     if row.kind == "reported":
         assert row.first_step is not None
         return Reported(row.first_step, {c.name: _values(c)[0] for c in row.columns}), NOTHING
     meta = dict(row.meta)
+    meta.pop("shadow_marks", None)
     marks = tuple(_mark(m) for m in meta.pop("marks", ()))
     return _CLASSES[row.kind](attempt=row.attempt, **meta), Outcome((), marks) if marks else NOTHING
 
@@ -100,6 +107,12 @@ def spec_of(row: Row) -> Spec:
     return Spec(**{**spec, "groups": tuple(groups)})
 
 
+def origin_of(row: Row) -> Origin | None:
+    """Where a run comes from, as its first row says; None: it began at step 0."""
+    origin = row.meta.get("origin")
+    return None if origin is None else Origin(**origin)
+
+
 _KINDS: dict[type[Any], str] = {
     Attached: "attached",
     DirectiveAnswered: "directive_answered",
@@ -109,10 +122,13 @@ _CLASSES: dict[str, Callable[..., Event]] = {kind: cls for cls, kind in _KINDS.i
 
 
 def _spec_json(spec: Spec) -> dict[str, Any]:
-    return {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
+    data = {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
+    if not data["shadows"]:
+        del data["shadows"]
+    return data
 
 
-def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
+def _observed_entry(event: Observed, outcome: Outcome, shadows: Iterable[str]) -> Entry:
     steps = event.steps
     first, last, n = steps[0], steps[-1], len(steps)
     columns = []
@@ -126,8 +142,20 @@ def _observed_entry(event: Observed, outcome: Outcome) -> Entry:
     else:
         columns.append(Column("=at", "I", _places(steps, changes).tobytes()))
     columns += _settings("=", [settings for _, settings in outcome.changes])
-    meta = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}
+    for name, beside in zip(shadows, outcome.shadows, strict=True):
+        columns.append(Column("=at@" + name, "I", _places(steps, beside.changes).tobytes()))
+        own = _settings("=", [settings for _, settings in beside.changes])
+        columns += [column._replace(name=f"{column.name}@{name}") for column in own]
+    meta = _marks_json(outcome, shadows) if outcome.marks or outcome.shadows else {}
     return Entry("observed", event.attempt, first, last, meta, tuple(columns))
+
+
+def _marks_json(outcome: Outcome, shadows: Iterable[str]) -> dict[str, Any]:
+    """The marks as a row's meta has them; nothing where there are none."""
+    meta: dict[str, Any] = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}
+    beside = zip(shadows, outcome.shadows, strict=False)
+    marks = {name: [_mark_json(mark) for mark in one.marks] for name, one in beside if one.marks}
+    return meta | {"shadow_marks": marks} if marks else meta
 
 
 def _places(steps: Sequence[int], changes: Sequence[tuple[int, Settings]]) -> array[int]:

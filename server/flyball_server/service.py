@@ -5,40 +5,39 @@ Rule of this module: check who asks and what is asked for, then leave the work t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from flyball_server import limits, queries
+from flyball_server import branches, deletion, limits, queries
 from flyball_server.checks import (
     check_report,
     check_resumption,
     check_room,
     check_same,
     check_signal_names,
-    check_spec,
-    checked_receipt,
     spec_from,
 )
-from flyball_server.core import run as fold
-from flyball_server.core.base import build
-from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.core.events import Applied, Ended, Event, Observed, Reported, Spec
-from flyball_server.core.run import Rules, Run
-from flyball_server.core.types import Group, Settings
+from flyball_server.conversation import advice, attached, new_events, reason
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
+from flyball_server.core.events import Origin, Reported, Spec
+from flyball_server.core.run import Run
+from flyball_server.core.types import Settings
 from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
-from flyball_server.guards import limits_of, relative
-from flyball_server.messages import Advice, Attach, Attached, Report
-from flyball_server.policy_files import resolve
+from flyball_server.loading import Deleted
+from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.profiles import Profile
-from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+from flyball_server.proving import Undamaged
+from flyball_server.rules import rules_of
+from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
+from flyball_server.what_if import Asked, answer
 
 T = TypeVar("T")
 #: What a run may be; stale: active, but without news for STALE_AFTER_S.
-STATUSES = ("created", "active", "stale", "finished", "failed")
+STATUSES = ("created", "active", "stale", "finished", "failed", DELETED)
 
 
 class RunView(NamedTuple):
-    """A run as people see it: its projection, and its folded state where asked for."""
+    """A run as people see it: its projection, and its folded state where asked for. problem: what is damaged."""
 
     record: RunRecord
     status: str
@@ -46,17 +45,7 @@ class RunView(NamedTuple):
     spec: Spec | None
     run: Run | None
     reason: str
-
-
-def rules_of(spec: Spec) -> Rules:
-    """What a specification means. Raises Invalid where it names something that does not exist."""
-    check_spec(spec)
-    policy, config, _ = resolve(spec.policy)
-    base = None if spec.base is None else build(spec.base)
-    limits = limits_of(spec.guard)
-    if spec.mode == "multiplier":
-        limits = relative(limits)
-    return Rules(policy, config, base, limits, spec.groups, spec.seed)
+    problem: str
 
 
 class Service:
@@ -66,6 +55,7 @@ class Service:
         self._engine = engine
         self._journal = journal
         self.profiles: Mapping[str, Profile] = profiles or {}
+        self._what_ifs = 0
 
     async def attach(self, request: Attach, actor: str) -> Attached:
         """Create the run, reconnect to it (same session), or open a new attempt (resume).
@@ -78,18 +68,55 @@ class Service:
         async def once() -> Attached:
             try:
                 live = await self._engine.find(spec.run)
+            except Deleted as error:
+                raise Conflict(f"{error}; a deleted run's name is not used again: choose another") from None
             except NotFound:
-                if request.resume:
-                    raise NotFound(
-                        f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it"
-                    ) from None
-                live = await self._engine.create(spec, actor)
+                live = await self._begin(request, spec, actor)
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._open(live, request, spec, actor)
-                return _attached(live)
+                return attached(live)
 
         return await _retried(once)
+
+    async def fork(self, request: Attach, actor: str) -> RunView:
+        """Begin a run that leaves another one (`request.fork`) at a step; its job attaches later, with resume.
+
+        Raises Invalid, NotFound, Conflict where the name is taken, Busy.
+        """
+
+        async def once() -> RunView:
+            live = await self._forked(request, actor, beyond=False)
+            return self._view(live.record, live)
+
+        return await _retried(once)
+
+    async def lineage(self, run: str) -> dict[str, Any]:
+        """Where a run comes from, what left it, and its attempts: see `branches.lineage`."""
+        live = await self._engine.find(run)
+        return await queries.in_thread(branches.lineage, self._journal, live.spec, live.origin, live.run)
+
+    async def what_if(self, request: WhatIfRequest, *, points: int, limit: int) -> dict[str, Any]:
+        """What another policy would have decided on the run's recorded signals: see `what_if.answer`.
+
+        Raises NotFound, Invalid (a run with more than WHAT_IF_OBSERVATIONS_MAX observations included), and Busy where
+        others are being computed.
+        """
+        live = await self._engine.find(request.run)
+        if live.run.observations > limits.WHAT_IF_OBSERVATIONS_MAX:
+            raise Invalid(
+                f"run {request.run} has {live.run.observations} observations, more than the "
+                f"{limits.WHAT_IF_OBSERVATIONS_MAX} folded in one request: use `flyball-server replay` on its store"
+            )
+        spec, own = branches.otherwise(request, live.spec, self.profiles)
+        asked = Asked(live.spec, live.origin, live.run, rules_of(spec), own)
+        if self._what_ifs >= limits.WHAT_IFS_MAX:
+            raise Busy("another what-if is being computed; come again when it is done", 2.0)
+        self._what_ifs += 1
+        try:
+            return await queries.in_thread(answer, self._journal, asked, request.attempt, points, limit)
+        finally:
+            self._what_ifs -= 1
 
     async def report(self, request: Report, actor: str) -> Advice:
         """Fold what the driver saw. The answer comes only when the journal has it.
@@ -112,7 +139,7 @@ class Service:
                         f"run {request.run}: attempt {run.attempt} is driven by another session than "
                         f"{request.session!r:.60}: attach first, and report under the session that attached"
                     )
-                events = _new_events(run, request, live.spec.groups)
+                events = new_events(run, request, live.spec.groups)
                 resent: list[tuple[int, Settings]] = []
                 if run.lag is not None and request.steps and request.steps[0] <= run.through:
                     resent = await self._engine.resent(live, request.steps[0], min(run.through, request.steps[-1]))
@@ -120,7 +147,7 @@ class Service:
                 if events:
                     outcomes = await self._engine.commit(live, events, actor)
                     changes = [*resent, *(c for outcome in outcomes for c in outcome.changes)]
-                return _advice(live, changes)
+                return advice(live, changes)
 
         return await _retried(once)
 
@@ -162,23 +189,76 @@ class Service:
     async def series(self, run: str, request: queries.SeriesRequest) -> dict[str, Any]:
         """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.series, self._journal, live.spec, live.run, request)
+        return await self._query(run, lambda journal: queries.series(journal, live.spec, live.run, request))
 
-    async def decisions(self, run: str, *, after: int, limit: int, newest: bool) -> dict[str, Any]:
-        """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then."""
+    async def decisions(self, run: str, *, after: int, limit: int, newest: bool, shadow: str = "") -> dict[str, Any]:
+        """The decisions that moved something, in journal order; `newest`: the last ones, `after` says nothing then.
+
+        shadow: those of the run's shadow of this name. Raises NotFound where there is none.
+        """
         live = await self._engine.find(run)
+        marked = queries.marked(live.spec, live.rules, shadow)
         if newest:
-            return await queries.in_thread(queries.newest_decisions, self._journal, live.spec, live.rules, limit)
-        return await queries.in_thread(queries.decisions, self._journal, live.spec, live.rules, after, limit)
+            return await self._query(run, lambda journal: queries.newest_decisions(journal, marked, limit))
+        return await self._query(run, lambda journal: queries.decisions(journal, marked, after, limit))
 
     async def episodes(self, run: str) -> dict[str, Any]:
         """The log lists of a run that learns in episodes; empty ones for any other."""
         live = await self._engine.find(run)
-        return await queries.in_thread(queries.episodes, self._journal, live.spec)
+        return await self._query(run, lambda journal: queries.episodes(journal, live.spec))
 
-    def ready(self) -> dict[str, Any]:
+    async def _query(self, run: str, ask: Callable[[Undamaged], dict[str, Any]]) -> dict[str, Any]:
+        """Ask the journal. Of a damaged run what comes before the damage, and under `problem` what it is."""
+        journal = Undamaged(self._journal)
+        found = await queries.in_thread(ask, journal)
+        if journal.problem:
+            self._engine.found_damage(run, journal.problem)
+        problem = self._engine.damage.words(run)
+        return {**found, "problem": problem} if problem else found
+
+    async def delete_run(self, run: str, reason: str, actor: str) -> dict[str, Any]:
+        """Remove a run for good; returns its tombstone, which stays with the actor and the reason.
+
+        Raises Conflict for one that is still being trained, NotFound, Invalid, Busy.
+        """
+        reason = deletion.check_reason(reason)
+
+        async def once() -> dict[str, Any]:
+            live: LiveRun | None = None
+            try:
+                live = await self._engine.find(run)
+            except Damaged:  # what cannot be read can still be deleted
+                record = await queries.in_thread(self._journal.record, run)
+            if live is None or self._engine.damage.words(run):
+                left = live.record if live is not None else record or deletion.bare_record(run)
+                return deletion.described(await self._engine.delete(left, live, reason, actor))
+            async with self._engine.turn(live):
+                view = self._view(live.record, live)
+                if view.status == "active":
+                    raise Conflict(
+                        f"run {run}: it is {view.status}, with news {view.stale_s:.0f} s ago: let it end, or wait "
+                        f"until there was none for {limits.STALE_AFTER_S:.0f} s"
+                    )
+                return deletion.described(await self._engine.delete(live.record, live, reason, actor))
+
+        return await _retried(once)
+
+    async def tombstones(self, after: int, limit: int) -> dict[str, Any]:
+        """The deleted runs, oldest first, in pages."""
+        return await queries.in_thread(deletion.tombstones, self._journal, after, limit)
+
+    def damaged(self) -> Mapping[str, str]:
+        """The runs that are known to be damaged, and what each has."""
+        return self._engine.damage.all()
+
+    async def usage(self) -> Usage:
+        """What the store takes, and may take."""
+        return await queries.in_thread(self._journal.usage)
+
+    async def ready(self) -> dict[str, Any]:
         """What a readiness probe is told."""
-        return {"status": "ready", "live_runs": self._engine.live_runs}
+        usage, damaged = await self.usage(), len(self._engine.damage)
+        return {"status": "ready", "live_runs": self._engine.live_runs, "damaged_runs": damaged, "store": usage.state}
 
     def _stale_before(self) -> int:
         return self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
@@ -188,9 +268,45 @@ class Service:
         status = record.status
         if status == "active" and stale_s > limits.STALE_AFTER_S:
             status = "stale"
+        problem = self._engine.damage.words(record.run)
+        if status == "damaged" and not problem:
+            problem = f"run {record.run!r}: its record makes no sense"
+        if problem:
+            status = "damaged"
         if live is None:
-            return RunView(record, status, stale_s, None, None, "")
-        return RunView(record, status, stale_s, live.spec, live.run, _reason(live))
+            return RunView(record, status, stale_s, None, None, "", problem)
+        return RunView(record, status, stale_s, live.spec, live.run, reason(live), problem)
+
+    async def _begin(self, request: Attach, spec: Spec, actor: str) -> LiveRun:
+        """A run that is not known: from its first step, as a fork, or from a checkpoint taken elsewhere."""
+        if request.fork is not None:
+            return await self._forked(request, actor, beyond=True)
+        if not request.resume:
+            return await self._engine.create(spec, actor)
+        if request.on_unknown == "refuse":
+            raise NotFound(
+                f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it, or with "
+                "on_unknown='import' to go on here from the checkpoint of another service"
+            )
+        attempt, step = request.from_attempt or 0, request.from_step or 0
+        origin = Origin("token", spec.run, attempt, step, request.seq, request.digest, None)
+        return await self._engine.create(spec, actor, origin)
+
+    async def _forked(self, request: Attach, actor: str, *, beyond: bool) -> LiveRun:
+        """beyond: a checkpoint may be newer than what arrived before it was left; else that is a mistake."""
+        fork = request.fork
+        assert fork is not None
+        parent = await self._engine.find(fork.run)
+        attempt, step = branches.check_fork(fork, parent.run)
+        if fork.digest and not await self._holds(parent, fork.seq, fork.digest):
+            raise _unknown_token(parent, fork.seq, fork.digest)
+        left = await self._engine.restored(parent, attempt, step)
+        if left.through + 1 < step and not beyond:
+            raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends before step {left.through + 1}")
+        seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
+        origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
+        spec, origin = branches.forked(request, parent.spec, left, origin, self.profiles)
+        return await self._engine.create(spec, actor, origin)
 
     async def _open(self, live: LiveRun, request: Attach, spec: Spec, actor: str) -> None:
         """Open the next attempt, going back on the line where that is asked for."""
@@ -200,29 +316,53 @@ class Service:
                 f"run {spec.run!r} exists already (attempt {run.attempt}, step {run.through}, {run.status}): choose "
                 "another name, or attach with resume=True to open a new attempt of it"
             )
-        check_same(live.spec, spec, request)
-        restored = None
+        if run.attempt == 0 and live.origin is not None and not (request.resume or request.fork):
+            raise Conflict(
+                f"run {spec.run!r} exists already, as a fork of {live.origin.run!r} at step {live.origin.step}: load "
+                "that run's checkpoint of this step and attach with resume=True"
+            )
+        if request.fork is None:  # what a fork's rules are was decided when it was begun
+            check_same(live.spec, spec, request)
+        await self._check_session(live, request)
+        restored = claimed = None
         from_step = run.through + 1 if request.from_step is None else request.from_step
         attempt = run.attempt if request.from_attempt is None else request.from_attempt
+        if request.digest and live.origin is not None and request.digest == live.origin.digest:
+            attempt = min(1, run.attempt)  # the very checkpoint that this run began with
+        elif request.digest and not await self._holds(live, request.seq, request.digest):
+            if request.on_unknown == "refuse":
+                raise _unknown_token(live, request.seq, request.digest)
+            attempt, claimed = run.attempt, {"seq": request.seq, "digest": request.digest}
         if not min(1, run.attempt) <= attempt <= run.attempt:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
-        await self._check_token(live, request)
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
             restored = await self._engine.restored(live, attempt, from_step)
-        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored)
+        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
         await self._engine.commit(live, [event], actor)
 
-    async def _check_token(self, live: LiveRun, request: Attach) -> None:
-        """A token names a row of the journal by its hash: one of another run of the same name is found out."""
-        if not request.digest:
-            return
-        row = await queries.in_thread(queries.row, self._journal, live.spec.run, request.seq)
-        if row is None or row.hash.hex() != request.digest:
-            raise Conflict(
-                f"run {live.spec.run}: the checkpoint token names row {request.seq} with the hash "
-                f"{request.digest[:12]}..., which this journal does not hold: it is of another run of this name; "
-                "resume without the token, or begin a run of another name"
-            )
+    async def _check_session(self, live: LiveRun, request: Attach) -> None:
+        """Who drove an earlier attempt does not come back by itself: that is a message which was long on its way, or a
+        process that has not noticed yet."""
+        for number, (_, seq, _) in list(enumerate(live.run.attempts, 1))[-limits.ATTEMPTS_CHECKED :]:
+            row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
+            if row is not None and row.meta["session"] == request.session:
+                raise Conflict(
+                    f"run {live.spec.run}: the session {request.session!r:.60} drove attempt {number}, and another "
+                    "process has taken the run over since: attach under a new session to take it back"
+                )
+
+    async def _holds(self, live: LiveRun, seq: int, digest: str) -> bool:
+        """Whether the run's journal holds the row that a checkpoint token names by its hash."""
+        row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
+        return row is not None and row.hash.hex() == digest
+
+
+def _unknown_token(live: LiveRun, seq: int, digest: str) -> Conflict:
+    return Conflict(
+        f"run {live.spec.run}: the checkpoint token names row {seq} with the hash {digest[:12]}..., which this journal "
+        "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
+        "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
+    )
 
 
 async def _retried(once: Callable[[], Awaitable[T]]) -> T:
@@ -233,67 +373,6 @@ async def _retried(once: Callable[[], Awaitable[T]]) -> T:
         except Lost:
             continue
     raise Busy("the run is written by several processes at once; try again", 1.0)
-
-
-def _attached(live: LiveRun) -> Attached:
-    run = live.run
-    return Attached(
-        run=live.spec.run,
-        attempt=run.attempt,
-        from_step=run.from_step,
-        through=run.through,
-        receipts_through=run.receipts_through,
-        seq=run.seq,
-        digest=live.record.hash.hex(),
-        policy=live.rules.policy.tag,
-        decided=run.through,
-        settings=run.settings,
-        phase=run.decision.phase,
-        code=run.decision.code,
-        reason=_reason(live),
-        reference=tuple(g.lr for g in live.spec.groups),
-        seed=live.spec.seed,
-        guard=live.spec.guard,
-    )
-
-
-def _advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
-    run = live.run
-    if run.lag is None or not changes:
-        changes = [(run.through, run.settings)]
-    return Advice(
-        attempt=run.attempt,
-        through=run.through,
-        receipts_through=run.receipts_through,
-        seq=run.seq,
-        digest=live.record.hash.hex(),
-        changes=changes,
-        phase=run.decision.phase,
-        code=run.decision.code,
-        reason=_reason(live),
-    )
-
-
-def _reason(live: LiveRun) -> str:
-    """The newest decision in words; only made where the decision has something to say."""
-    decision = live.run.decision
-    return "" if decision.fields is None else live.rules.policy.explain(live.rules.config, decision)
-
-
-def _new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
-    """The part of a report that is not in the run yet."""
-    check_room(run, request.signals)
-    events: list[Event] = []
-    observed = fold.fresh(run, Observed(request.attempt, request.steps, request.signals))
-    receipts = tuple(checked_receipt(r, groups) for r in request.receipts if r.number > run.receipts_through)
-    if receipts:  # first: a policy may ask what was in force at an observation
-        events.append(Applied(request.attempt, receipts))
-    if observed is not None:
-        events.append(observed)
-    events += [answer for answer in request.answers if answer.directive not in run.answered]
-    if request.end and run.status == "active":
-        events.append(Ended(request.attempt, request.end))
-    return events
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 from ipaddress import ip_address
 from pathlib import Path
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from flyball_server import limits
 
 
 class Settings(BaseSettings):
-    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES, FLYBALL_SIGNING_KEY, FLYBALL_INSECURE."""
+    """FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_STORE_BYTES_MAX and so on."""
 
     model_config = SettingsConfigDict(env_prefix="FLYBALL_", frozen=True)
 
     http: str = "127.0.0.1:1788"
     grpc: str = "127.0.0.1:1789"
     store: str = "sqlite:///flyball.db"
+    store_bytes_max: int | None = Field(default=None, gt=0)
+    disk_free_min: int = Field(default=limits.DISK_FREE_MIN_BYTES, ge=0)
     profiles: str = ""
     signing_key: str = ""
     insecure: bool = False

@@ -18,7 +18,7 @@ from flyball_server.core import run as fold
 from flyball_server.core.events import Attached, Observed, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Group, Observation
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 
 BATCH = 64
 FOLD_US_MAX = 5.0

@@ -17,7 +17,7 @@ from tests.bench.table import Row
 
 from flyball_server import queries
 from flyball_server.engine import Engine, LiveRun
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 

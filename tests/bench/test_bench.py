@@ -1,4 +1,4 @@
-"""`python -m tests.bench` runs and prints its table. What the numbers are is no matter of a test."""
+"""`python -m tests.bench` and `tests.bench.faults` print their tables. What the numbers are is no matter of a test."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.bench.fold import CASES
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def bench(*args: str) -> subprocess.CompletedProcess[str]:
+def bench(*args: str, module: str = "tests.bench") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.bench", *args], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-m", module, *args], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
 
 
@@ -38,3 +38,20 @@ def test_an_unknown_family_is_a_usage_error() -> None:
     done = bench("--only", "nothing")
     assert done.returncode == 2
     assert "'nothing' is not known" in done.stderr
+
+
+@pytest.mark.timeout(110)
+def test_faults_are_a_table_for_the_readme(tmp_path: Path) -> None:
+    where = ("--json", str(tmp_path / "rows.json"))
+    done = bench("--quick", "--only", "killed", "--over", "http", *where, module="tests.bench.faults")
+    assert done.returncode == 0, done.stderr
+    head, line, *rows = done.stdout.split("\n\n")[2].splitlines()
+    assert [cell.strip() for cell in head.split("|")[1:6]] == ["what happens", "lag", "typical step", "p99", "worst"]
+    assert set(line) == {"|", "-"}
+    assert [row.split("|")[2].strip() for row in rows] == ["None", "0"]
+    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    for row, lag in zip(written, ("None", "0"), strict=True):
+        assert row["lag"] == lag
+        assert row[""] in ("kept", "MISSED")
+        assert row["everything delivered"].endswith(" later")
+    assert written[0]["steps that waited in vain"].startswith("0 of ")

@@ -21,7 +21,8 @@ from flyball_server.core import rng, types
 from flyball_server.core.errors import Conflict
 from flyball_server.core.events import DirectiveAnswered, Observed, Receipt
 from flyball_server.engine import Engine
-from flyball_server.service import Service, rules_of
+from flyball_server.rules import rules_of
+from flyball_server.service import Service
 from flyball_server.storage.memory import MemoryJournal
 
 GROUPS = (wire.Group("a", 0.1, 0.9), wire.Group("b", 0.01))
@@ -547,4 +548,54 @@ def test_a_checkpoint_goes_on_in_a_new_attempt_without_the_steps_behind_it():
     assert session.target(1).settings == DECIDED[6]
     with pytest.raises(Conflict):
         service.report(wire.Report("r", "s1", 1, [10], {}, (), (), ""))
+    service.close()
+
+
+def test_going_back_again_before_the_first_time_was_answered_keeps_what_was_not_acknowledged():
+    service, session = TheService(), session_of()
+    session.on_attached(service.attach(session.attach), session.attach, 0.0)
+    observe(session, *range(10))
+    session.reattach("s2", 1, 8, 0, "")
+    observe(session, 0, 1)
+    session.reattach("s3", 1, 6, 0, "")
+    session.on_attached(service.attach(session.attach), session.attach, 1.0)
+    session.hurry()
+    session.on_advice(service.report(session.report(2.0)), 2.0)
+    assert service.arrived()[0] == [0, 1, 2, 3, 4, 5]
+    assert session.status(0, 2.0, **COUNTERS).dropped == 6
+    service.close()
+
+
+def test_what_was_observed_before_a_resumed_job_knew_its_place_is_counted_when_it_is_dropped():
+    session = session_of(resume=True)
+    observe(session, 0, 1, 2)
+    session.receipt(0, None, FLAT, False, "", 1)
+    session.reattach("s2", 1, 8, 0, "")
+    assert session.drained
+    assert session.status(0, 2.0, **COUNTERS).dropped == 4
+
+
+def test_a_checkpoint_of_another_line_takes_no_observation_of_this_one():
+    session = session_of()
+    session.on_attached(attached(), session.attach, 0.0)
+    session.reattach("s2", 1, 20, 0, "")
+    session.on_attached(attached(2, 20, 19), session.attach, 1.0)
+    observe(session, 0, 1, 2)
+    session.reattach("s3", 1, 30, 0, "")
+    assert session.drained
+    assert (session.attach.from_attempt, session.attach.from_step) == (1, 30)
+
+
+def test_going_back_further_keeps_what_only_arrived_after_the_first_time():
+    service, session = TheService(), session_of()
+    session.on_attached(service.attach(session.attach), session.attach, 0.0)
+    observe(session, *range(10))
+    session.reattach("s2", 1, 8, 0, "")
+    session.on_attached(service.attach(session.attach), session.attach, 1.0)
+    session.hurry()
+    session.on_advice(service.report(session.report(2.0)), 2.0)
+    session.reattach("s3", 1, 5, 0, "")
+    answer = service.attach(session.attach)
+    assert (answer.attempt, answer.through) == (3, 4)
+    assert answer.changes[0][1] == DECIDED[5], "steps 0 to 4 arrived under the second attempt, and count"
     service.close()

@@ -441,6 +441,29 @@ def test_a_checkpoint_brings_back_the_settings_of_its_step(steer, read):
         governor.load_state_dict({"step": "x"})
 
 
+def test_a_checkpoint_of_a_job_that_waits_holds_no_step_that_the_journal_does_not(steer):
+    """A process killed right after saving it would take such a step to the grave."""
+    free, bound = steer(sgd(), lag=None), steer(sgd(), lag=3)
+    for governor in (free, bound):
+        trained(governor._optimizer._optimizer, governor, [1.0] * 3)
+        assert governor.state_dict()["step"] == 3
+    assert bound.status.waiting == 0
+    assert free.status.waiting > 0, "where no step waits, no checkpoint does"
+
+
+def test_a_checkpoint_waits_no_longer_than_a_step(steer):
+    optimizer = sgd()
+    governor = steer(optimizer, server="http://127.0.0.1:9", wait_s=0.05, start_wait_s=0)
+    governor._session.circuit_open = False
+    started = time.monotonic()
+    governor.step(1.0)
+    optimizer.step()
+    for _ in range(100):
+        governor.state_dict()
+    assert time.monotonic() - started < 2
+    assert governor.status.missed == 1
+
+
 def test_a_second_job_of_the_same_name_is_refused(steer):
     one = steer(sgd(), run="taken")
     with pytest.raises(flyball.Refused, match="exists already"):

@@ -73,7 +73,7 @@ def without(fields, *names):
     return {name: kind for name, kind in fields.items() if name not in names}
 
 
-JSON_TEXTS = {"policy_json": "policy", "base_json": "base", "guard_json": "guard"}
+JSON_TEXTS = {"policy_json": "policy", "base_json": "base", "guard_json": "guard", "shadows_json": "shadows"}
 #: An empty text stands for "none" in proto, which has no absent message inside a text.
 EMPTY_IS_NONE = {"base": ("mapping", True)}
 #: proto says "none" with an empty list.
@@ -81,8 +81,16 @@ EMPTY_LISTS = {"betas": ("list", True), "momentum": ("list", True), "noise_std":
 
 
 def test_attach_agrees():
-    proto = of_proto(pb.Attach, renamed=JSON_TEXTS) | EMPTY_IS_NONE
+    # Whether a message is there is seen by asking for it, in proto.
+    proto = of_proto(pb.Attach, renamed=JSON_TEXTS) | EMPTY_IS_NONE | {"fork": ("message", True)}
     assert proto == of_hints(wire.Attach) == of_hints(messages.Attach) == of_hints(steer.AttachBody)
+
+
+def test_forks_agree():
+    proto = of_proto(pb.Fork)
+    assert proto == of_hints(messages.Fork) == of_hints(steer.ForkBody)
+    # A job that forks always knows from which step it goes on.
+    assert of_hints(wire.Fork) == proto | {"step": ("int", False)}
 
 
 def test_groups_agree():
@@ -226,17 +234,24 @@ def test_a_report_arrives_as_it_was_sent_over_both_wires(message):
     optional=st.tuples(*[st.none() | ints] * 3),
     seed=ints,
     resume=st.booleans(),
+    new=st.tuples(
+        st.dictionaries(words, plain, max_size=2),
+        st.none() | st.builds(wire.Fork, words, st.none() | ints, ints, ints, words),
+        st.sampled_from(["refuse", "import"]),
+    ),
 )
-def test_an_attach_arrives_as_it_was_sent_over_both_wires(groups, texts, maps, optional, seed, resume):
+def test_an_attach_arrives_as_it_was_sent_over_both_wires(groups, texts, maps, optional, seed, resume, new):
     project, run, session, digest, client = texts
     message = wire.Attach(
         project, run, session, maps[0], tuple(groups), maps[1], maps[2], maps[3], "absolute", seed, optional[0], resume,
-        optional[1], optional[2], seed, digest, client,
+        optional[1], optional[2], seed, digest, client, *new,
     )  # fmt: skip
     over_proto = grpc_api.read_attach(pb.Attach.FromString(over_grpc._attach(message).SerializeToString()))
     body = steer.AttachBody.model_validate(json.loads(json.dumps(wire.attach_json(message), allow_nan=False)))
     for name in messages.Attach._fields:
         told = getattr(body, name) if name != "groups" else [tuple(g.model_dump().values()) for g in body.groups]
+        if name == "fork" and told is not None:
+            told = tuple(told.model_dump().values())
         assert in_words(getattr(over_proto, name)) == in_words(getattr(message, name)) == in_words(told)
 
 

@@ -22,7 +22,7 @@ from flyball_server.core.policies import ALL, POLICIES
 from flyball_server.core.state import dump_state, load_state
 from flyball_server.core.types import Decision, Group, Observation
 from flyball_server.policy_files import resolve
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 
 GROUPS = (Group("body", 1e-3, 0.9), Group("head", 1e-2), Group("frozen", 0.0, None, (0.9, 0.999)))
 #: A policy's LR must stay within this factor of where it started, or be explained by its bounds.

@@ -28,7 +28,7 @@ from flyball_server.core.events import (
 from flyball_server.core.policies import POLICIES
 from flyball_server.core.run import NOTHING
 from flyball_server.core.types import Group, Settings
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 
 GROUPS = (Group("body", 1e-3, 0.9), Group("head", 1e-2, None, (0.9, 0.999)), Group("frozen", 0.0))
 #: Every policy as it comes, and quick ones that decide within a short trace.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.processes import Server, Trainer
+from tests.e2e.proxy import Proxy
 
 
 @pytest.fixture
@@ -38,3 +39,17 @@ def trainer() -> Iterator[Callable[..., Trainer]]:
     yield start
     for each in started:
         each.end()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Callable[[str], Proxy]]:
+    """Puts a proxy in front of an address such as http://127.0.0.1:1788."""
+    started: list[Proxy] = []
+
+    def start(url: str) -> Proxy:
+        started.append(Proxy(int(url.rpartition(":")[2])))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()

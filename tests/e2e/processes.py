@@ -27,7 +27,8 @@ import httpx
 import psutil
 
 from flyball_server import records
-from flyball_server.core.events import Attached, Observed
+from flyball_server.core.events import Attached, Mark, Observed
+from flyball_server.core.types import Settings
 from flyball_server.storage import open_journal
 from flyball_server.verify import verify
 
@@ -36,6 +37,8 @@ START_S = 30.0
 #: How long anything that a test waits for may take, unless it says otherwise.
 PATIENCE_S = 45.0
 TRANSPORTS = ("grpc", "http")
+#: How late a thread may be woken on a busy machine; a wait is judged by its budget and this.
+SLACK_S = 0.15
 
 
 def free_port() -> int:
@@ -58,7 +61,6 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "f.db"
-        self.store = f"sqlite:///{self.file}"
         self.log = folder / "server.log"
         self._ports = {"http": free_port(), "grpc": free_port()}
         self._process: subprocess.Popen[str] | None = None
@@ -69,16 +71,26 @@ class Server:
 
     def start(self) -> Server:
         """Start, and return once it serves."""
-        command = [sys.executable, "-m", "flyball_server.cli", "serve", "--store", self.store, "--json"]
-        for transport, port in self._ports.items():
-            command += [f"--{transport}", f"127.0.0.1:{port}"]
         with self.log.open("a") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            self._process = subprocess.Popen(
+                [sys.executable, *self.command], stdout=subprocess.PIPE, stderr=log, text=True
+            )
         assert self._process.stdout is not None
         line = _line_within(self._process.stdout, START_S)
         assert line, f"the server did not start:\n{self.log.read_text()[-3000:]}"
         assert json.loads(line)["http"] == self.url("http")
         return self
+
+    @property
+    def store(self) -> str:
+        """The file as an address."""
+        return f"sqlite:///{self.file}"
+
+    @property
+    def command(self) -> list[str]:
+        """What Python is given to run it."""
+        ports = [part for name, port in self._ports.items() for part in (f"--{name}", f"127.0.0.1:{port}")]
+        return ["-m", "flyball_server.cli", "serve", "--store", self.store, "--json", *ports]
 
     @property
     def pid(self) -> int:
@@ -210,11 +222,14 @@ class Trainer:
 
 
 class Story(NamedTuple):
-    """What the journal says of a run, by attempt: where each began, its steps in journal order, its signals."""
+    """What the journal says of a run, by attempt: where each began, its steps in journal order, its signals, the
+    settings that each step decided, and the decisions with their reasons."""
 
     from_step: dict[int, int]
     steps: dict[int, list[int]]
     signals: dict[int, dict[str, list[float | None]]]
+    settings: dict[int, list[Settings]]
+    marks: dict[int, list[Mark]]
     problem: str
 
 
@@ -227,17 +242,22 @@ def story_of(server: Server, run: str, *, check: bool = True) -> Story:
             rows = list(journal.rows(run))
             assert rows, f"the journal has no run {run!r}"
             groups = records.spec_of(rows[0]).groups
-            story = Story({}, {}, {}, verify(journal, run).problem if check else "")
+            story = Story({}, {}, {}, {}, {}, verify(journal, run).problem if check else "")
         finally:
             journal.close()
     for row in rows:
-        event, _ = records.from_row(row, groups)
+        event, outcome = records.from_row(row, groups)
         if isinstance(event, Attached):
             story.from_step[row.attempt] = event.from_step
             story.steps[row.attempt], story.signals[row.attempt] = [], {}
+            story.settings[row.attempt], story.marks[row.attempt] = [], []
         elif isinstance(event, Observed):
             before = len(story.steps[row.attempt])
             story.steps[row.attempt] += event.steps
+            changes = dict(outcome.changes)
+            for step in event.steps:
+                story.settings[row.attempt].append(changes.get(step) or story.settings[row.attempt][-1])
+            story.marks[row.attempt] += outcome.marks
             columns = story.signals[row.attempt]
             for name in {*columns, *event.signals}:
                 column = columns.setdefault(name, [None] * before)

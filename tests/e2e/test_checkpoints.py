@@ -244,3 +244,83 @@ say(done=1)
     assert story.steps[1] == list(range(200))
     assert len(story.steps[2]) == 300 - status["dropped"] == 300
     assert story.steps[2][0] >= 200, "it goes on behind the newest step"
+
+
+FORK = """
+import flyball
+from tests.e2e.training import *
+
+def attach(name, **options):
+    optimizer, train = tiny()
+    governor = flyball.attach(optimizer, run=name, server=url, lag=0, wait_s=None, **options)
+    return governor, optimizer, train
+
+governor, optimizer, train = attach(run_name, policy=POLICY, shadows={"still": "constant"})
+used = run(governor, optimizer, train, 0, 300)
+token = governor.state_dict()
+used += run(governor, optimizer, train, 300, 450)
+governor.close()
+
+governor, optimizer, train = attach(run_name + "-fork", fork=token)
+forked = run(governor, optimizer, train, 300, 450)
+governor.close()
+say(used=used, forked=forked, token=token)
+"""
+
+
+def test_a_fork_goes_on_under_the_other_runs_policy_in_its_state(
+    calm_server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    trainers = {t: trainer(FORK, run_name=f"left-{t}", url=calm_server.url(t)) for t in TRANSPORTS}
+    for transport, one in trainers.items():
+        used, forked, token = one.hear("used", "forked", "token")
+        one.finish()
+        assert forked == used[300:]
+        assert len(set(forked)) > 3
+        story = story_of(calm_server, f"left-{transport}-fork")
+        assert story.steps == {1: list(range(300, 450))}
+        assert story.problem == ""
+        lineage = calm_server.get(f"/v1/runs/left-{transport}-fork/lineage")
+        assert [(a["run"], a["step"], a["digest"]) for a in lineage["ancestors"]] == [
+            (f"left-{transport}", 300, token["digest"])
+        ]
+        shadow = calm_server.get(f"/v1/runs/left-{transport}/series", signals="shadow:still:lr:default")
+        assert set(shadow["series"]["shadow:still:lr:default"]["value"]) == {0.1}
+
+
+ELSEWHERE = """
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+options = dict(run=token["run"], policy=POLICY, server=url, lag=0, wait_s=None, resume=token)
+try:
+    flyball.attach(optimizer, **options)
+    refused = ""
+except flyball.Refused as error:
+    refused = str(error)
+governor = flyball.attach(optimizer, on_unknown="import", **options)
+used = run(governor, optimizer, train, token["step"], 500)
+governor.close()
+say(refused=refused, used=used, status=governor.status._asdict())
+"""
+
+
+def test_a_checkpoint_of_a_run_that_the_service_never_knew_is_refused_or_imported(
+    calm_server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    digest = {t: f"{i}b" * 32 for i, t in enumerate(TRANSPORTS)}
+    trainers = {}
+    for t in TRANSPORTS:
+        token = {"run": f"else-{t}", "project": "default", "attempt": 4, "step": 300, "seq": 70, "digest": digest[t]}
+        trainers[t] = trainer(ELSEWHERE, token=token, url=calm_server.url(t))
+    for transport, one in trainers.items():
+        refused, used, status = one.hear("refused", "used", "status")
+        one.finish()
+        assert "not known" in refused
+        assert "on_unknown='import'" in refused
+        assert (status["attempt"], status["step"], len(used)) == (1, 500, 200)
+        story = story_of(calm_server, f"else-{transport}")
+        assert story.steps == {1: list(range(300, 500))}
+        [origin] = calm_server.get(f"/v1/runs/else-{transport}/lineage")["ancestors"]
+        assert (origin["kind"], origin["known"], origin["digest"]) == ("token", False, digest[transport])

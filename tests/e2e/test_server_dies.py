@@ -6,14 +6,13 @@ trainings over both transports, signals to the server's process, then the journa
 
 from __future__ import annotations
 
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
-from tests.e2e.processes import TRANSPORTS, Server, Trainer, story_of, wait_until
+from tests.e2e.processes import SLACK_S, TRANSPORTS, Server, Trainer, story_of, wait_until
 
 FREE_RUNNING = """
 import flyball
@@ -91,42 +90,6 @@ governor.close()
     each.finish()
 
 
-LOCKSTEP = """
-import flyball
-from tests.e2e.training import *
-
-optimizer, train = digits()
-governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, wait_s=None)
-used = run(governor, optimizer, train, 0, 900, pace_s)
-governor.close()
-say(used=used, missed=governor.status.missed, waiting=governor.status.waiting)
-"""
-
-
-def test_lockstep_survives_kills_at_random_moments_bit_for_bit(server: Server, trainer: Callable[..., Trainer]) -> None:
-    server.start()
-    calm = trainer(LOCKSTEP, run_name="calm", url=server.url("http"), pace_s=0)
-    undisturbed = calm.hear("used")
-    calm.finish()
-    assert len(set(undisturbed)) > 10
-    trainers = [trainer(LOCKSTEP, run_name=t, url=server.url(t), pace_s=0.001) for t in TRANSPORTS]
-    chance = random.Random(1788)
-    for at in (50, 300, 550):
-        for each in trainers:
-            each.reach(at)
-        time.sleep(chance.uniform(0, 0.2))
-        server.kill()
-        server.start()
-    for each in trainers:
-        assert each.hear("used") == undisturbed
-        each.finish()
-    assert server.stop() == 0
-    for transport in TRANSPORTS:
-        story = story_of(server, transport)
-        assert story.steps == {1: list(range(900))}
-        assert story.problem == ""
-
-
 BUSY = """
 import flyball
 from tests.e2e.training import *
@@ -179,25 +142,8 @@ from tests.e2e.training import *
 optimizer, train = tiny()
 base = {"type": "cosine", "T_max": 100_000}
 governor = flyball.attach(optimizer, run=run_name, base=base, server=url, lag=0, close_s=2)
-times, used, i = [], [], 0
-frozen = steering = None
-while steering is None or i < steering + 300:
-    started = time.perf_counter()
-    governor.step(train(i))
-    times.append(time.perf_counter() - started)
-    used.append(optimizer.param_groups[0]["lr"])
-    status = governor.status
-    if status.circuit_open and frozen is None:
-        frozen = i
-        say(frozen=i)
-    if i % 25 == 0:
-        say(step=i)
-    if frozen and i > frozen + 500 and not status.circuit_open and status.through >= i - 1:
-        steering = steering or i
-    i += 1
-    time.sleep(0.002)
-status = governor.status
-say(times=times, waited_s=status.waited_s, missed=status.missed, used=used)
+i, seen = through_an_outage(governor, optimizer, train)
+say(**seen)
 listen()
 run(governor, optimizer, train, i, i + 100)
 started = time.monotonic()
@@ -213,14 +159,13 @@ def test_a_frozen_server_costs_no_step_more_than_its_budget(server: Server, trai
         each.reach(200)
     server.send(signal.SIGSTOP)
     for each in trainers.values():
-        each.hear("frozen")
-    time.sleep(6)
+        each.hear("missing")
+    time.sleep(10)
     server.send(signal.SIGCONT)
     for each in trainers.values():
-        times, missed, waited_s, used = each.hear("times", "missed", "waited_s", "used", within_s=30)
-        assert max(times) < 0.05 + 0.15, "one step waited longer than its budget of 50 ms"
+        times, missed, used = each.hear("times", "missed", "used", within_s=30)
+        assert max(times) < 0.05 + SLACK_S, "one step waited longer than its budget of 50 ms"
         assert 1 <= missed <= 10, "an open circuit waits no more"
-        assert waited_s < 2
         assert len(set(used[-200:])) == 200, "each step has its own value again"
     server.send(signal.SIGSTOP)
     for each in trainers.values():

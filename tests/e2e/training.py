@@ -6,6 +6,7 @@ compares decisions, and JSON lines to and from the test.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -36,8 +37,15 @@ def listen() -> str:
 
 def digits(lr: float = 0.05) -> tuple[torch.optim.Optimizer, Callable[[int], torch.Tensor]]:
     """An optimizer, and a function that trains step i of a small network on digits and returns its loss."""
+    return digits_model(lr)[1:]
+
+
+def digits_model(
+    lr: float = 0.05,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, Callable[[int], torch.Tensor]]:
+    """`digits`, with the network itself in front, to be saved and loaded."""
     torch.manual_seed(0)
-    table = _digits_table()
+    table = digits_table()
     x, y = table[:, :-1].float() / 16, table[:, -1].long()
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -50,11 +58,12 @@ def digits(lr: float = 0.05) -> tuple[torch.optim.Optimizer, Callable[[int], tor
         optimizer.step()
         return loss
 
-    return optimizer, train
+    return model, optimizer, train
 
 
-def _digits_table() -> torch.Tensor:
-    """scikit-learn's digits without its import, which takes longer than most of these trainings."""
+@functools.cache
+def digits_table() -> torch.Tensor:
+    """scikit-learn's digits (pixels, digit) without its import, which takes longer than most of these trainings."""
     package = importlib.util.find_spec("sklearn")
     assert package is not None
     assert package.origin is not None
@@ -92,6 +101,30 @@ def run(governor: Any, optimizer: Any, train: Callable[[int], Any], first: int, 
         if pace_s:
             time.sleep(pace_s)
     return used
+
+
+def through_an_outage(governor: Any, optimizer: Any, train: Callable[[int], Any]) -> tuple[int, dict[str, Any]]:
+    """Train with the default budget until a step has missed its decision (which is said), and on until 300 steps after
+    the service has caught up again. How many steps; each one's time and learning rate, and how many missed theirs."""
+    times, used, i = [], [], 0
+    missed = caught_up = None
+    while caught_up is None or i < caught_up + 300:
+        started = time.perf_counter()
+        governor.step(train(i))
+        times.append(time.perf_counter() - started)
+        used.append(optimizer.param_groups[0]["lr"])
+        status = governor.status
+        if status.circuit_open and missed is None:
+            missed = i
+            say(missing=i)
+        if i % 25 == 0:
+            say(step=i)
+        if missed and i > missed + 500 and not status.circuit_open and status.through >= i - 1:
+            caught_up = caught_up or i
+        i += 1
+        time.sleep(0.002)
+    status = governor.status
+    return i, {"times": times, "used": used, "missed": status.missed}
 
 
 def delivered(governor: Any, within_s: float = 30) -> bool:

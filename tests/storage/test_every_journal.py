@@ -32,7 +32,18 @@ from tests.storage.making import (
 from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.storage import open_journal
 from flyball_server.storage.blocks import Stored, pack_segment, store
-from flyball_server.storage.journal import GENESIS, Journal, Row, RunFilter, Snapshot, chained
+from flyball_server.storage.journal import (
+    DELETED,
+    GENESIS,
+    STORE,
+    Deletion,
+    Journal,
+    Row,
+    RunFilter,
+    RunRecord,
+    Snapshot,
+    chained,
+)
 
 KINDS = ["memory", "sqlite"]
 _numbers = itertools.count()
@@ -141,6 +152,70 @@ def test_rows_of_unknown_runs_are_none(opened: tuple[Journal, Results]) -> None:
     assert list(journal.rows("r")) == []
     assert list(journal.blocks("r", ["loss"])) == []
     journal.compact("r")
+
+
+def left_of(record: RunRecord, tombstone: Row) -> RunRecord:
+    return record._replace(status=DELETED, labels={}, seq=tombstone.seq, hash=tombstone.hash)
+
+
+def test_a_deletion_leaves_a_record_and_a_tombstone_and_the_name_is_not_used_again(
+    opened: tuple[Journal, Results],
+) -> None:
+    journal, results = opened
+    a, b = chain("a", observed(6, 2)), chain("b", observed(3, 2))
+    kept = append("b", b, labels={"team": "x"})
+    first = append("a", a[:3], labels={"team": "x"}, snapshot=Snapshot(3, 1, 5, "{}"))
+    assert keep(journal, results, first, kept) == [None, None]
+    journal.compact("a")
+    assert keep(journal, results, append("a", a[3:5], labels={"team": "x"})) == [None]
+    (stone,) = chain(STORE, [row("deleted", meta={"run": "a"})])
+    deletion = Deletion(5, stone, left_of(first.record, stone), "token")
+
+    def delete(item: Deletion) -> Exception | None:
+        before = len(results.all)
+        journal.delete(item)
+        return results.wait(before + 1)[-1]
+
+    wrong = [deletion._replace(expected_seq=4), deletion._replace(row=stone._replace(seq=2))]
+    for item in wrong:
+        assert type(delete(item)) is Conflict
+    assert list(journal.rows("a")) == a[:5], "a deletion that comes too late touches nothing"
+    assert list(journal.rows(STORE)) == []
+    assert delete(deletion) is None
+    assert results.all[-1][0].token == "token"
+    assert list(journal.rows("a")) == []
+    assert (journal.snapshot("a"), journal.snapshots("a")) == (None, [])
+    assert journal.record("a") == deletion.record
+    assert list(journal.rows(STORE)) == [stone]
+    assert journal.records(RunFilter(), after=None, limit=9) == [kept.record]
+    assert journal.records(RunFilter(labels={"team": "x"}), after=None, limit=9) == [kept.record]
+    assert journal.records(RunFilter(status=DELETED), after=None, limit=9) == [deletion.record]
+    assert journal.names() == [STORE, "a", "b"]
+    assert journal.check() == []
+    errors = keep(journal, results, append("a", a[:1]), append("a", a[5:]))
+    assert [type(error) for error in errors] == [Conflict, Conflict]
+    assert type(delete(deletion._replace(row=chain(STORE, [stone], after=stone)[0]))) is Conflict, "deleted once"
+    assert list(journal.rows("b")) == b
+
+
+def test_a_damaged_run_may_be_deleted_whatever_is_left_of_it(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("a", observed(3, 2))
+    kept = append("a", rows)
+    (stone,) = chain(STORE, [row("deleted", meta={"run": "a"})])
+    assert keep(journal, results, kept) == [None]
+    journal.delete(Deletion(None, stone, left_of(kept.record, stone), None))
+    assert results.wait(2)[-1] is None
+    assert list(journal.rows("a")) == []
+
+
+def test_snapshots_are_listed_newest_first(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 1))
+    for i, one in enumerate(rows):
+        assert keep(journal, results, append("r", [one], snapshot=Snapshot(i + 1, 1, i, str(i)))) == [None]
+    assert journal.snapshots("r") == [3, 2, 1]
+    assert journal.snapshots("other") == []
 
 
 def test_an_append_may_bring_a_snapshot_and_no_rows(opened: tuple[Journal, Results]) -> None:

@@ -20,9 +20,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from tests.storage.making import SIGNALS, Results, append, chain, joined, joined_blocks, keep, observed, started
 
-from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.storage import tables, writer
-from flyball_server.storage.blocks import Damaged
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid
+from flyball_server.storage import heads, tables, tidying, writer
 from flyball_server.storage.journal import GENESIS, Snapshot, chained
 from flyball_server.storage.sql import SqlJournal
 
@@ -298,7 +297,7 @@ def test_runs_are_compacted_by_themselves_and_fit_the_budget(path: Path, count: 
         assert joined_blocks(list(journal.blocks("r", SIGNALS))) == joined(rows, SIGNALS)
         assert list(journal.rows("r")) == rows
     stored = table_rows(path)
-    assert 2 <= len(stored) <= count * max(per_row / writer.COMPACT_OBSERVATIONS, 1 / writer.COMPACT_ROWS) + 2
+    assert 2 <= len(stored) <= count * max(per_row / heads.COMPACT_OBSERVATIONS, 1 / heads.COMPACT_ROWS) + 2
     with closing(sqlite3.connect(path)) as db:
         # Pages that compaction has freed are used again by the next rows, so they are no part of the cost.
         page, used, free = (
@@ -313,7 +312,7 @@ def test_a_run_with_a_backlog_from_before_a_restart_is_compacted(path: Path, mon
     rows = chain("r", observed(300, 1))
     with started(opened(path)) as (journal, results):
         assert keep(journal, results, append("r", rows[:299])) == [None]
-    monkeypatch.setattr(writer, "COMPACT_ROWS", 100)
+    monkeypatch.setattr(heads, "COMPACT_ROWS", 100)
     with started(opened(path)) as (journal, results):
         assert keep(journal, results, append("r", rows[299:])) == [None]
         journal.compact("another")  # waits until the writer is behind its housekeeping
@@ -334,12 +333,12 @@ def test_old_snapshots_thin_out(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         kept = [seq for (seq,) in db.execute("SELECT seq FROM snapshots ORDER BY seq DESC")]
     assert kept[:8] == list(range(600, 592, -1))
-    assert len(kept) <= 2 * writer.SNAPSHOTS_KEPT + 12
+    assert len(kept) <= 2 * tidying.SNAPSHOTS_KEPT + 12
 
 
 def test_the_thinning_rule_keeps_the_newest_and_one_per_doubling() -> None:
     seqs = list(range(1000, 0, -1))
-    kept = sorted(set(seqs) - set(writer.superfluous(seqs)), reverse=True)
+    kept = sorted(set(seqs) - set(tidying.superfluous(seqs)), reverse=True)
     assert kept == [*range(1000, 992, -1), 985, 969, 937, 873, 745, 489, 1]
-    assert writer.superfluous([]) == []
-    assert writer.superfluous([5]) == []
+    assert tidying.superfluous([]) == []
+    assert tidying.superfluous([5]) == []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flyball.adapters.around import behind, factor, finally_do
+from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
 from flyball.connect import connect
 from flyball.governor import Governor, plain_number
@@ -42,6 +43,9 @@ def attach(
     wait_s: float | None = 0.05,
     on_outage: str = "hold",
     resume: bool | Mapping[str, Any] = False,
+    on_unknown: str = "refuse",
+    fork: Mapping[str, Any] | None = None,
+    shadows: Mapping[str, str | Mapping[str, Any]] | None = None,
     start_wait_s: float = 2.0,
     close_s: float = 5.0,
 ) -> Governor:
@@ -50,24 +54,29 @@ def attach(
     Args:
         optimizer: its parameter groups are known by their "name" entry (else group0, group1 ...).
         run: the run's name within `project`.
-        policy: a policy's name, or a mapping {"type": NAME, parameters...}; without one a new run keeps its settings
-            ("constant"), and a resumed run goes on under its own policy, base and seed.
+        policy: a policy's name, or {"type": NAME, parameters...}; without one a new run keeps its settings, and a
+            resumed run goes on under its own policy, base and seed.
         base: a schedule that the policy's factors multiply, {"type": "cosine", "T_max": 1000}.
         guard: limits around the policy, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the service.
         labels: words to find the run by.
         server: grpc://host:port or http://host:port; default: FLYBALL_SERVER, then http://127.0.0.1:1788.
         token: the bearer token; default: FLYBALL_TOKEN.
-        mode: "absolute" writes values; "multiplier" multiplies what an in-process scheduler set, and restores it. The
-            learning rate it counts as 1 is a group's "initial_lr" (schedulers set it), else the one it has.
+        mode: "absolute" writes values; "multiplier" multiplies what an in-process scheduler set, and restores it. It
+            counts a group's "initial_lr" (schedulers set it) as 1, else the learning rate it has.
         seed: the seed of the policy's chance and of gradient noise, where there is any.
-        lag: None applies the newest decision and never waits; k applies the decision of step t at step t + 1 + k
-            exactly, and waits for it if it is not there yet (0: lockstep).
+        lag: None applies the newest decision and never waits; k applies that of step t at step t + 1 + k exactly, and
+            waits for it if it is not there yet (0: lockstep).
         wait_s: how long one step may wait with lag=k; None: as long as it takes.
         on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
             the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
         resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
             process drives it; a checkpoint token (what `state_dict` returned) opens one at the token's step, with the
             policy's state of that moment.
+        on_unknown: where the service does not know the run or the token that `resume` names (another store, or an older
+            backup): "refuse", or "import": go on from the token's step and record the token.
+        fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
+            its own the run goes on under the other's, in the state of then.
+        shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
         start_wait_s: how long to wait here for the service's first answer.
         close_s: how long `close` may take to deliver the last reports.
 
@@ -100,6 +109,9 @@ def attach(
         lag=lag,
         on_outage=on_outage,
         resume=resume,
+        on_unknown=on_unknown,
+        fork=fork,
+        shadows=shadows,
         start_wait_s=start_wait_s,
     )
     steered = _Groups(optimizer, groups, mode == "multiplier")
@@ -119,7 +131,7 @@ class _Groups:
         self._optimizer = optimizer
         self._declared = declared
         self._multiplier = multiplier
-        self._noise = _Noise(optimizer)
+        self._noise = GradientNoise(optimizer)
         self._wanted: Settings | None = None
         self._reference = tuple(group.lr for group in declared)
         self._bounds: tuple[tuple[float, float], ...] = ((0.0, inf),)
@@ -315,45 +327,6 @@ class _Groups:
                     group["momentum"] = value
             elif declared.betas is not None and "betas" in group and group["betas"][0] != value:
                 group["betas"] = (value, *group["betas"][1:])
-
-
-class _Noise:
-    """Gaussian noise on gradients: a function of seed, group and parameter alone, so that a replay adds the same."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._warned = False
-
-    def add(self, std: tuple[float, ...], seed: int) -> tuple[float, ...] | None:
-        """Parameter b of group a draws from seed + 1009 a + b. Returns what each group was given; None: nothing."""
-        added = [0.0] * len(std)
-        with torch.no_grad():
-            for a, (group, wanted) in enumerate(zip(self._optimizer.param_groups, std, strict=False)):
-                for b, parameter in enumerate(group["params"] if wanted > 0 else ()):
-                    grad = parameter.grad
-                    if grad is not None and self._one(grad, wanted, (seed + 1009 * a + b) % 2**63):
-                        added[a] = wanted
-        return tuple(added) if any(added) else None
-
-    def _one(self, grad: torch.Tensor, std: float, seed: int) -> bool:
-        """Whether this gradient could be given noise."""
-        try:
-            if grad.layout is not torch.strided:
-                raise TypeError("one is sparse")
-            if grad.device not in self._generators:
-                self._generators[grad.device] = torch.Generator(grad.device)
-            generator = self._generators[grad.device].manual_seed(seed)
-            noise = torch.randn(grad.shape, generator=generator, dtype=grad.dtype, device=grad.device)
-            # A fused optimizer gets scaled gradients, and divides by the scale itself.
-            scale = getattr(self._optimizer, "grad_scale", None)
-            grad.add_(noise.mul_(std if scale is None else scale.to(grad.device, non_blocking=True) * std))
-        except Exception as error:  # nothing here may end the training job
-            if not self._warned:
-                self._warned = True
-                log.warning("flyball: noise is not added to every gradient: %s", error)
-            return False
-        return True
 
 
 class _FromDevice:

@@ -34,7 +34,7 @@ class Group(_message.Message):
     def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., momentum: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Attach(_message.Message):
-    __slots__ = ("project", "run", "session", "labels", "groups", "policy_json", "base_json", "guard_json", "mode", "seed", "lag", "resume", "from_step", "digest", "seq", "client", "from_attempt")
+    __slots__ = ("project", "run", "session", "labels", "groups", "policy_json", "base_json", "guard_json", "mode", "seed", "lag", "resume", "from_step", "digest", "seq", "client", "shadows_json", "fork", "on_unknown", "from_attempt")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,9 @@ class Attach(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    SHADOWS_JSON_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    ON_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     FROM_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     project: str
     run: str
@@ -75,8 +78,25 @@ class Attach(_message.Message):
     digest: str
     seq: int
     client: str
+    shadows_json: str
+    fork: Fork
+    on_unknown: str
     from_attempt: int
-    def __init__(self, project: _Optional[str] = ..., run: _Optional[str] = ..., session: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., policy_json: _Optional[str] = ..., base_json: _Optional[str] = ..., guard_json: _Optional[str] = ..., mode: _Optional[str] = ..., seed: _Optional[int] = ..., lag: _Optional[int] = ..., resume: bool = ..., from_step: _Optional[int] = ..., digest: _Optional[str] = ..., seq: _Optional[int] = ..., client: _Optional[str] = ..., from_attempt: _Optional[int] = ...) -> None: ...
+    def __init__(self, project: _Optional[str] = ..., run: _Optional[str] = ..., session: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., policy_json: _Optional[str] = ..., base_json: _Optional[str] = ..., guard_json: _Optional[str] = ..., mode: _Optional[str] = ..., seed: _Optional[int] = ..., lag: _Optional[int] = ..., resume: bool = ..., from_step: _Optional[int] = ..., digest: _Optional[str] = ..., seq: _Optional[int] = ..., client: _Optional[str] = ..., shadows_json: _Optional[str] = ..., fork: _Optional[_Union[Fork, _Mapping]] = ..., on_unknown: _Optional[str] = ..., from_attempt: _Optional[int] = ...) -> None: ...
+
+class Fork(_message.Message):
+    __slots__ = ("run", "attempt", "step", "seq", "digest")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    attempt: int
+    step: int
+    seq: int
+    digest: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("run", "attempt", "from_step", "through", "receipts_through", "seq", "digest", "policy", "changes", "phase", "code", "reason", "reference", "seed", "guard_json")

@@ -5,7 +5,8 @@ SteeringError (never raised itself)
 ├── NotFound   no such run or policy: check the name
 ├── Conflict   somebody else moved first: read again, then decide
 ├── Denied     not allowed: ask for the role
-└── Busy       a stated limit is full: come back later
+├── Busy       a stated limit is full: come back later
+└── Damaged    the stored record is not what was written: restore it
 
 Each skin (gRPC, HTTP) maps `code` to its own status in one table.
 """
@@ -51,3 +52,12 @@ class Busy(SteeringError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Damaged(SteeringError):
+    """The stored record is not what was written; the message names the run and the row.
+
+    Restore it from a backup or an export; nothing is written to it meanwhile.
+    """
+
+    code = "damaged"

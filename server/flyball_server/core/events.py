@@ -7,6 +7,7 @@ it. The journal stores both, so that an auditor can fold the events again and co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flyball_server.core.types import Group, Settings
@@ -15,7 +16,8 @@ from flyball_server.core.types import Group, Settings
 class Spec(NamedTuple):
     """Everything about a run that never changes. policy, base and guard are fully resolved JSON mappings.
 
-    profile: the server-side profile they came from, or "".
+    profile: the server-side profile they came from, or "". shadows: by name, further policies ({"policy", "base"})
+    that decide beside it and are recorded, but never applied.
     """
 
     run: str
@@ -29,12 +31,32 @@ class Spec(NamedTuple):
     mode: str
     seed: int
     profile: str = ""
+    shadows: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+
+class Origin(NamedTuple):
+    """Where a run comes from that does not begin at step 0.
+
+    kind: "fork" (of a run in this store) or "token" (a checkpoint of a run that this store does not know). run,
+    attempt, step: the line it leaves, and the first step of its own. seq, digest: the row of that run's journal which
+    stood for its state then (0 and "" where nobody knows it). state: the dumped state it goes on from; None: its policy
+    begins afresh.
+    """
+
+    kind: str
+    run: str
+    attempt: int
+    step: int
+    seq: int
+    digest: str
+    state: Mapping[str, Any] | None
 
 
 class Created(NamedTuple):
     """A run begins to exist."""
 
     spec: Spec
+    origin: Origin | None = None
 
 
 class Attached(NamedTuple):
@@ -42,6 +64,7 @@ class Attached(NamedTuple):
 
     parent: the attempt whose line it continues (0: none). session: the id of the attached process. restored:
     the run's dumped state as of from_step on the parent's line where that is not simply the newest state, else None.
+    claimed: of a checkpoint token that is newer than the journal and was taken at its word, its seq and digest.
     """
 
     attempt: int
@@ -51,6 +74,7 @@ class Attached(NamedTuple):
     client: str
     lag: int | None
     restored: Mapping[str, Any] | None
+    claimed: Mapping[str, Any] | None = None
 
 
 class Observed(NamedTuple):
@@ -123,7 +147,10 @@ class Mark(NamedTuple):
 
 class Outcome(NamedTuple):
     """What folding an Observed brought: the settings by the step that decided them (the first entry is always
-    the batch's first step, so that each journal row can be read alone), and the marks."""
+    the batch's first step, so that each journal row can be read alone), and the marks.
+
+    shadows: the same for each shadow of the run, in their order."""
 
     changes: tuple[tuple[int, Settings], ...]
     marks: tuple[Mark, ...]
+    shadows: tuple[Outcome, ...] = ()

@@ -16,6 +16,8 @@ The rules, in prose
    newest step it carries the state to go on from (`restored`), so the fold never needs to look behind itself.
 7. Only the driver of the newest attempt is heard. An event of an older attempt is a conflict, never mixed in.
 8. After `Ended` only a new attempt can follow.
+9. A shadow is a run beside the run: the same events folded under another policy. What it decides is recorded and never
+   applied, so receipts say nothing about it: its decisions count as applied at once.
 
 Odd cases
 ---------
@@ -26,6 +28,8 @@ Odd cases
 - A streak of one and the same kind of decision is marked once, where it begins, unless the policy calls each one a
   milestone: settings are recorded for every step anyway, and the numbers behind each follow from folding again.
 - Receipts are folded before the observations they came with, so that a policy can be told what was in force.
+
+Longer than 400 lines because whatever can change a run stands in this one file.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from flyball_server.core.events import (
     Event,
     Mark,
     Observed,
+    Origin,
     Outcome,
     Reported,
 )
@@ -62,6 +67,7 @@ class Rules(NamedTuple):
     limits: guard.Limits
     groups: tuple[Group, ...]
     seed: int
+    shadows: tuple[Rules, ...] = ()
 
 
 class Run(NamedTuple):
@@ -74,7 +80,7 @@ class Run(NamedTuple):
     in_force: (step, the step that decided what was applied from there on), for a policy that reads APPLIED.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
     infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
-    settings, None before the first.
+    settings, None before the first. shadows: the runs beside it, in the rules' order.
     """
 
     seq: int
@@ -98,6 +104,7 @@ class Run(NamedTuple):
     applied: Settings | None
     applied_step: int | None
     in_force: tuple[tuple[int, int], ...]
+    shadows: tuple[Run, ...] = ()
 
 
 NOTHING = Outcome((), ())
@@ -107,8 +114,9 @@ IN_FORCE_KEPT = 4096
 ANSWERS_KEPT = 64
 
 
-def create(rules: Rules) -> Run:
-    """The run as `Created` leaves it: no attempt yet, settings for step 0 decided by the policy's `init`.
+def create(rules: Rules, origin: Origin | None = None) -> Run:
+    """The run as `Created` leaves it: no attempt yet, settings for its first step decided by the policy's `init`, or
+    gone on from with the origin's state.
 
     Raises Invalid where the policy's parameters do not fit the groups.
     """
@@ -116,21 +124,23 @@ def create(rules: Rules) -> Run:
         state, decision = rules.policy.init(rules.config, rules.groups, rules.seed)
     except ValueError as error:  # parameters that do not fit these groups
         raise Invalid(f"policy: {error}") from error
-    guard_state, settings = settle(rules, guard.begin(rules.groups, on_base=rules.base is not None), -1, decision)
-    return Run(
+    through = -1 if origin is None else origin.step - 1
+    began = guard.begin(rules.groups, on_base=rules.base is not None)
+    guard_state, settings = settle(rules, began, through, decision)
+    run = Run(
         seq=1,
         attempts=(),
         attempt=0,
         status="created",
         session="",
-        from_step=0,
-        through=-1,
+        from_step=through + 1,
+        through=through,
         lag=None,
         policy_state=state,
         decision=decision,
         guard_state=guard_state,
         settings=settings,
-        decided=-1,
+        decided=through,
         side={},
         last={},
         observations=0,
@@ -139,6 +149,13 @@ def create(rules: Rules) -> Run:
         applied=None,
         applied_step=None,
         in_force=(),
+        shadows=tuple([create(beside, origin and origin._replace(state=None)) for beside in rules.shadows]),
+    )
+    if origin is None or origin.state is None:
+        return run
+    left = load(rules._replace(shadows=()), origin.state)
+    return run._replace(
+        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=left.settings
     )
 
 
@@ -148,8 +165,24 @@ def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     Raises Conflict where the event belongs to another attempt or the run has ended, Invalid where it cannot
     be true (steps that do not rise, columns of unequal length). The run given is never altered.
     """
-    if isinstance(event, Observed):
-        return _observed(rules, run, event)
+    after, outcome = _observed(rules, run, event) if isinstance(event, Observed) else _apply(rules, run, event)
+    if not rules.shadows or after is run or isinstance(event, Applied | DirectiveAnswered):
+        return after, outcome
+    beside = [_beside(r, s, event, i) for i, (r, s) in enumerate(zip(rules.shadows, run.shadows, strict=True))]
+    shadows, outcomes = zip(*beside, strict=True)
+    return after._replace(shadows=shadows), outcome._replace(shadows=outcomes)
+
+
+def _beside(rules: Rules, run: Run, event: Event, place: int) -> tuple[Run, Outcome]:
+    """Fold an event into the shadow at `place`, which goes back to its own state where the run goes back."""
+    if isinstance(event, Attached) and event.restored is not None:
+        event = event._replace(restored=event.restored["shadows"][place])
+    return apply(rules, run, event)
+
+
+def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
+    """Fold anything but Observed."""
+    assert not isinstance(event, Observed)
     seq = run.seq + 1
     if isinstance(event, Attached):
         return _attached(rules, run, event), NOTHING
@@ -298,6 +331,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         run.applied,
         run.applied_step,
         receipts,
+        run.shadows,
     )
     return run, Outcome(tuple(changes), tuple(marks))
 
@@ -336,6 +370,8 @@ def dump(run: Run) -> dict[str, Any]:
     data["applied"] = None if run.applied is None else [_texts(row) for row in run.applied]
     data["last"] = {name: repr(value) for name, value in run.last.items()}
     data["side"] = {name: repr(value) for name, value in run.side.items()}
+    if data.pop("shadows"):  # a run without any is dumped as it was before there were shadows
+        data["shadows"] = [dump(shadow) for shadow in run.shadows]
     return data
 
 
@@ -356,6 +392,7 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
             "applied": None if data["applied"] is None else _numbers_of(data["applied"]),
             "last": {name: float(value) for name, value in data["last"].items()},
             "side": {name: float(value) for name, value in data["side"].items()},
+            "shadows": tuple(load(r, d) for r, d in zip(rules.shadows, data.get("shadows", ()), strict=True)),
         }
     )
 

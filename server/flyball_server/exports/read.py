@@ -15,12 +15,13 @@ import zstandard
 
 from flyball_server import limits, records
 from flyball_server.checks import spec_from
-from flyball_server.core.errors import Invalid
+from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.form import MAGIC, Part, begun, fields, parsed, signed_part
+from flyball_server.loading import parent_of
 from flyball_server.messages import Attach
-from flyball_server.service import rules_of
+from flyball_server.rules import rules_of
 from flyball_server.signing import is_signed
-from flyball_server.storage.blocks import SEGMENT, Damaged, Stored, store, unpack_segment
+from flyball_server.storage.blocks import SEGMENT, Stored, store, unpack_segment
 from flyball_server.storage.journal import Row, RunRecord, Snapshot
 
 _MANIFEST = {"bytes": None, "sha256": 32}
@@ -182,9 +183,12 @@ class ExportedRun:
         self._found: list[tuple[Part, Stored]] = []
 
     def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
-        """All rows, in order. Raises Invalid or Damaged, with the place, where they are not what the file says."""
-        assert after == 0
-        assert until is None
+        """All rows, in order, or (after) those behind the newest. Raises Invalid or Damaged, with the place, where they
+        are not what the file says."""
+        newest = self._export.record.seq
+        assert (after, until) in ((0, None), (0, newest)) or after == newest
+        if after:
+            return
         followed = _Followed()
         self._found = []
         with self._export.path.open("rb") as file:
@@ -213,6 +217,10 @@ class ExportedRun:
     def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
         """There is none: a fold begins at the first row."""
         return None
+
+    def snapshots(self, run: str) -> list[int]:
+        """There are none."""
+        return []
 
     def segments(self) -> Iterator[Stored]:
         """What a journal inserts, read anew part by part."""
@@ -267,10 +275,12 @@ class _Followed:
         asked = Attach(
             spec.project, spec.name, "import", spec.labels, spec.groups, spec.policy, spec.base, spec.guard, spec.mode,
             spec.seed, None, False, None, None, 0, "", "",
+            {name: {**one["policy"], "base": one["base"]} for name, one in spec.shadows.items()},
         )  # fmt: skip
         if spec_from(asked, {}).run != spec.run:
             raise Invalid(f"row 1: the run {spec.run!r:.60} is not called after its project and name")
         tag = rules_of(spec).policy.tag
         self.record = RunRecord(
-            spec.run, spec.project, spec.name, "created", tag, spec.labels, 0, None, row.at, row.at, 1, row.hash
-        )
+            spec.run, spec.project, spec.name, "created", tag, spec.labels, 0, None, row.at, row.at, 1, row.hash,
+            parent_of(records.origin_of(row)),
+        )  # fmt: skip

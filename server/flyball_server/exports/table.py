@@ -23,7 +23,7 @@ from flyball_server.core.errors import Invalid
 from flyball_server.core.events import Applied, Observed, Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
-from flyball_server.queries import checked_attempt, line_of, plain
+from flyball_server.queries import checked_attempt, cutoffs, plain
 from flyball_server.storage.journal import Journal
 
 #: Lines that are handed on together.
@@ -82,7 +82,7 @@ class Receipts:
 class Line(NamedTuple):
     """What is known of an attempt's line before its observations are read.
 
-    cutoffs: see `queries.line_of`. seq: the newest row that counts. steps: one more than the newest step. sides: the
+    cutoffs: see `queries.cutoffs`. seq: the newest row that counts. steps: one more than the newest step. sides: the
     signals of other processes, by step. decided: which settings were decided.
     """
 
@@ -99,14 +99,14 @@ class Line(NamedTuple):
 def line(journal: Journal, spec: Spec, run: Run, attempt: int | None) -> Line:
     """The line of an attempt (None: the newest). Raises NotFound for an attempt that is not known."""
     attempt = checked_attempt(spec, run, attempt)
-    cutoffs = line_of(run, attempt)
+    until = cutoffs(run, attempt)
     signals: set[str] = set()
     decided = {"lr"}
     sides: dict[int, dict[str, float]] = {}
     receipts = Receipts(len(spec.groups))
     steps = 0
     for row in journal.rows(spec.run, until=run.seq):
-        cutoff = cutoffs.get(row.attempt)
+        cutoff = until.get(row.attempt)
         if cutoff is None or row.first_step is None or row.last_step is None or row.first_step >= cutoff:
             continue
         if row.kind == "observed":
@@ -123,7 +123,7 @@ def line(journal: Journal, spec: Spec, run: Run, attempt: int | None) -> Line:
                     if receipt.step < cutoff:
                         receipts.add(receipt.step, receipt.settings)
     kinds = tuple(kind for kind in KINDS if kind in decided)
-    return Line(attempt, cutoffs, run.seq, steps, tuple(sorted(signals)), sides, receipts, kinds)
+    return Line(attempt, until, run.seq, steps, tuple(sorted(signals)), sides, receipts, kinds)
 
 
 def cells(kinds: Sequence[str], groups: Sequence[Group]) -> list[Cell]:

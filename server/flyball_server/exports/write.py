@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flyball_server import limits, records
+from flyball_server.core.errors import Damaged
 from flyball_server.core.policies import ALL, POLICIES
 from flyball_server.exports.form import MAGIC, begun, line, plain, signed_part
 from flyball_server.signing import Signer
-from flyball_server.storage.blocks import Damaged, Stored, pack_segment, store
+from flyball_server.storage.blocks import Stored, pack_segment, store
 from flyball_server.storage.journal import GENESIS, Journal, Row, RunRecord, chained
 
 

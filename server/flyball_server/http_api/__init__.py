@@ -8,7 +8,7 @@ from fastapi import FastAPI, Response
 
 from flyball_server import limits
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import exports, problems, runs, steer
+from flyball_server.http_api import branches, exports, problems, runs, steer, store
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
@@ -26,6 +26,8 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
     problems.install(app)
     app.include_router(steer.router(service))
     app.include_router(runs.router(service))
+    app.include_router(branches.router(service))
+    app.include_router(store.router(service))
     app.include_router(exports.router(exchange))
 
     @app.get("/healthz", tags=["probes"])
@@ -39,7 +41,7 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
         if not is_ready():
             response.status_code = 503
             return {"status": "not ready"}
-        return service.ready()
+        return await service.ready()
 
     others = {exports.IMPORT_PATH: limits.IMPORT_BYTES_MAX}
     app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX, others=others)

@@ -18,6 +18,7 @@ STATUS = {
     "conflict": (409, "Somebody else moved first"),
     "denied": (403, "Not allowed"),
     "busy": (503, "A limit is full, come back later"),
+    "damaged": (500, "The stored record is damaged"),
     "internal": (500, "The service failed"),
 }
 

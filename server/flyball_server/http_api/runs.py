@@ -26,7 +26,8 @@ Count = Annotated[int, Field(ge=0, le=limits.INTEGER_MAX)]
 
 
 class RunSummary(BaseModel):
-    """A run in a listing. status: created, active, stale (active without news for 60 s), finished or failed."""
+    """A run in a listing. status: created, active, stale (active without news for 60 s), finished, failed, deleted, or
+    damaged (`problem` says what is)."""
 
     run: str
     project: str
@@ -41,6 +42,7 @@ class RunSummary(BaseModel):
     stale_s: float
     seq: int
     digest: str
+    problem: str
 
 
 class GroupSettings(BaseModel):
@@ -52,6 +54,16 @@ class GroupSettings(BaseModel):
     noise_std: float
     applied_lr: float | str | None
     reference_lr: float
+
+
+class ShadowDetail(BaseModel):
+    """A policy that decides beside the run's own and is never applied: its newest decision, learning rates by group."""
+
+    policy_config: dict[str, Any]
+    base: dict[str, Any] | None
+    phase: str
+    decision: str
+    lr: dict[str, float]
 
 
 class RunDetail(RunSummary):
@@ -72,6 +84,7 @@ class RunDetail(RunSummary):
     profile: str
     base: dict[str, Any] | None
     guard: dict[str, Any]
+    shadows: dict[str, ShadowDetail]
 
 
 class RunPage(BaseModel):
@@ -94,7 +107,8 @@ def router(service: Service) -> APIRouter:
         cursor: str | None = None,
         limit: Count = 50,
     ) -> RunPage:
-        """Runs, newest first. status: created, active, stale, finished, failed; policy: NAME or NAME@VERSION."""
+        """Runs, newest first; deleted ones only by their status. status: created, active, stale, finished, failed,
+        deleted; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
         views, following = await service.list_runs(where, cursor, limit)
         return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)
@@ -102,7 +116,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/runs/{run}")
     async def get_run(run: str) -> RunDetail:
         """One run: status, attempt, step, settings now, newest signals, policy, staleness."""
-        return _detail(await service.get_run(run))
+        return detail(await service.get_run(run))
 
     @routes.get("/runs/{run}/series")
     async def series(
@@ -118,12 +132,15 @@ def router(service: Service) -> APIRouter:
         return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
 
     @routes.get("/runs/{run}/decisions")
-    async def decisions(run: str, after: Count = 0, limit: Count = 1000, newest: bool = False) -> dict[str, Any]:
+    async def decisions(
+        run: str, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
+    ) -> dict[str, Any]:
         """The decisions that moved something, with code, reason and numbers, in journal order.
 
-        `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead.
+        `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead. `shadow`: those
+        of the run's shadow policy of this name.
         """
-        return await service.decisions(run, after=after, limit=limit, newest=newest)
+        return await service.decisions(run, after=after, limit=limit, newest=newest, shadow=shadow)
 
     @routes.get("/runs/{run}/episodes")
     async def episodes(run: str) -> dict[str, Any]:
@@ -173,10 +190,12 @@ def _summary(view: RunView) -> dict[str, Any]:
         "updated_at": records.utc(record.updated_at),
         "stale_s": round(view.stale_s, 3),
         "digest": record.hash.hex(),
+        "problem": view.problem,
     }
 
 
-def _detail(view: RunView) -> RunDetail:
+def detail(view: RunView) -> RunDetail:
+    """A run with its folded state."""
     run, spec = view.run, view.spec
     assert run is not None and spec is not None
     now, applied = run.settings, run.applied
@@ -208,4 +227,14 @@ def _detail(view: RunView) -> RunDetail:
         profile=spec.profile,
         base=None if spec.base is None else dict(spec.base),
         guard=dict(spec.guard),
+        shadows={
+            name: ShadowDetail(
+                policy_config=dict(beside["policy"]),
+                base=beside["base"],
+                phase=state.decision.phase,
+                decision=state.decision.code,
+                lr=dict(zip((g.name for g in spec.groups), state.settings.lr, strict=True)),
+            )
+            for (name, beside), state in zip(spec.shadows.items(), run.shadows, strict=True)
+        },
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report
 from flyball_server.service import Service
 
 Number = Annotated[float, Field(description='a number, or "NaN", "Infinity", "-Infinity"')]
@@ -30,6 +30,16 @@ class GroupBody(_Body):
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+
+
+class ForkBody(_Body):
+    """See Fork in steering.proto."""
+
+    run: str
+    attempt: int | None = None
+    step: int | None = None
+    seq: int = 0
+    digest: str = ""
 
 
 class AttachBody(_Body):
@@ -52,6 +62,9 @@ class AttachBody(_Body):
     seq: int = 0
     digest: str = ""
     client: str = ""
+    shadows: dict[str, dict[str, Any]] = {}
+    fork: ForkBody | None = None
+    on_unknown: Literal["refuse", "import"] = "refuse"
 
 
 class ReceiptBody(_Body):
@@ -152,8 +165,9 @@ def router(service: Service) -> APIRouter:
     async def attach(body: AttachBody, request: Request) -> AttachedBody:
         """Begin a run, reconnect to it, or open a new attempt of it."""
         groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
-        fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups}
-        return _attached(await service.attach(Attach(**fields), _actor(request)))
+        fork = None if body.fork is None else Fork(**dict(body.fork))
+        fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups, "fork": fork}
+        return _attached(await service.attach(Attach(**fields), actor_of(request)))
 
     @routes.post("/runs/{run}/report")
     async def report(run: str, body: ReportBody, request: Request) -> AdviceBody:
@@ -161,17 +175,18 @@ def router(service: Service) -> APIRouter:
         answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note) for a in body.answers)
         receipts = tuple(_receipt(r) for r in body.receipts)
         message = Report(run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end)
-        return _advice(await service.report(message, _actor(request)))
+        return _advice(await service.report(message, actor_of(request)))
 
     @routes.post("/runs/{run}/signals")
     async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
         """Signals from another process, such as an evaluation job; the policy sees them with the next step."""
-        return SignalsReply(seq=await service.add_signals(run, body.signals, _actor(request)))
+        return SignalsReply(seq=await service.add_signals(run, body.signals, actor_of(request)))
 
     return routes
 
 
-def _actor(request: Request) -> str:
+def actor_of(request: Request) -> str:
+    """Who asks, for the record."""
     return f"http:{request.client.host}" if request.client else "http:"
 
 

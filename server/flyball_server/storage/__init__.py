@@ -5,6 +5,7 @@ Rule of this package: everything that is stored is derived from, or is, the jour
 
 from __future__ import annotations
 
+from flyball_server import limits
 from flyball_server.core.errors import Invalid
 from flyball_server.storage.journal import Journal
 from flyball_server.storage.memory import MemoryJournal
@@ -13,12 +14,21 @@ from flyball_server.storage.sql import SqlJournal
 __all__ = ["open_journal"]
 
 
-def open_journal(store: str) -> Journal:
-    """The journal that `store` names, not started yet: "memory:" or "sqlite:///FILE"."""
+def open_journal(
+    store: str,
+    *,
+    read_only: bool = False,
+    bytes_max: int | None = None,
+    disk_free_min: int = limits.DISK_FREE_MIN_BYTES,
+) -> Journal:
+    """The journal that `store` names, not started yet: "memory:" or "sqlite:///FILE".
+
+    read_only: beside a service that writes it. bytes_max, disk_free_min: beyond them appends are refused.
+    """
     if store == "memory:":
         return MemoryJournal()
     if store.startswith("sqlite:///") and not store.endswith(("/", ":memory:")):
-        return SqlJournal(store)
+        return SqlJournal(store, read_only=read_only, bytes_max=bytes_max, disk_free_min=disk_free_min)
     raise Invalid(
         f"store is {store!r}; allowed are 'memory:' (nothing is kept), 'sqlite:///FILE' (relative) "
         "and 'sqlite:////DIRECTORY/FILE' (absolute)"

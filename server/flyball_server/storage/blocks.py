@@ -7,7 +7,8 @@ they are. A segment holds many consecutive rows column-wise: each distinct meta 
 kind and the names and types of its columns) once, the rows' integers as differences, and each column of a
 shape as one stream over all rows of that shape. Streams are joined as bytes, without looking at a value.
 Hashes are not kept: a segment knows the hash before its first row, and its table row the one of its last,
-so unpacking it repeats the chain and proves every byte between the two.
+so unpacking it repeats the chain and proves every row between the two. That the table row itself is what was written,
+compressed bytes included, is proved by a digest, which stands where a single row has its actor.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flyball_server.core.errors import Invalid
+from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.storage.journal import Append, Column, Row, chained
 from flyball_server.storage.packing import (
     Ints,
@@ -45,10 +47,6 @@ SEGMENT = "segment"
 
 _LENGTHS = struct.Struct("<II")
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-
-
-class Damaged(ValueError):
-    """Stored bytes are not what was written. The message names the run and the row."""
 
 
 class Stored(NamedTuple):
@@ -122,6 +120,8 @@ def unpack_row(run: str, stored: Stored) -> Row:
     try:
         meta_bytes, layout, data = _split(payload)
         meta = json.loads(meta_bytes)
+        if meta and _encode(meta).encode() != meta_bytes:  # 1e5 and 1E5 are one number
+            raise ValueError("its meta is not as it was written")
         for name, type_, size in _layout(layout):
             columns.append(Column(name, type_, data[start : start + size]))
             start += size
@@ -130,6 +130,28 @@ def unpack_row(run: str, stored: Stored) -> Row:
     except (ValueError, TypeError, struct.error) as error:
         raise Damaged(f"run {run!r}, row {seq} is damaged: {error}") from error
     return Row(seq, kind, attempt, first_step, last_step, actor, at, meta, tuple(columns), hash_)
+
+
+def check_types(run: str, stored: Stored) -> Stored:
+    """The table row itself. Raises Damaged where a column does not even have its type: SQLite would not mind."""
+    seq, last_seq, kind, attempt, first_step, last_step, actor, at, payload, hash_ = stored
+    numbers = (seq, last_seq, attempt, at, first_step or 0, last_step or 0)
+    if (
+        any(type(number) is not int for number in numbers)
+        or not (type(kind) is type(actor) is str and type(payload) is type(hash_) is bytes)
+        or last_seq < seq
+    ):
+        raise Damaged(f"run {run!r}, row {seq} is damaged: its columns do not have their types")
+    return stored
+
+
+def prove(run: str, previous: bytes, rows: Iterable[Stored]) -> None:
+    """Raise Damaged where single rows are not what was written behind the hash `previous`."""
+    for stored in rows:
+        row = unpack_row(run, stored)
+        if chained(previous, run, row) != row.hash:
+            raise Damaged(f"run {run!r}, row {stored.seq} is damaged: its hash is not that of its contents")
+        previous = row.hash
 
 
 def unpack(run: str, stored: Stored) -> Iterable[Row]:
@@ -149,7 +171,10 @@ def _layout_bytes(layout: tuple[tuple[str, str, int], ...]) -> bytes:
 
 @lru_cache(LAYOUTS_MAX)
 def _layout(data: bytes) -> tuple[tuple[str, str, int], ...]:
-    return tuple((name, kind, size) for name, kind, size in json.loads(data))
+    layout = tuple((name, kind, size) for name, kind, size in json.loads(data))
+    if _encode(layout).encode() != data:
+        raise ValueError("its layout is not as it was written")
+    return layout
 
 
 def _split(payload: bytes) -> tuple[bytes, bytes, bytes]:
@@ -241,11 +266,20 @@ def pack_segment(previous: bytes, rows: Sequence[Stored]) -> Stored:
     newest = rows[-1]
     first = min((row.first_step for row in rows if row.first_step is not None), default=None)
     last = max((row.last_step for row in rows if row.last_step is not None), default=None)
-    return Stored(rows[0].seq, newest.seq, SEGMENT, newest.attempt, first, last, "", newest.at, payload, newest.hash)
+    segment = Stored(rows[0].seq, newest.seq, SEGMENT, newest.attempt, first, last, "", newest.at, payload, newest.hash)
+    return segment._replace(actor=_digest(segment))
+
+
+def _digest(segment: Stored) -> str:
+    """What proves a segment's table row. Other bytes can well be decompressed to the same rows."""
+    columns = segment._replace(actor="", payload=b"", hash=b"")
+    return sha256(b"\n".join((repr(tuple(columns)).encode(), segment.hash, segment.payload))).hexdigest()
 
 
 def read_segment(run: str, segment: Stored) -> tuple[bytes, Batch]:
     """The hash before the segment, and its rows column-wise."""
+    if segment.actor and segment.actor != _digest(segment):  # early versions wrote none
+        raise Damaged(f"run {run!r}, rows {segment.seq} to {segment.last_seq} are damaged: their digest is another")
     try:
         return _decode(memoryview(decompress(segment.payload)), segment.last_seq - segment.seq + 1)
     except (ValueError, KeyError, IndexError, TypeError) as error:

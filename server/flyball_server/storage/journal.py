@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
+#: The store's own journal: rows of this id tell which runs were deleted, by whom and why. No run can be called so.
+STORE = "#store"
+#: The status of what is left of a deleted run: its record, whose `seq` and `hash` are those of its row in STORE.
+DELETED = "deleted"
 
 
 class Column(NamedTuple):
@@ -55,8 +59,9 @@ class Row(NamedTuple):
 class RunRecord(NamedTuple):
     """The projection of a run for listing and filtering, written in the same transaction as its rows.
 
-    `status` is "active" or how the run ended ("finished", "failed"). `step` is the last observed step.
-    `seq` and `hash` are those of the newest row.
+    `status` is "active" or how the run ended ("finished", "failed"), or DELETED; "damaged" where the record cannot
+    even be read. `step` is the last observed step.
+    `seq` and `hash` are those of the newest row. `parent`: the run it is a fork of, or "".
     """
 
     run: str
@@ -71,6 +76,7 @@ class RunRecord(NamedTuple):
     updated_at: int
     seq: int
     hash: bytes
+    parent: str = ""
 
 
 class Snapshot(NamedTuple):
@@ -93,22 +99,60 @@ class Append(NamedTuple):
     token: Any
 
 
+class Deletion(NamedTuple):
+    """A run to remove: its rows, snapshots and labels go, `record` takes the place of its record, and `row` is added
+    to STORE behind the row `row.seq - 1`: all or nothing. expected_seq: the run's newest row; None: whatever is left
+    of a damaged run."""
+
+    expected_seq: int | None
+    row: Row
+    record: RunRecord
+    token: Any
+
+
+class Usage(NamedTuple):
+    """What a store takes and may take. bytes: pages in use and the write-ahead log; None: not on a disk.
+
+    state: "ok", "nearly_full" or "full" (appends are refused with Busy). words: what to do about it, or "".
+    """
+
+    bytes: int | None
+    bytes_max: int | None
+    disk_free: int | None
+    disk_free_min: int
+    state: str
+    words: str
+
+
 class RunFilter(NamedTuple):
-    """Which runs to list; None matches all. `labels` must all match. `stale_before` (with status "active" or
-    "stale"): a run is stale when its `updated_at` is older than this time."""
+    """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
+    `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time.
+    `parent`: the forks of this run."""
 
     project: str | None = None
     status: str | None = None
     policy: str | None = None
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
+    parent: str | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
-Deliver = Callable[[Sequence[tuple[Append, Exception | None]]], None]
+Deliver = Callable[[Sequence[tuple[Append | Deletion, Exception | None]]], None]
 
 
-class Journal(Protocol):
+class Reading(Protocol):
+    """What a query needs from a store."""
+
+    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+        """The rows with after < seq <= until, in order. Raises Damaged where one cannot be read; hashes are for
+        the reader to check."""
+
+    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
+        """The packed form for series: see `Block`. Much cheaper than `rows` for long runs."""
+
+
+class Journal(Reading, Protocol):
     """What the engine needs from a store. `memory.MemoryJournal` and `sql.SqlJournal` keep it."""
 
     def start(self, deliver: Deliver) -> None:
@@ -123,6 +167,10 @@ class Journal(Protocol):
         `Busy` (the store cannot write now, a full disk say; nothing was written).
         Raises `Busy` at once when more than APPENDS_MAX appends wait."""
 
+    def delete(self, deletion: Deletion) -> None:
+        """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
+        appends are refused because the store is full."""
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         """Write a whole run at once, and wait until it is durable: all or nothing. The caller has proved its rows.
         Only the last of `segments` may be a single row. Raises Conflict where the run exists, Busy where the store
@@ -134,17 +182,27 @@ class Journal(Protocol):
     def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
         """Runs in order of (created_at, run) descending (newest first), starting behind the key `after`."""
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
-        """The rows with after < seq <= until, in order."""
-
     def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
-        """The newest snapshot with seq <= until."""
+        """The newest snapshot with seq <= until. Raises Damaged where it cannot be read."""
 
-    def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
-        """The packed form for series: see `Block`. Much cheaper than `rows` for long runs."""
+    def snapshots(self, run: str) -> list[int]:
+        """The rows that the run's snapshots stand on, newest first."""
 
     def compact(self, run: str) -> None:
-        """Merge the run's rows into segments now, down to the newest row (a store may also do so by itself)."""
+        """Merge the run's rows into segments now, down to the newest row, and small segments into larger ones (a
+        store may also do so by itself)."""
+
+    def shrink(self) -> None:
+        """Give the space of what was deleted or merged back to the disk."""
+
+    def usage(self) -> Usage:
+        """What the store takes now."""
+
+    def names(self) -> list[str]:
+        """Everything that has a record, rows, snapshots or labels, in order, STORE included."""
+
+    def check(self) -> list[str]:
+        """What is wrong with the store where no single run can tell: a line for each."""
 
 
 class Block(NamedTuple):

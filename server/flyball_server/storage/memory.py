@@ -15,13 +15,17 @@ from operator import attrgetter
 from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.storage.blocks import Stored, check_order, store, unpack, unpack_row
 from flyball_server.storage.journal import (
+    DELETED,
+    STORE,
     Append,
     Block,
+    Deletion,
     Deliver,
     Row,
     RunFilter,
     RunRecord,
     Snapshot,
+    Usage,
 )
 from flyball_server.storage.series import row_blocks
 
@@ -35,7 +39,7 @@ class MemoryJournal:
     def __init__(self) -> None:
         self._deliver: Deliver | None = None
         self._lock = threading.RLock()
-        self._waiting: deque[Append] = deque()
+        self._waiting: deque[Append | Deletion] = deque()
         self._delivering = False
         self._stored: dict[str, list[Stored]] = {}
         self._records: dict[str, RunRecord] = {}
@@ -48,16 +52,23 @@ class MemoryJournal:
         self._deliver = None
 
     def append(self, append: Append) -> None:
+        self._accept(append)
+
+    def delete(self, deletion: Deletion) -> None:
+        self._accept(deletion)
+
+    def _accept(self, item: Append | Deletion) -> None:
         if self._deliver is None:
             raise Busy("the journal is closed")
-        self._waiting.append(append)
+        self._waiting.append(item)
         if self._delivering:
             return
         self._delivering = True
         try:
             while self._waiting and self._deliver is not None:
                 accepted = self._waiting.popleft()
-                self._deliver([(accepted, self._add(accepted))])
+                error = self._add(accepted) if isinstance(accepted, Append) else self._remove(accepted)
+                self._deliver([(accepted, error)])
         finally:
             self._delivering = False
 
@@ -65,7 +76,7 @@ class MemoryJournal:
         run = append.record.run
         with self._lock:
             newest = len(self._stored.get(run, ()))
-            if newest != append.expected_seq:
+            if newest != append.expected_seq or self._is_deleted(run):
                 return Conflict(f"run {run!r} is at {newest}, not at {append.expected_seq}")
             try:
                 check_order(append)
@@ -78,11 +89,27 @@ class MemoryJournal:
                 self._snapshots.setdefault(run, []).append(append.snapshot)
             return None
 
+    def _remove(self, deletion: Deletion) -> Exception | None:
+        run, expected = deletion.record.run, deletion.expected_seq
+        with self._lock:
+            newest, tombstones = len(self._stored.get(run, ())), len(self._stored.get(STORE, ()))
+            if self._is_deleted(run) or expected not in (None, newest) or tombstones != deletion.row.seq - 1:
+                return Conflict(f"run {run!r} is at {newest}, not at {expected}, or another was deleted meanwhile")
+            self._stored.setdefault(STORE, []).append(store(deletion.row))
+            self._stored.pop(run, None)
+            self._snapshots.pop(run, None)
+            self._records[run] = deletion.record
+            return None
+
+    def _is_deleted(self, run: str) -> bool:
+        record = self._records.get(run)
+        return record is not None and record.status == DELETED
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         if self._deliver is None:
             raise Busy("the journal is closed")
         with self._lock:
-            if self._stored.get(record.run):
+            if self._stored.get(record.run) or self._is_deleted(record.run):
                 raise Conflict(f"run {record.run!r} exists already")
             self._stored[record.run] = [store(row) for one in segments for row in unpack(record.run, one)]
             self._records[record.run] = record
@@ -106,6 +133,20 @@ class MemoryJournal:
             found = [s for s in self._snapshots.get(run, ()) if until is None or s.seq <= until]
         return max(found, key=attrgetter("seq"), default=None)
 
+    def snapshots(self, run: str) -> list[int]:
+        with self._lock:
+            return sorted({s.seq for s in self._snapshots.get(run, ())}, reverse=True)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return sorted({*self._records, *self._stored, *self._snapshots})
+
+    def check(self) -> list[str]:
+        return []
+
+    def usage(self) -> Usage:
+        return Usage(None, None, None, 0, "ok", "")
+
     def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
         asked = tuple(columns)
         with self._lock:
@@ -116,6 +157,9 @@ class MemoryJournal:
     def compact(self, run: str) -> None:
         """There is nothing to make smaller."""
 
+    def shrink(self) -> None:
+        """Nor is there a disk."""
+
 
 def _matches(record: RunRecord, where: RunFilter) -> bool:
     status, stale_before = where.status, where.stale_before
@@ -123,10 +167,11 @@ def _matches(record: RunRecord, where: RunFilter) -> bool:
         stale = stale_before is not None and record.updated_at < stale_before
         if record.status != "active" or stale != (status == "stale"):
             return False
-    elif status is not None and record.status != status:
+    elif record.status == DELETED if status is None else record.status != status:
         return False
     return (
         where.project in (None, record.project)
+        and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,10 @@ ZSTD_LEVEL = 1
 
 #: A plane shorter than this shares its zstd block with its neighbours.
 PLANE_MIN = 256
+
+#: What sealed bytes begin with, and what a zstd frame does.
+SEALED = b"\x01"
+MAGIC = b"\x28\xb5\x2f\xfd"
 
 #: What one payload may grow to when it is read; protects the reader from a damaged length.
 UNPACKED_MAX = 1 << 30
@@ -62,6 +67,22 @@ def decompress(data: bytes) -> bytes:
         return _zstd.decompressor.decompress(data)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
+
+
+def seal(parts: Sequence[bytes]) -> bytes:
+    """The parts compressed, behind a digest of the compressed bytes: others may well decompress to the same."""
+    frame = compress(parts)
+    return SEALED + sha256(frame).digest() + frame
+
+
+def unseal(data: bytes) -> bytes:
+    """What `seal` was given, joined. Raises ValueError where one bit of it is another."""
+    if data.startswith(MAGIC):  # written by an early version, without a digest
+        return decompress(data)
+    start = len(SEALED) + 32
+    if not data.startswith(SEALED) or data[len(SEALED) : start] != sha256(data[start:]).digest():
+        raise ValueError("its digest is another")
+    return decompress(data[start:])
 
 
 def shuffle(data: bytes, width: int) -> list[bytes]:

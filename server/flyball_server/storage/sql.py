@@ -7,20 +7,32 @@ rows merged that the page before found single; both forms say the same.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Busy, Invalid
-from flyball_server.storage import tables
-from flyball_server.storage.blocks import Damaged, Stored, unpack
-from flyball_server.storage.journal import Append, Block, Deliver, Row, RunFilter, RunRecord, Snapshot
-from flyball_server.storage.packing import decompress
+from flyball_server import limits
+from flyball_server.core.errors import Busy, Damaged, Invalid
+from flyball_server.storage import checking, tables
+from flyball_server.storage.blocks import Stored, check_types, unpack
+from flyball_server.storage.gauge import Gauge
+from flyball_server.storage.journal import (
+    Append,
+    Block,
+    Deletion,
+    Deliver,
+    Row,
+    RunFilter,
+    RunRecord,
+    Snapshot,
+    Usage,
+)
+from flyball_server.storage.listing import conditions, record_of
+from flyball_server.storage.packing import unseal
 from flyball_server.storage.series import row_blocks, segment_blocks
 from flyball_server.storage.writer import Writer
 
@@ -42,9 +54,16 @@ LOG_BYTES_MAX = 64 << 20
 
 
 class SqlJournal:
-    """See `journal.Journal`. url: sqlite:///FILE."""
+    """See `journal.Journal`. url: sqlite:///FILE. read_only: open it beside whoever writes it, and take nothing."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        read_only: bool = False,
+        bytes_max: int | None = None,
+        disk_free_min: int = limits.DISK_FREE_MIN_BYTES,
+    ) -> None:
         self._url = sa.make_url(url)
         if self._url.get_backend_name() != "sqlite" or self._url.database in (None, "", ":memory:"):
             raise Invalid(f"{url!r} is no journal's address; allowed is 'sqlite:///FILE'")
@@ -54,9 +73,14 @@ class SqlJournal:
         self._reading: sa.Engine | None = None
         self._engines: list[sa.Engine] = []
         self._identity = (0, 0)
+        self._read_only = read_only
+        self._gauge = Gauge(self._path, bytes_max, disk_free_min)
 
     def start(self, deliver: Deliver) -> None:
         """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
+        if self._read_only:
+            self._start_reading()
+            return
         self._lock = _lock(self._path)
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
@@ -64,7 +88,7 @@ class SqlJournal:
             found = os.stat(self._path)
             self._identity = (found.st_dev, found.st_ino)
             self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
-            self._writer = Writer(writing, deliver, self._gone)
+            self._writer = Writer(writing, deliver, self._gone, self._gauge)
         except BaseException:
             self.close()
             raise
@@ -83,12 +107,23 @@ class SqlJournal:
     def append(self, append: Append) -> None:
         self._open().append(append)
 
+    def delete(self, deletion: Deletion) -> None:
+        self._open().delete(deletion)
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._open().insert(record, segments)
 
     def compact(self, run: str) -> None:
         """Waits until it is done; everything appended before is merged."""
         self._open().compact(run)
+
+    def shrink(self) -> None:
+        """Waits until it is done. Takes as much room on the disk, for a moment, as the file will have."""
+        self._open().shrink()
+
+    def usage(self) -> Usage:
+        with self._read() as connection:
+            return self._gauge.usage(connection.connection.driver_connection)
 
     def _gone(self) -> str:
         """Why nothing written now would be found again: somebody moved the file away under us. "" where it is there."""
@@ -102,7 +137,7 @@ class SqlJournal:
 
     def _open(self) -> Writer:
         if self._writer is None:
-            raise Busy("the journal is not started")
+            raise Busy("the journal is not started, or was opened to be read only")
         return self._writer
 
     # -- opening ---------------------------------------------------------------------------------------------
@@ -114,6 +149,7 @@ class SqlJournal:
 
         @sa.event.listens_for(engine, "connect")
         def _configure(connection: Any, _: Any) -> None:
+            connection.text_factory = _text
             connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if read_only:
                 connection.execute("PRAGMA query_only = 1")
@@ -123,6 +159,29 @@ class SqlJournal:
             connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES_MAX}")
 
         return engine
+
+    def _start_reading(self) -> None:
+        """Raises Invalid where there is no journal of this version."""
+        from flyball_server.storage.migrations import is_current
+
+        if not os.path.exists(self._path):
+            raise Invalid(f"{self._path} does not exist: name the file that the service was started with")
+        self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
+        try:
+            with self._read() as connection:
+                known = is_current(connection)
+                self._check_schema(connection)
+        except Damaged as error:
+            self.close()
+            raise Invalid(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+        if not known:
+            self.close()
+            raise Invalid(
+                f"{self._path} was written by another version of Flyball: start this one's service on it once"
+            )
 
     def _prepare(self, engine: sa.Engine) -> None:
         """Check that the file is ours, or empty, and bring its schema up to date."""
@@ -137,18 +196,30 @@ class SqlJournal:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 migrate(connection, self._path)
                 connection.commit()
+                self._check_schema(connection)
         except sa.exc.OperationalError as error:
             raise Busy(f"{self._path} cannot be opened now: {error.orig}") from error
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DatabaseError, UnicodeDecodeError) as error:  # the latter where SQLite quotes what it found
             raise Invalid(
-                f"{self._path} is damaged or not an SQLite database ({error.orig}): "
+                f"{self._path} is damaged or not an SQLite database ({getattr(error, 'orig', error)}): "
                 "restore it from a backup, or name another file"
             ) from error
+
+    def _check_schema(self, connection: sa.Connection) -> None:
+        """A damaged name of a column would look like trouble that passes."""
+        for table in tables.metadata.sorted_tables:
+            found = [row[1] for row in connection.exec_driver_sql(f"PRAGMA table_info({table.name})")]
+            if found != [column.name for column in table.columns]:
+                raise Invalid(
+                    f"{self._path} is damaged: its table {table.name} has the columns {found}; restore it from a backup"
+                )
+        connection.rollback()
 
     # -- reading ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
+    def _read(self, run: str = "") -> Iterator[sa.Connection]:
+        whose = f"run {run!r}: " if run else ""
         if self._reading is None:
             raise Busy("the journal is closed")
         try:
@@ -157,22 +228,24 @@ class SqlJournal:
         except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
             raise Busy(f"{self._path} cannot be read now: {error}") from error
         except sa.exc.DatabaseError as error:
-            raise Damaged(f"{self._path} is damaged: {error.orig}") from error
+            raise Damaged(f"{whose}{self._path} is damaged: {error.orig}") from error
+        except (TypeError, ValueError) as error:  # SQLite gives back whatever stands in a damaged row
+            raise Damaged(f"{whose}{self._path} is damaged: {error}") from error
 
     def record(self, run: str) -> RunRecord | None:
-        with self._read() as connection:
+        with self._read(run) as connection:
             found = connection.execute(sa.select(tables.runs).where(tables.runs.c.run == run)).one_or_none()
-        return None if found is None else _record(found)
+        return None if found is None else record_of(found)
 
     def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
         runs = tables.runs.c
-        query = sa.select(tables.runs).where(*_conditions(where))
+        query = sa.select(tables.runs).where(*conditions(where))
         if after is not None:
             created_at, run = after
             query = query.where((runs.created_at < created_at) | ((runs.created_at == created_at) & (runs.run < run)))
         query = query.order_by(runs.created_at.desc(), runs.run.desc()).limit(limit)
         with self._read() as connection:
-            return [_record(found) for found in connection.execute(query)]
+            return [record_of(found) for found in connection.execute(query)]
 
     def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
         for page in self._pages(run, after, until):
@@ -189,15 +262,38 @@ class SqlJournal:
         query = sa.select(table.seq, table.attempt, table.step, table.state).where(table.run == run)
         if until is not None:
             query = query.where(table.seq <= until)
-        with self._read() as connection:
+        with self._read(run) as connection:
             found = connection.execute(query.order_by(table.seq.desc()).limit(1)).one_or_none()
         if found is None:
             return None
         seq, attempt, step, state = found
         try:
-            return Snapshot(seq, attempt, step, decompress(state).decode())
-        except ValueError as error:
+            return Snapshot(seq, attempt, step, unseal(state).decode())
+        except (AttributeError, TypeError, ValueError) as error:
             raise Damaged(f"run {run!r}, the snapshot at row {seq} is damaged: {error}") from error
+
+    def snapshots(self, run: str) -> list[int]:
+        table = tables.snapshots.c
+        with self._read(run) as connection:
+            query = sa.select(table.seq).where(table.run == run).order_by(table.seq.desc())
+            return [seq for seq in connection.execute(query).scalars() if type(seq) is int]
+
+    def names(self) -> list[str]:
+        found: set[str] = set()
+        for table in tables.metadata.sorted_tables:
+            try:
+                with self._read() as connection:
+                    found.update(map(str, connection.execute(sa.select(table.c.run).distinct()).scalars()))
+            except Damaged:  # `check` tells; the other tables may know more
+                continue
+        return sorted(found)
+
+    def check(self) -> list[str]:
+        try:
+            with self._read() as connection:
+                return checking.problems(connection)
+        except Damaged as error:
+            return [str(error)]
 
     def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
         asked = tuple(columns)
@@ -224,9 +320,9 @@ class SqlJournal:
             )
             if until is not None:
                 query = query.where(table.seq <= until)
-            with self._read() as connection:
+            with self._read(run) as connection:
                 found = connection.execute(query.order_by(table.seq).limit(PAGE_ROWS))
-                page = [Stored._make(row) for row in found]
+                page = [check_types(run, Stored._make(row)) for row in found]
             if not page:
                 return
             yield page
@@ -250,33 +346,17 @@ def _lock(path: str) -> IO[str]:
                 f"{path} is in use by another Flyball server (process {owner or 'unknown'}): stop that one first, or "
                 "name another file"
             ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+    except OSError as error:
+        with suppress(OSError):  # closing tries to write once more
+            lock.close()
+        raise Busy(f"{path} cannot be opened now: {error.strerror} (writing {path}.lock)") from error
     return lock
 
 
-def _record(found: Any) -> RunRecord:
-    record = RunRecord._make(found)
-    return record._replace(labels=json.loads(record.labels))  # type: ignore[arg-type]
-
-
-def _conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
-    runs = tables.runs.c
-    conditions: list[sa.ColumnElement[bool]] = []
-    if where.project is not None:
-        conditions.append(runs.project == where.project)
-    if where.status is not None:
-        conditions.append(runs.status == ("active" if where.status == "stale" else where.status))
-    if where.status == "stale":
-        stale_before = where.stale_before
-        conditions.append(sa.false() if stale_before is None else runs.updated_at < stale_before)
-    if where.status == "active" and where.stale_before is not None:
-        conditions.append(runs.updated_at >= where.stale_before)
-    if where.policy is not None:  # LIKE would ignore case
-        versions = where.policy + "@"
-        conditions.append((runs.policy == where.policy) | (sa.func.substr(runs.policy, 1, len(versions)) == versions))
-    for key, value in (where.labels or {}).items():
-        labels = tables.labels.c
-        conditions.append(runs.run.in_(sa.select(labels.run).where(labels.key == key, labels.value == value)))
-    return conditions
+def _text(data: bytes) -> str:
+    """A damaged text is one that differs, and no error of the whole query."""
+    return data.decode("utf-8", "backslashreplace")

@@ -60,8 +60,10 @@ runs = sa.Table(
     sa.Column("updated_at", sa.BigInteger, nullable=False),
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("hash", sa.LargeBinary, nullable=False),
+    sa.Column("parent", sa.Text, nullable=False, server_default=""),
     sa.Index("runs_by_age", "created_at", "run"),
     sa.Index("runs_of_project", "project", "created_at", "run"),
+    sa.Index("runs_by_parent", "parent", "created_at", "run", sqlite_where=sa.text("parent <> ''")),
 )
 
 labels = sa.Table(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +27,14 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Busy, Conflict, SteeringError
-from flyball_server.storage import tables
-from flyball_server.storage.blocks import Stored, check_order, pack_segment, store
-from flyball_server.storage.journal import GENESIS, Append, Deliver, RunRecord
-from flyball_server.storage.packing import compress
+from flyball_server.core.errors import Busy, Conflict, Damaged, SteeringError
+from flyball_server.storage import tables, tidying
+from flyball_server.storage.blocks import Stored, check_order, store
+from flyball_server.storage.gauge import Gauge
+from flyball_server.storage.heads import Head, load_head
+from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, RunRecord
+from flyball_server.storage.packing import seal
+from flyball_server.storage.tidying import SNAPSHOTS_KEPT, observations
 
 #: Appends that may wait for the writer; more are refused with Busy.
 APPENDS_MAX = 8192
@@ -38,49 +42,12 @@ APPENDS_MAX = 8192
 GROUP_MAX = 1024
 #: Runs whose head (newest sequence number, labels, what is not compacted) is remembered.
 HEADS_MAX = 16384
-#: A run is compacted when it has this many observations, or this many rows, outside segments ...
-COMPACT_OBSERVATIONS = 4096
-COMPACT_ROWS = 1024
-#: ... and while appends are waiting only when it has this many times as much.
+#: A due run is compacted while appends are waiting only when it has this many times as much.
 COMPACT_AT_ONCE = 4
-#: The rows, their observations, and the bytes of their payloads, in one segment. The last row may go beyond.
-SEGMENT_ROWS_MAX = COMPACT_AT_ONCE * COMPACT_ROWS
-SEGMENT_OBSERVATIONS_MAX = COMPACT_AT_ONCE * COMPACT_OBSERVATIONS
-SEGMENT_BYTES_MAX = 8 << 20
-#: The newest snapshots of a run, and the new ones after which the older ones are thinned out.
-SNAPSHOTS_KEPT = 8
+#: When an append is to be tried again where the store is full.
+FULL_RETRY_S = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-class _Head:
-    """What the writer knows of a run. A commit that fails makes it forget the heads it touched."""
-
-    __slots__ = ("labels", "observations", "rows", "segment_end", "seq", "snapshots")
-
-    def __init__(self, seq: int, segment_end: int, rows: int, observations: int, labels: Mapping[str, str] | None):
-        self.seq = seq
-        self.segment_end = segment_end
-        self.rows = rows
-        self.observations = observations
-        self.labels = labels
-        self.snapshots = 0
-
-    def advance(self, append: Append) -> int:
-        """The head behind the append; how many observations it brought."""
-        observations = sum(_observations(row.first_step, row.last_step) for row in append.rows)
-        self.seq += len(append.rows)
-        self.rows += len(append.rows)
-        self.observations += observations
-        self.snapshots += append.snapshot is not None
-        self.labels = append.record.labels
-        return observations
-
-    def backlog(self) -> float:
-        """How much lies outside segments, in units of what makes a compaction worthwhile."""
-        return max(
-            self.rows / COMPACT_ROWS, self.observations / COMPACT_OBSERVATIONS, self.snapshots / SNAPSHOTS_KEPT / 2
-        )
 
 
 class _Request(NamedTuple):
@@ -91,16 +58,18 @@ class _Request(NamedTuple):
 
 
 class Writer:
-    """`append`, `insert` and `compact` may be called from any thread; everything else happens on the writer's own."""
+    """`append` and the verbs behind it may be called from any thread; the rest is the writer's own."""
 
-    def __init__(self, engine: sa.Engine, deliver: Deliver, gone: Callable[[], str]) -> None:
+    def __init__(self, engine: sa.Engine, deliver: Deliver, gone: Callable[[], str], gauge: Gauge) -> None:
         self._deliver = deliver
+        self._gauge = gauge
         self._gone = gone  # why nothing may be written now: a deleted file takes every write, and keeps none
-        self._queue: queue.SimpleQueue[Append | _Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Append | Deletion | _Request | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
-        self._heads: OrderedDict[str, _Head] = OrderedDict()
+        self._heads: OrderedDict[str, Head] = OrderedDict()
         self._connection = engine.connect()
+        self._driver: Any = self._connection.connection.driver_connection
         self._due: dict[str, None] = {}
         self._overdue: dict[str, None] = {}
         #: Observations written and not yet made up for by compacting: what a round may spend on overdue runs.
@@ -117,11 +86,17 @@ class Writer:
             raise Busy(f"{APPENDS_MAX} appends wait for the journal")
         self._put(append)
 
+    def delete(self, deletion: Deletion) -> None:
+        self._put(deletion)
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._ask(lambda: self._insert(record, segments))
 
     def compact(self, run: str) -> None:
         self._ask(lambda: self._compact_all(run))
+
+    def shrink(self) -> None:
+        self._ask(self._vacuum)
 
     def _ask(self, work: Callable[[], None]) -> None:
         request = _Request(work, Future())
@@ -136,7 +111,7 @@ class Writer:
                 self._queue.put(None)
         self._thread.join()
 
-    def _put(self, item: Append | _Request) -> None:
+    def _put(self, item: Append | Deletion | _Request) -> None:
         with self._closing:  # nothing may come behind the None that ends the thread
             if self._closed:
                 raise Busy("the journal is closed")
@@ -151,15 +126,15 @@ class Writer:
                 appends, requests, open_ = self._take()
                 if appends:
                     self._commit(appends)
-                for request in requests:
-                    self._answer(request)
+                for item in requests:
+                    self._answer(item)
                 if open_:
                     self._tidy()
 
-    def _take(self) -> tuple[list[Append], list[_Request], bool]:
+    def _take(self) -> tuple[list[Append], list[Deletion | _Request], bool]:
         """What waits, at most one group. Blocks while there is nothing to do."""
         appends: list[Append] = []
-        requests: list[_Request] = []
+        requests: list[Deletion | _Request] = []
         block = not self._due and not self._overdue
         while len(appends) < GROUP_MAX:
             try:
@@ -175,11 +150,53 @@ class Writer:
                 requests.append(item)
         return appends, requests, True
 
-    def _answer(self, request: _Request) -> None:
+    def _answer(self, item: Deletion | _Request) -> None:
+        error: Exception | None = None
         try:
-            request.done.set_result(request.work())
-        except Exception as error:
-            request.done.set_exception(meaning(error))
+            if isinstance(item, Deletion):
+                self._delete(item)
+            else:
+                item.work()
+        except Exception as found:
+            with suppress(Exception):
+                self._connection.rollback()
+            error = meaning(found)
+        if isinstance(item, _Request):
+            item.done.set_result(None) if error is None else item.done.set_exception(error)
+            return
+        try:
+            self._deliver([(item, error)])
+        except Exception:
+            _log.exception("delivering a deletion failed")
+
+    def _delete(self, deletion: Deletion) -> None:
+        run, expected = deletion.record.run, deletion.expected_seq
+        if why := self._gone():
+            raise Busy(why)
+        with self._connection.begin():
+            for name, at in ((run, expected), (STORE, deletion.row.seq - 1)):
+                head = self._head(name)
+                if head.deleted or (at is not None and head.seq != at):
+                    raise Conflict(f"{name!r} is at {head.seq}, not at {at}")
+            tidying.remove(self._connection, self._save_row, deletion)
+        for name in (run, STORE):
+            self._heads.pop(name, None)
+
+    def _compact_all(self, run: str) -> None:
+        try:
+            while self._compact(run):
+                pass
+            joined = True
+            while joined:
+                with self._connection.begin():
+                    joined = tidying.join(self._connection, self._save_row, run)
+        finally:
+            self._heads.pop(run, None)
+
+    def _vacuum(self) -> None:
+        """Not part of any transaction, so past SQLAlchemy."""
+        for words in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+            self._driver.execute(words).fetchall()
 
     # -- whole runs ------------------------------------------------------------------------------------------
 
@@ -190,8 +207,11 @@ class Writer:
         run = record.run
         try:
             with self._connection.begin():
-                if self._head(run).seq:
+                head = self._head(run)
+                if head.seq or head.deleted:
                     raise Conflict(f"run {run!r} exists already")
+                if why := self._gauge.full(self._driver):
+                    raise Busy(why)
                 for one in segments:
                     self._save_row.execute(self._connection, [{"run": run, **one._asdict()}])
                 self._save([], {run: Append(0, (), record, None, None)}, [], {run: record.labels})
@@ -224,6 +244,8 @@ class Writer:
         """One transaction. Raises where the database refuses it; then nothing was written."""
         if why := self._gone():
             raise Busy(why)
+        if why := self._gauge.full(self._driver):
+            raise Busy(why, FULL_RETRY_S)
         results: list[tuple[Append, Exception | None]] = []
         rows: list[dict[str, Any]] = []
         written: dict[str, Append] = {}
@@ -256,10 +278,10 @@ class Writer:
             self._note(run)
         return results
 
-    def _admit(self, append: Append) -> _Head:
+    def _admit(self, append: Append) -> Head:
         run = append.record.run
         head = self._head(run)
-        if head.seq != append.expected_seq:
+        if head.deleted or head.seq != append.expected_seq:
             raise Conflict(f"run {run!r} is at {head.seq}, not at {append.expected_seq}")
         check_order(append)
         return head
@@ -300,32 +322,13 @@ class Writer:
         elif backlog >= 1:
             self._due[run] = None
 
-    def _head(self, run: str) -> _Head:
+    def _head(self, run: str) -> Head:
         head = self._heads.get(run)
         if head is None:
             if len(self._heads) >= HEADS_MAX:
                 self._heads.popitem(last=False)
-            head = self._heads[run] = self._load_head(run)
+            head = self._heads[run] = load_head(self._connection, run)
         self._heads.move_to_end(run)
-        return head
-
-    def _load_head(self, run: str) -> _Head:
-        table = tables.journal.c
-        newest_first = (
-            sa.select(table.seq, table.last_seq, table.first_step, table.last_step)
-            .where(table.run == run)
-            .order_by(table.seq.desc())
-        )
-        labels = self._connection.execute(sa.select(tables.runs.c.labels).where(tables.runs.c.run == run)).scalar()
-        head = _Head(0, 0, 0, 0, None if labels is None else json.loads(labels))
-        with self._connection.execute(newest_first) as found:
-            for seq, last_seq, first_step, last_step in found:
-                head.seq = head.seq or last_seq
-                if last_seq > seq:
-                    head.segment_end = last_seq
-                    break
-                head.rows += 1
-                head.observations += _observations(first_step, last_step)
         return head
 
     # -- tidying ---------------------------------------------------------------------------------------------
@@ -344,66 +347,29 @@ class Writer:
         self._overdue.pop(run, None)
         try:
             if run in self._heads and self._heads[run].snapshots > SNAPSHOTS_KEPT:
-                self._thin_snapshots(run)
+                with self._connection.begin():
+                    tidying.thin_snapshots(self._connection, run)
+                self._heads[run].snapshots = 0
             if self._compact(run):
                 self._note(run)  # there may be enough left for another segment
         except Exception:  # it will be due again with the run's next append
             self._heads.pop(run, None)
             _log.warning("compacting run %r failed", run, exc_info=True)
 
-    def _compact_all(self, run: str) -> None:
-        try:
-            while self._compact(run):
-                pass
-        except Exception:
-            self._heads.pop(run, None)
-            raise
-
     def _compact(self, run: str) -> bool:
         """Merge the oldest single rows into one segment; False where there are not two of them."""
-        table = tables.journal
         with self._connection.begin():
             head = self._head(run)
-            rows = self._singles(run, head.segment_end)
+            rows = tidying.singles(self._connection, run, head.segment_end)
             if len(rows) < 2:
                 return False
-            before = sa.select(table.c.hash).where(table.c.run == run, table.c.seq < rows[0].seq)
-            previous = self._connection.execute(before.order_by(table.c.seq.desc()).limit(1)).scalar()
-            segment = pack_segment(previous or GENESIS, rows)
-            merged = table.c.seq.between(segment.seq, segment.last_seq)
-            self._connection.execute(sa.delete(table).where(table.c.run == run, merged))
-            self._save_row.execute(self._connection, [{"run": run, **segment._asdict()}])
-        merged_count = sum(_observations(row.first_step, row.last_step) for row in rows)
+            segment = tidying.merge(self._connection, self._save_row, run, rows, head.found)
+        merged_count = sum(observations(row.first_step, row.last_step) for row in rows)
         head.segment_end = segment.last_seq
         head.rows -= len(rows)
         head.observations -= merged_count
         self._owed = max(self._owed - merged_count, 0)
         return True
-
-    def _singles(self, run: str, segment_end: int) -> list[Stored]:
-        """The oldest single rows, at most one segment of them."""
-        table = tables.journal.c
-        query = sa.select(*[table[name] for name in Stored._fields]).where(table.run == run, table.seq > segment_end)
-        rows: list[Stored] = []
-        size = observations = 0
-        with self._connection.execute(query.order_by(table.seq).limit(SEGMENT_ROWS_MAX)) as found:
-            for row in found:
-                rows.append(Stored._make(row))
-                size += len(rows[-1].payload)
-                observations += _observations(rows[-1].first_step, rows[-1].last_step)
-                if len(rows) > 1 and (size >= SEGMENT_BYTES_MAX or observations >= SEGMENT_OBSERVATIONS_MAX):
-                    break
-        return rows
-
-    def _thin_snapshots(self, run: str) -> None:
-        table = tables.snapshots
-        with self._connection.begin():
-            found = sa.select(table.c.seq).where(table.c.run == run).order_by(table.c.seq.desc())
-            drop = superfluous(self._connection.execute(found).scalars())
-            if drop:
-                gone = sa.delete(table).where(table.c.run == run, table.c.seq == sa.bindparam("gone"))
-                self._connection.execute(gone, [{"gone": seq} for seq in drop])
-        self._heads[run].snapshots = 0
 
 
 def _table_rows(append: Append) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -412,26 +378,18 @@ def _table_rows(append: Append) -> tuple[list[dict[str, Any]], list[dict[str, An
     rows = [{"run": run, **store(row)._asdict()} for row in append.rows]
     if snapshot is None:
         return rows, []
-    return rows, [{"run": run, **snapshot._asdict(), "state": compress([snapshot.state.encode()])}]
-
-
-def superfluous(newest_first: Iterable[int]) -> list[int]:
-    """The snapshots to drop: of those behind the newest SNAPSHOTS_KEPT, all but the oldest per doubling."""
-    seqs = list(newest_first)
-    oldest = {(seqs[0] - seq).bit_length(): seq for seq in seqs}
-    return [seq for seq in seqs[SNAPSHOTS_KEPT:] if oldest[(seqs[0] - seq).bit_length()] != seq]
+    return rows, [{"run": run, **snapshot._asdict(), "state": seal([snapshot.state.encode()])}]
 
 
 def meaning(error: Exception) -> Exception:
     """A database's error as one of ours, where it is one: Conflict for a taken key, Busy for a full or locked disk."""
     if isinstance(error, sa.exc.IntegrityError):
         return Conflict("another writer appended to this run first")
-    if isinstance(error, sa.exc.OperationalError):
-        return Busy(f"the database cannot write now: {error.orig}")
+    found = error.orig if isinstance(error, sa.exc.DatabaseError) else error
+    if isinstance(found, sqlite3.OperationalError):
+        return Busy(f"the database cannot write now: {found}")
+    if isinstance(found, sqlite3.DatabaseError):
+        return Damaged(f"the database is damaged: {found}")
     if not isinstance(error, SteeringError):
         _log.error("an append failed", exc_info=error)
     return error
-
-
-def _observations(first_step: int | None, last_step: int | None) -> int:
-    return 1 if first_step is None or last_step is None else max(last_step - first_step + 1, 1)

@@ -11,9 +11,19 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
 from flyball_server.core.errors import Invalid
+
+_FOLDER = str(Path(__file__).parent)
+
+
+def is_current(connection: sa.Connection) -> bool:
+    """Whether the database has the newest version."""
+    newest = ScriptDirectory(_FOLDER).get_current_head()
+    return MigrationContext.configure(connection).get_current_revision() == newest
 
 
 def migrate(connection: sa.Connection, name: str) -> None:
@@ -21,7 +31,7 @@ def migrate(connection: sa.Connection, name: str) -> None:
     of Invalid, raised where the database is from a newer version of Flyball."""
     logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO it speaks on every start
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.set_main_option("script_location", _FOLDER.replace("%", "%%"))
     config.attributes["connection"] = connection
     try:
         command.upgrade(config, "head")

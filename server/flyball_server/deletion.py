@@ -1,0 +1,101 @@
+"""Tombstones: what the store's own journal keeps of runs that were deleted.
+
+Rule of this module: it is a hash-chained journal like any run's, so a tombstone cannot be taken away or changed without
+being found; the record of the deleted run points at it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flyball_server import limits, records
+from flyball_server.core.errors import Damaged, Invalid
+from flyball_server.proving import checked
+from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord, chained
+
+#: What of a tombstone is the deleted run's record.
+_KEPT = ("run", "project", "name", "policy", "created_at", "attempts", "step")
+
+
+def check_reason(reason: str) -> str:
+    """The reason without spaces around it. Raises Invalid where there is none, or too much of it."""
+    reason = reason.strip()
+    if not reason:
+        raise Invalid("reason is empty: say why the run is deleted; it stays in the store's journal")
+    if len(reason) > limits.REASON_MAX:
+        raise Invalid(f"reason has {len(reason)} characters: give at most {limits.REASON_MAX}")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in reason):
+        raise Invalid("reason holds half of a surrogate pair, which is no text: send it as UTF-8")
+    return reason
+
+
+def newest(journal: Journal) -> Row | None:
+    """The newest tombstone, with the chain before it proved. Raises Damaged."""
+    last = None
+    for row in checked(STORE, journal.rows(STORE), 0, GENESIS):
+        last = row
+    return last
+
+
+def bare_record(run: str) -> RunRecord:
+    """What is known of a run whose rows are there and whose record is not: its name."""
+    project, _, name = run.rpartition(":")
+    return RunRecord(run, project or "default", name, "damaged", "", {}, 0, None, 0, 0, 0, b"")
+
+
+def tombstone(
+    record: RunRecord, observations: int | None, reason: str, actor: str, now: int, last: Row | None
+) -> tuple[Row, RunRecord]:
+    """The row behind `last` that tells of the deletion, and the record that is left of the run."""
+    meta: dict[str, Any] = {
+        "run": record.run,
+        "project": record.project,
+        "name": record.name,
+        "reason": reason,
+        "policy": record.policy,
+        "created_at": record.created_at,
+        "attempts": record.attempt,
+        "step": record.step,
+        "observations": observations,
+        "rows": record.seq,
+        "digest": record.hash.hex(),
+    }
+    seq, previous = (1, GENESIS) if last is None else (last.seq + 1, last.hash)
+    row = Row(seq, "deleted", 0, None, None, actor, now, meta, (), b"")
+    row = row._replace(hash=chained(previous, STORE, row))
+    return row, left_by(row)
+
+
+def left_by(row: Row) -> RunRecord:
+    """The record of a deleted run, all of which follows from its tombstone."""
+    run, project, name, policy, created_at, attempts, step = (row.meta[key] for key in _KEPT)
+    return RunRecord(run, project, name, DELETED, policy, {}, attempts, step, created_at, row.at, row.seq, row.hash)
+
+
+def described(row: Row) -> dict[str, Any]:
+    """A tombstone for people and programs."""
+    created_at = records.utc(row.meta["created_at"])
+    return {"seq": row.seq, "at": records.utc(row.at), "actor": row.actor, **row.meta, "created_at": created_at}
+
+
+def tombstones(journal: Journal, after: int, limit: int) -> dict[str, Any]:
+    """A page of them, oldest first; `next` is the value of `after` for the page behind it, None at the end."""
+    if not 1 <= limit <= limits.TOMBSTONES_MAX:
+        raise Invalid(f"limit is {limit}: give 1 to {limits.TOMBSTONES_MAX}")
+    found = list(journal.rows(STORE, after=after, until=after + limit + 1))
+    page = found[:limit]
+    following = page[-1].seq if len(found) > limit else None
+    return {"tombstones": [described(row) for row in page], "next": following}
+
+
+def problems(journal: Journal) -> list[str]:
+    """What is wrong with the tombstones: their chain, and whether each is where the run's record says."""
+    out = []
+    try:
+        for row in checked(STORE, journal.rows(STORE), 0, GENESIS):
+            run = str(row.meta.get("run"))
+            if journal.record(run) != left_by(row):
+                out.append(f"run {run!r}: its tombstone is row {row.seq}, but its record does not say so")
+    except Damaged as error:
+        out.append(f"the store's journal: {error}")
+    return out
