@@ -185,6 +185,14 @@ def test_the_signature_is_checked_against_the_whole_last_line(real, tmp_path):
     assert "the signature is not that of the key in the file" in problem_of(body + b"\n" + text + b"\n", tmp_path)
 
 
+@pytest.mark.parametrize("form", [{"separators": (", ", ":")}, {"sort_keys": False}], ids=["spaces", "order"])
+def test_a_line_written_in_another_way_is_refused_though_it_says_the_same(real, tmp_path, form):
+    body, _, last = exported(real)[:-1].rpartition(b"\n")
+    end = dict(reversed(json.loads(last).items()))
+    text = json.dumps(end, **{"sort_keys": True, "separators": (",", ":"), **form}).encode()
+    assert "not the canonical JSON" in problem_of(body + b"\n" + text + b"\n", tmp_path)
+
+
 def assembled(parts):
     """A file of these parts (header, bytes), all checksums right, signed by its maker."""
     data = MAGIC
