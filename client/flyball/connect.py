@@ -106,7 +106,8 @@ def connect(
     session = Session(message, base=declared, on_outage=on_outage, now=time.monotonic())
     link = Link(session, make)
     link.start()
-    link.wait(lambda: session.state != "connecting", start_wait_s, "the service's first answer")
+    # A connection that is refused is no answer: the service may be about to start.
+    link.wait(lambda: session.state in ("steering", "refused"), start_wait_s, "the service's first answer")
     if session.state == "refused":
         link.close(0.0)
         raise Refused("refused", session.last_error)
