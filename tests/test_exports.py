@@ -285,6 +285,16 @@ def test_an_import_is_the_same_run_and_comes_once(few_rows, real, tmp_path, kind
         journal.close()
 
 
+def test_a_deleted_run_neither_leaves_nor_comes_back(here, real):
+    data = exported(real)
+    here.import_run(io.BytesIO(data))
+    here.delete("r", reason="a test")
+    for ask in (lambda: here.export("r", io.BytesIO()), lambda: here.import_run(io.BytesIO(data))):
+        with pytest.raises(Refused, match=r"deleted.*a test"):
+            ask()
+    assert list(here.runs()) == []
+
+
 def test_what_does_not_verify_leaves_nothing_behind(here, real, tmp_path):
     data = exported(real)
     wrong = {

@@ -18,8 +18,10 @@ from flyball_server.exports.check import check
 from flyball_server.exports.schedule import schedule
 from flyball_server.exports.table import table
 from flyball_server.exports.write import written
+from flyball_server.loading import load
+from flyball_server.rules import rules_of
 from flyball_server.signing import Signer, fingerprint, pem
-from flyball_server.storage.journal import Journal, RunRecord
+from flyball_server.storage.journal import DELETED, Journal, RunRecord
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Exchange:
         record = await asyncio.to_thread(self._journal.record, run)
         if record is None:
             raise NotFound(f"run {run!r} is not known: `flyball runs` lists those that are")
+        await asyncio.to_thread(_refuse_deleted, self._journal, record)
         return written(self._journal, record, self._version, self._engine.now_us(), self._signer)
 
     async def import_file(self, path: Path) -> dict[str, Any]:
@@ -86,9 +89,16 @@ class Exchange:
             else:
                 _log.info("run %s imported (%d rows), signed by %s", record.run, record.seq, checked.signer)
                 return {**answer, "status": "imported"}
+        _refuse_deleted(self._journal, here)
         if (here.seq, here.hash) != (record.seq, record.hash):
             raise Conflict(_other(here, record))
         return {**answer, "status": "unchanged"}
+
+
+def _refuse_deleted(journal: Journal, record: RunRecord) -> None:
+    """What is left of a deleted run neither leaves nor is written over: raises Deleted, which tells who and why."""
+    if record.status == DELETED:
+        load(journal, rules_of, record.run)
 
 
 def _other(here: RunRecord, record: RunRecord) -> str:
