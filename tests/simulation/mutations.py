@@ -15,7 +15,6 @@ from flyball_server import loading, service
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy
 from flyball_server.engine import Engine, Lost, Turn
-from flyball_server.service import Service
 from flyball_server.storage.journal import Append
 from flyball_server.storage.memory import MemoryJournal
 
@@ -93,15 +92,7 @@ def refuses_from_memory(patch):
     patch.setattr(Turn, "__aexit__", leave)
 
 
-@planted("a late attach of a dead session opens an attempt")
-def takes_back_the_relieved(patch):
-    async def check(*_):
-        pass
-
-    patch.setattr(Service, "_check_session", check)
-
-
-@planted("the snapshot is of the run before the commit", "replay equals live")
+@planted("the snapshot is of the run before the commit")
 def snapshots_early(patch):
     real = Engine._snapshot
 
@@ -136,8 +127,8 @@ def folds_again(patch):
 
 @planted("repeated receipts are recorded again", "everything arrives")
 def takes_receipts_again(patch):
-    real = service._new_events
-    patch.setattr(service, "_new_events", lambda run, *rest: real(run._replace(receipts_through=0), *rest))
+    real = service.new_events
+    patch.setattr(service, "new_events", lambda run, *rest: real(run._replace(receipts_through=0), *rest))
 
 
 @planted("the journal lets the later writer overwrite")
