@@ -389,6 +389,20 @@ def test_shadows_survive_a_restart_and_are_queryable_beside_the_real_one():
     assert cosine[0] > cosine[-1]
 
 
+def test_a_resumed_run_keeps_its_shadows_and_says_so_to_a_job_that_asks_for_others():
+    async def work(world):
+        await world.history(shadows=SHADOWS, base=COSINE)
+        again = attach(session="s4", policy={}, resume=True)
+        with pytest.raises(Invalid, match=r"shadows: .*bold is recorded"):
+            await world.service.attach(again._replace(shadows={"bold": PLATEAU}), "a")
+        await world.service.attach(again._replace(shadows=SHADOWS), "a")
+        await world.service.attach(again._replace(session="s5"), "a")
+        return (await world.live("r")).run
+
+    _, run = ran(work)
+    assert (run.attempt, len(run.shadows)) == (5, 2)
+
+
 # -- what if
 
 
@@ -429,6 +443,18 @@ def test_what_if_under_another_policy_is_what_a_shadow_decided(name):
     assert [mark["step"] for mark in answer["decisions"]] == [
         mark["step"] for mark in marks if mark["attempt"] != 1 or mark["step"] < 35
     ]
+
+
+def test_what_if_of_a_fork_goes_on_from_where_it_left():
+    async def work(world):
+        await world.history(policy=PLATEAU)
+        await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 2, 50)), "a")
+        await world.told("f", 50, 90, 1, "s9")
+        own = await world.service.what_if(WhatIfRequest("f", PLATEAU, None, {}, None, None), points=9, limit=0)
+        return own["summary"]
+
+    _, summary = ran(work)
+    assert (summary["first_difference"], summary["from_step"], summary["observations"]) == (None, 50, 40)
 
 
 def test_a_summary_says_where_the_streams_part_and_how_far():

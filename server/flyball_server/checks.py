@@ -198,8 +198,11 @@ def check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
     same = spec.profile != "" and spec.profile == recorded.profile
     said = ["mode", *(("policy", "base", "seed") if request.policy and not same else ())]
     said += ["guard"] if request.guard and not same else []
+    said += ["shadows"] if request.shadows else []
     for field in said:
         old, new = getattr(recorded, field), getattr(spec, field)
+        if field == "shadows":  # what they stand on is the run's own
+            old, new = ({name: one["policy"] for name, one in shadows.items()} for shadows in (old, new))
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
             raise Invalid(
                 f"{field}: {_difference(old, new)}; resume with what is recorded (or say nothing about it), or begin a "
