@@ -123,6 +123,9 @@ for _ in range(20):
         if governor.should_stop:
             stops.add(governor.status.last_error)
         time.sleep(0.001)
+until = time.monotonic() + 15
+while governor.status.state == "connecting" and time.monotonic() < until:
+    time.sleep(0.01)
 say(stops=sorted(stops), status=governor.status._asdict())
 governor.close()
 """

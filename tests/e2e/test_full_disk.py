@@ -86,8 +86,9 @@ def fill(folder: Path) -> Path:
 
 
 def test_a_server_killed_on_a_full_disk_goes_on_once_there_is_room(
-    small_disk: Path, trainer: Callable[..., Trainer]
+    small_disk: Path, trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FLYBALL_DISK_FREE_MIN", "0")  # to see what happens when nothing is left indeed
     server = Server(small_disk)
     server.log = small_disk.parent / "server.log"
     server.start()

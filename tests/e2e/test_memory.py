@@ -47,7 +47,7 @@ session, link = connect(
     groups=(Group("default", 0.1),), run="million", project="default",
     policy={"type": "windowed", "window_size": 20}, base={"type": "cosine_restarts", "T_0": 1000}, guard=None,
     labels=None, server=url, token=None, mode="absolute", seed=0, lag=None, on_outage="hold", resume=False,
-    start_wait_s=5.0,
+    on_unknown="refuse", fork=None, shadows=None, start_wait_s=5.0,
 )
 governor = Governor(optimizer, session, link, wait_s=0.05, close_s=10.0)
 process = psutil.Process()
