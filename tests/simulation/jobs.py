@@ -90,6 +90,7 @@ class Job:
                 process.die()
                 if how != ("begin" if process.session.last_error.startswith("run ") else "checkpoint"):
                     self.world.fail("no wrong refusal", f"{self.plan.name} ({how}): {process.session.last_error}")
+                del self.checkpoints[1:]
                 start, how = self.checkpoints[0], "checkpoint" if how == "begin" else "begin"
                 continue
             known = process.session.attached is not None

@@ -15,6 +15,7 @@ from flyball_server import loading, service
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy
 from flyball_server.engine import Engine, Lost, Turn
+from flyball_server.service import Service
 from flyball_server.storage.journal import Append
 from flyball_server.storage.memory import MemoryJournal
 
@@ -90,6 +91,14 @@ def refuses_from_memory(patch):
         self._live.waiting -= 1
 
     patch.setattr(Turn, "__aexit__", leave)
+
+
+@planted("a late attach of a dead session opens an attempt")
+def takes_back_the_relieved(patch):
+    async def check(*_):
+        pass
+
+    patch.setattr(Service, "_check_session", check)
 
 
 @planted("the snapshot is of the run before the commit")
@@ -174,16 +183,9 @@ def applies_one_step_early(patch):
     patch.setattr(Decisions, "_needed", lambda self, step, lag: max(step - 2 - lag, self._first))
 
 
-@planted("decisions of the line that was left stay", "applied is decided")
+@planted("decisions of the line that was left stay in force")
 def keeps_old_decisions(patch):
-    real = Decisions.begin
-
-    def begin(self, from_step):
-        kept = list(self._decided), list(self._settings)
-        real(self, from_step)
-        self._decided, self._settings = kept
-
-    patch.setattr(Decisions, "begin", begin)
+    patch.setattr(Decisions, "begin", lambda self, from_step: None)
 
 
 @planted("each step of an outage waits its whole budget", "wait budget")

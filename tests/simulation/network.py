@@ -114,8 +114,8 @@ class Network:
         process.requests[task] = None
         task.add_done_callback(process.requests.pop)
         task.kind = kind
-        if chance.random() < self.twice * (2 if kind == "attach" else 1):
-            task.add_done_callback(lambda done: done.cancelled() or self._repeat(server, kind, data))
+        if chance.random() < (0.3 if kind == "attach" and world.faults else self.twice):
+            task.add_done_callback(lambda done: self._repeat(server, kind, data, done))
         try:
             await asyncio.wait({task}, timeout=ANSWER_S)
         except asyncio.CancelledError:
@@ -141,8 +141,10 @@ class Network:
             self.world.count("request cut off")
             task.cancel()
 
-    def _repeat(self, server, kind, data):
-        if server.up and self.world.open:
+    def _repeat(self, server, kind, data, done):
+        """The same request once more, later; an attach only where the first was successful, see the module's rule."""
+        useless = done.cancelled() or (kind == "attach" and isinstance(done.result(), SteeringError))
+        if server.up and self.world.open and not useless:
             self.world.count("request twice")
             server.handle(kind, data, 2 * self.world.chance.random())
 
