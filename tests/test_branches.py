@@ -228,12 +228,65 @@ def test_a_fork_over_rest_beyond_the_line_is_a_mistake_but_a_checkpoint_may_be_n
         await world.service.attach(attach(), "a")
         await world.told("r", 0, 20)
         beyond = attach("f", "s2", policy={}, fork=Fork("r", None, 25))
-        with pytest.raises(Invalid, match="ends before step 20"):
+        with pytest.raises(Invalid, match="ends with step 19"):
             await world.service.fork(beyond, "a")
         return await world.service.attach(beyond, "a")
 
     _, attached = ran(work)
     assert attached.from_step == 25
+
+
+@pytest.mark.parametrize("step", [0, 1, 10, 20, 30, 31])
+def test_a_run_with_gaps_between_its_steps_can_be_forked_at_any_of_them(step):
+    async def work(world):
+        await world.service.attach(attach(policy=PLATEAU), "a")
+        for at in (0, 10, 20, 30):
+            await world.service.report(Report("r", "s1", 1, [at], {"loss": [loss(at)]}, (), (), ""), "a")
+        with pytest.raises(Invalid, match="ends with step 30"):
+            await world.service.fork(attach("g", policy={}, groups=(), mode="", fork=Fork("r", None, 32)), "a")
+        view = await world.service.fork(attach("f", policy={}, groups=(), mode="", fork=Fork("r", None, step)), "a")
+        return view.run.from_step
+
+    _, from_step = ran(work)
+    assert from_step == step
+
+
+EVALUATED = {"type": "plateau", "metric": "val_loss", "patience": 0, "factor": 0.5, "threshold": 0.0}
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_what_was_reported_before_a_checkpoint_is_seen_behind_it(token):
+    """Evaluate, save, be killed, resume: the usual order."""
+
+    async def straight(world):
+        await world.service.attach(attach(policy=EVALUATED), "a")
+        await world.told("r", 0, 2)
+        await world.service.add_signals("r", {"val_loss": 1.0}, "b")
+        await world.told("r", 2, 4)
+        await world.service.add_signals("r", {"val_loss": 5.0}, "b")
+        await world.told("r", 4, 9)
+
+    async def resumed(world):
+        await world.service.attach(attach(policy=EVALUATED), "a")
+        await world.told("r", 0, 2)
+        await world.service.add_signals("r", {"val_loss": 1.0}, "b")
+        await world.told("r", 2, 4)
+        await world.service.add_signals("r", {"val_loss": 5.0}, "b")
+        again = attach(session="s2", policy={}, resume=True)
+        if token:
+            await world.told("r", 4, 6)  # goes on, and is killed
+            again = again._replace(from_step=4, from_attempt=1)
+        await world.service.attach(again, "a")
+        await world.told("r", 4, 9, 2, "s2")
+        asked = WhatIfRequest("r", EVALUATED, None, {}, None, None)
+        return (await world.service.what_if(asked, points=9, limit=0))["summary"]
+
+    calm, _ = ran(straight)
+    world, summary = ran(resumed)
+    wanted = decided(calm.journal, "r", first=4)
+    assert len({settings.lr for settings in decided(calm.journal, "r").values()}) > 1
+    assert decided(world.journal, "r", first=4, attempts={2}) == wanted
+    assert summary["first_difference"] is None
 
 
 def test_lineage_names_ancestors_forks_attempts_and_gaps():

@@ -23,6 +23,9 @@ import flyball
 import flyball_server
 from flyball_server import limits
 from flyball_server.core.errors import Damaged, NotFound
+from flyball_server.exports.exchange import Exchange
+from flyball_server.messages import WhatIfRequest
+from flyball_server.signing import new_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import STORE
 from flyball_server.verify import names, verify, verify_store
@@ -65,6 +68,31 @@ def looked_at(path):
         return {run: words for run, words in found.items() if words}, verify_store(journal)
     finally:
         journal.close()
+
+
+def test_what_needs_all_of_a_damaged_run_is_refused(whole, tmp_path):
+    path = copied(whole, tmp_path)
+    flipped(path, "journal", "payload", "run = 'hit' AND last_seq = seq", 0.9)
+
+    async def main():
+        async with Opened(open_journal(f"sqlite:///{path}")) as opened:
+            service = opened.service
+            exchange = Exchange(opened.engine, opened.journal, new_signer(), "1")
+            for run, asked in (("left", False), ("hit", True)):
+                for call in (
+                    lambda run=run: service.lineage(run),
+                    lambda run=run: service.what_if(
+                        WhatIfRequest(run, {"type": "constant"}, None, {}, None, None), points=9, limit=0
+                    ),
+                    lambda run=run: exchange.table(run, None),
+                ):
+                    if not asked:
+                        await call()
+                        continue
+                    with pytest.raises(Damaged, match=f"run '{run}', row"):
+                        await call()
+
+    asyncio.run(main())
 
 
 async def scrubbed(opened):

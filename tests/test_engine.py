@@ -300,6 +300,29 @@ def test_a_late_attach_of_a_session_that_was_relieved_takes_nothing_back():
     asyncio.run(scenario())
 
 
+def test_a_run_that_is_begun_while_somebody_looks_for_it_is_not_damaged():
+    class Looking:
+        """Its first look at a run's record comes just before the run is begun."""
+
+        def __init__(self, journal):
+            self._journal, self._early = journal, True
+
+        def __getattr__(self, name):
+            return getattr(self._journal, name)
+
+        def record(self, run):
+            early, self._early = self._early, False
+            return None if early else self._journal.record(run)
+
+    async def main():
+        journal = await undisturbed(report_message(0, 3))
+        engine, _ = await opened(Looking(journal))
+        assert (await engine.find("r")).run.through == 3
+        assert engine.damage.words("r") == ""
+
+    asyncio.run(main())
+
+
 def test_a_full_inbox_says_busy_and_loses_nothing():
     async def scenario():
         journal = Scripted(MemoryJournal())

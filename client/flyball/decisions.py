@@ -86,6 +86,10 @@ class Decisions:
         self.through = self._first = from_step - 1
         self._decided, self._settings = [], []
 
+    def reach_back(self, decided: int) -> None:
+        """The service tells what was decided before the attempt, from this step on."""
+        self._first = min(self._first, decided)
+
     def learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> str:
         """Take in what the service decided; what was wrong with it, or ""."""
         error = ""

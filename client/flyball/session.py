@@ -169,6 +169,7 @@ class Session:
             self.reference, self.bounds = self._decisions.reference, self._decisions.absolute
             if message.through < message.from_step or self.lag is None:
                 # Nothing observed yet, or only the newest counts: these are the settings to go on with.
+                self._decisions.reach_back(message.changes[0][0] if message.changes else message.through)
                 self._decisions.learn(message.changes, message.through)
             if self.lag is None:
                 self._acknowledge(message.through, message.receipts_through)

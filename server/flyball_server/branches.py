@@ -28,6 +28,15 @@ from flyball_server.queries import cutoffs, steps_of
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 
+def unknown_token(run: str, seq: int, digest: str) -> Conflict:
+    """The refusal of a checkpoint token whose row the journal does not hold."""
+    return Conflict(
+        f"run {run}: the checkpoint token names row {seq} with the hash {digest[:12]}..., which this journal "
+        "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
+        "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
+    )
+
+
 def check_fork(fork: Fork, run: Run) -> tuple[int, int]:
     """The attempt and the first step that a fork of `run` means. Raises NotFound, Conflict or Invalid."""
     if run.attempt == 0:
@@ -107,25 +116,27 @@ def otherwise(request: WhatIfRequest, spec: Spec, profiles: Mapping[str, Profile
 def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple[Event, Outcome]]:
     """The events of one attempt's line in order, and what came of them; those of abandoned steps are left out.
 
-    A batch that was observed before the line left and went on behind it is cut. Side signals belong to the line when
-    they arrived before it left.
+    A batch that was observed before the line left and went on behind it is cut. Side signals belong to the line where
+    they arrived before the step at which it left was observed.
     """
     until = cutoffs(run, attempt)
     through = {number: run.attempts[number - 1][0] - 1 for number in until if number}
     on_line = False
     for row in journal.rows(spec.run):
-        if row.attempt:  # side signals are of whatever line the run is on
-            on_line = row.attempt in until and through[row.attempt] < until[row.attempt] - 1
-        if not on_line:
+        now = row.attempt in through and through[row.attempt] < until[row.attempt] - 1
+        if row.kind in ("attached", "observed"):
+            on_line = now
+        # Side signals (attempt 0) are of whatever line the run is on, until the next step is observed.
+        if not (on_line if row.attempt == 0 else now):
             continue
         event, outcome = records.from_row(row, spec.groups)
         if isinstance(event, Observed):
             cutoff = until[row.attempt]
             through[row.attempt] = event.steps[-1]
-            on_line = event.steps[-1] < cutoff - 1
+            on_line = event.steps[-1] < cutoff
             if event.steps[0] >= cutoff:
                 continue
-            if event.steps[-1] >= cutoff:
+            if not on_line:
                 event, outcome = _before(event, outcome, int(cutoff))
         if not isinstance(event, DirectiveAnswered):
             yield event, outcome
@@ -138,6 +149,16 @@ def _before(event: Observed, outcome: Outcome, step: int) -> tuple[Observed, Out
     changes = tuple(change for change in outcome.changes if change[0] < step)
     marks = tuple(mark for mark in outcome.marks if mark.step < step)
     return Observed(event.attempt, event.steps[:n], signals), Outcome(changes, marks)
+
+
+def line_end(journal: Journal, spec: Spec, run: Run, attempt: int) -> int:
+    """The newest step that an attempt observed itself; the one before its first where it observed none."""
+    if attempt == run.attempt:
+        return run.through
+    steps = [
+        b.last_step.max() for b in journal.blocks(spec.run, {"=at"}) if (b.kind, b.attempt) == ("observed", attempt)
+    ]
+    return int(max(steps, default=run.attempts[attempt - 1][0] - 1))
 
 
 def lineage(journal: Journal, spec: Spec, origin: Origin | None, run: Run) -> dict[str, Any]:

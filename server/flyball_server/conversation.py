@@ -32,8 +32,8 @@ def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event
     return events
 
 
-def attached(live: LiveRun) -> Attached:
-    """The answer to an attach."""
+def attached(live: LiveRun, earlier: Sequence[tuple[int, Settings]]) -> Attached:
+    """The answer to an attach. earlier: see `Engine.earlier`."""
     run = live.run
     return Attached(
         run=live.spec.run,
@@ -52,6 +52,7 @@ def attached(live: LiveRun) -> Attached:
         reference=tuple(g.lr for g in live.spec.groups),
         seed=live.spec.seed,
         guard=live.spec.guard,
+        earlier=earlier,
     )
 
 

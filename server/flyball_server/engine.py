@@ -252,6 +252,15 @@ class Engine:
             live, lambda: read(self._journal, live.spec, live.origin, live.rules, live.run, attempt, step)
         )
 
+    async def earlier(self, live: LiveRun) -> list[tuple[int, Settings]]:
+        """With a lag, as long as the newest attempt observed nothing: what was decided before it on its line, from what
+        belongs to its first step on."""
+        run = live.run
+        if not run.lag or run.through >= run.from_step or run.from_step == 0 or run.attempts[-1][2] == 0:
+            return []
+        line = (live.spec, live.origin, live.rules, run)
+        return await self._reading(live, lambda: loading.decided_before(self._journal, *line))
+
     async def resent(self, live: LiveRun, first: int, last: int) -> list[tuple[int, Settings]]:
         """The recorded settings for steps first..last, which were folded before; [] where too long ago."""
         found = loading.within(live.recent, first, last)

@@ -228,7 +228,7 @@ def write_attached(a: Attached) -> pb.Attached:
         seq=a.seq,
         digest=a.digest,
         policy=a.policy,
-        changes=write_changes([(a.decided, a.settings)]),
+        changes=write_changes([*a.earlier, (a.decided, a.settings)]),
         phase=a.phase,
         code=a.code,
         reason=a.reason,

@@ -21,6 +21,7 @@ from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.deletion import left_by
 from flyball_server.proving import check_row, checked
+from flyball_server.queries import cutoffs
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
 
 #: Builds what a specification means (policy, base, guard); raises Invalid.
@@ -52,9 +53,11 @@ class Loaded(NamedTuple):
 def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
     """Fold a run. Raises NotFound, Deleted, and Damaged where not even its first row can be read."""
     record = journal.record(run_id)
-    if record is None:
-        if next(journal.rows(run_id), None) is not None:
+    if record is None and next(journal.rows(run_id), None) is not None:
+        record = journal.record(run_id)  # somebody may have begun the run between these reads
+        if record is None:
             raise Damaged(f"run {run_id!r}: there are rows, but the run's record is missing")
+    if record is None:
         raise NotFound(f"run {run_id!r} is not known: `flyball runs` lists those that are")
     first = next(journal.rows(run_id, until=1), None)
     if record.status == DELETED:
@@ -194,16 +197,39 @@ def fold_until(
         at, run = _snapshot(journal, run_id, rules, run.seq - 1, origin)
     head = at.hash if at is not None else _first_hash(journal, run_id)
     for row in checked(run_id, journal.rows(run_id, after=run.seq), run.seq, head):
-        if row.seq > opened and (run.through >= step - 1 or row.kind == "attached"):
+        if row.seq > opened and run.through >= step - 1:
+            # What others reported before the step was observed belongs to it.
+            if row.kind in ("observed", "attached"):
+                break
+            if row.kind != "reported":
+                continue
+        elif row.seq > opened and row.kind == "attached":
             break
         event, _ = records.from_row(row, spec.groups)
         if isinstance(event, Observed) and row.seq > opened and event.steps[-1] >= step:
             earlier = _before(event, step)
-            if earlier is None:
-                break
-            event = earlier
+            return run if earlier is None else fold.apply(rules, run, earlier)[0]
         run, _ = fold.apply(rules, run, event)
     return run
+
+
+def decided_before(
+    journal: Journal, spec: Spec, origin: Origin | None, rules: Rules, live: Run
+) -> list[tuple[int, Settings]]:
+    """What holds from the decision on that belongs to the newest attempt's first step, up to its beginning: the
+    settings by the step that decided them. Raises Damaged."""
+    from_step, opened, parent = live.attempts[-1]
+    first = max(from_step - 1 - (live.lag or 0), 0)
+    at = fold_until(journal, spec, origin, rules, live, parent, first)
+    out = [(first - 1, at.settings)]
+    until = cutoffs(live, parent)
+    # The newest row of that fold may hold steps from `first` on.
+    for row in journal.rows(spec.run, after=at.seq - 1, until=opened):
+        if row.kind == "observed" and row.attempt in until:
+            changes = records.from_row(row, spec.groups)[1].changes
+            end = min(until[row.attempt], from_step - 1)
+            out += [change for change in changes if first <= change[0] < end]
+    return out
 
 
 def _first_hash(journal: Journal, run_id: str) -> bytes:

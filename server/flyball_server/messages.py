@@ -79,6 +79,8 @@ class Attached(NamedTuple):
     reference: tuple[float, ...]
     seed: int
     guard: Mapping[str, Any]
+    #: With a lag: what was decided on the line before, for steps whose own decisions lie before the attempt.
+    earlier: Sequence[tuple[int, Settings]] = ()
 
 
 class Report(NamedTuple):

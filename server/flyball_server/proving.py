@@ -42,6 +42,16 @@ def unread_problem(journal: Journal, run_id: str, unread: tuple[int, bytes]) -> 
     return ""
 
 
+def whole_problem(journal: Journal, run_id: str) -> str:
+    """What is wrong with any of a run's rows; "" where nothing is."""
+    try:
+        for _ in checked(run_id, journal.rows(run_id), 0, GENESIS):
+            pass
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
 def proof(journal: Journal, run_id: str, unread: tuple[int, bytes]) -> Iterator[None]:
     """Check the rows before a snapshot, one with each turn. Raises Damaged."""
     until, head = unread

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from flyball_server import branches, deletion, limits, queries
+from flyball_server import branches, deletion, limits, proving, queries
 from flyball_server.checks import (
     check_report,
     check_resumption,
@@ -18,7 +18,7 @@ from flyball_server.checks import (
     spec_from,
 )
 from flyball_server.conversation import advice, attached, new_events, reason
-from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound, SteeringError
 from flyball_server.core.events import Origin, Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
@@ -75,7 +75,7 @@ class Service:
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._open(live, request, spec, actor)
-                return attached(live)
+                return attached(live, await self._engine.earlier(live))
 
         return await _retried(once)
 
@@ -93,8 +93,8 @@ class Service:
 
     async def lineage(self, run: str) -> dict[str, Any]:
         """Where a run comes from, what left it, and its attempts: see `branches.lineage`."""
-        live = await self._engine.find(run)
-        return await queries.in_thread(branches.lineage, self._journal, live.spec, live.origin, live.run)
+        live = await self.whole(run)
+        return await self._read(run, lambda: branches.lineage(self._journal, live.spec, live.origin, live.run))
 
     async def what_if(self, request: WhatIfRequest, *, points: int, limit: int) -> dict[str, Any]:
         """What another policy would have decided on the run's recorded signals: see `what_if.answer`.
@@ -102,7 +102,7 @@ class Service:
         Raises NotFound, Invalid (a run with more than WHAT_IF_OBSERVATIONS_MAX observations included), and Busy where
         others are being computed.
         """
-        live = await self._engine.find(request.run)
+        live = await self.whole(request.run)
         if live.run.observations > limits.WHAT_IF_OBSERVATIONS_MAX:
             raise Invalid(
                 f"run {request.run} has {live.run.observations} observations, more than the "
@@ -114,7 +114,7 @@ class Service:
             raise Busy("another what-if is being computed; come again when it is done", 2.0)
         self._what_ifs += 1
         try:
-            return await queries.in_thread(answer, self._journal, asked, request.attempt, points, limit)
+            return await self._read(request.run, lambda: answer(self._journal, asked, request.attempt, points, limit))
         finally:
             self._what_ifs -= 1
 
@@ -207,10 +207,29 @@ class Service:
         live = await self._engine.find(run)
         return await self._query(run, lambda journal: queries.episodes(journal, live.spec))
 
+    async def whole(self, run: str) -> LiveRun:
+        """The run, for whoever can make nothing of a part of it. Raises NotFound, and Damaged where it is."""
+        live = await self._engine.find(run)
+        self._engine.damage.check(run)
+        return live
+
+    async def _read(self, run: str, work: Callable[[], T]) -> T:
+        """Read outside the event loop. Where that fails as nothing written by us can, the rows are proved."""
+        try:
+            return await queries.in_thread(work)
+        except SteeringError:
+            raise
+        except Exception:
+            problem = await queries.in_thread(proving.whole_problem, self._journal, run)
+            if not problem:
+                raise
+            self._engine.found_damage(run, problem)
+            raise Damaged(problem) from None
+
     async def _query(self, run: str, ask: Callable[[Undamaged], dict[str, Any]]) -> dict[str, Any]:
         """Ask the journal. Of a damaged run what comes before the damage, and under `problem` what it is."""
         journal = Undamaged(self._journal)
-        found = await queries.in_thread(ask, journal)
+        found = await self._read(run, lambda: ask(journal))
         if journal.problem:
             self._engine.found_damage(run, journal.problem)
         problem = self._engine.damage.words(run)
@@ -297,10 +316,12 @@ class Service:
         parent = await self._engine.find(fork.run)
         attempt, step = branches.check_fork(fork, parent.run)
         if fork.digest and not await self._holds(parent, fork.seq, fork.digest):
-            raise _unknown_token(parent, fork.seq, fork.digest)
+            raise branches.unknown_token(parent.spec.run, fork.seq, fork.digest)
         left = await self._engine.restored(parent, attempt, step)
-        if left.through + 1 < step and not beyond:
-            raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends before step {left.through + 1}")
+        if not beyond and left.through + 1 < step:
+            end = await queries.in_thread(branches.line_end, self._journal, parent.spec, parent.run, attempt)
+            if end + 1 < step:
+                raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends with step {end}")
         seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
         origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
         spec, origin = branches.forked(request, parent.spec, left, origin, self.profiles)
@@ -329,7 +350,7 @@ class Service:
             attempt = min(1, run.attempt)  # the very checkpoint that this run began with
         elif request.digest and not await self._holds(live, request.seq, request.digest):
             if request.on_unknown == "refuse":
-                raise _unknown_token(live, request.seq, request.digest)
+                raise branches.unknown_token(live.spec.run, request.seq, request.digest)
             attempt, claimed = run.attempt, {"seq": request.seq, "digest": request.digest}
         if not min(1, run.attempt) <= attempt <= run.attempt:
             raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
@@ -353,14 +374,6 @@ class Service:
         """Whether the run's journal holds the row that a checkpoint token names by its hash."""
         row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
         return row is not None and row.hash.hex() == digest
-
-
-def _unknown_token(live: LiveRun, seq: int, digest: str) -> Conflict:
-    return Conflict(
-        f"run {live.spec.run}: the checkpoint token names row {seq} with the hash {digest[:12]}..., which this journal "
-        "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
-        "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
-    )
 
 
 async def _retried(once: Callable[[], Awaitable[T]]) -> T:

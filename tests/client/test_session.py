@@ -89,7 +89,8 @@ class TheService:
         groups = tuple(types.Group(*g) for g in message.groups)
         found = self._run(self._service.attach(messages.Attach(*message)._replace(groups=groups), "a"))
         data = found._asdict()
-        changes = ((data.pop("decided"), wire.Settings(*data.pop("settings"))),)
+        told = (*data.pop("earlier"), (data.pop("decided"), data.pop("settings")))
+        changes = tuple((step, wire.Settings(*settings)) for step, settings in told)
         return wire.Attached(**data, changes=changes)
 
     def report(self, message):
@@ -207,6 +208,39 @@ def test_every_observation_arrives_once_and_in_order_and_every_decision_at_its_s
         assert seen == sorted(seen)
         check()
         service.close()
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 5])
+@pytest.mark.parametrize("back", [0, 1, 3, 20, 33])
+def test_a_job_that_resumes_with_a_lag_applies_what_it_would_have(lag, back):
+    """The decisions that belong to its first steps were made before it was resumed."""
+    service = TheService()
+
+    def life(session, first, last):
+        session.on_attached(service.attach(session.attach), session.attach, 0.0)
+        used = []
+        for step in range(first, last):
+            assert not session.missing(step - first)
+            used.append(session.target(step - first).settings)
+            session.observe(step - first, (loss_of(step), None, None, None))
+            session.hurry()
+            session.on_advice(service.report(session.report(1.0)), 1.0)
+        return used
+
+    straight = life(session_of(lag), 0, 40)
+    assert len(set(straight)) > 10
+    for again in ("s2", "s3"):  # and again, from the same checkpoint
+        resumed = session_of(lag, session=again, resume=True, from_step=back, from_attempt=1)
+        assert life(resumed, back, 40) == straight[back:]
+    after = session_of(lag, session="s4", resume=True)
+    assert life(after, 40, 60) == [settings for _, settings in after_straight(lag)]
+    service.close()
+
+
+def after_straight(lag):
+    """What steps 40 to 59 use where nobody interrupts: (step, settings)."""
+    table = decided(60)
+    return [(step, table[max(step - 1 - lag, -1) + 1]) for step in range(40, 60)]
 
 
 # -- when a report leaves ----------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_attached_agrees():
     assert of_hints(steer.AttachedBody) == proto
     service = of_hints(messages.Attached)
     assert (service.pop("decided"), service.pop("settings")) == (("int", False), ("message", False))
+    assert service.pop("earlier") == ("list", False)
     assert service == without(proto, "changes")
 
 

@@ -138,6 +138,13 @@ def test_more_waiting_appends_than_the_limit_are_busy_at_once(path: Path, monkey
 # -- one owner, and files that are not ours ------------------------------------------------------------------
 
 
+def test_another_name_of_a_file_in_use_is_refused_too(path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    with started(opened(path)), pytest.raises(Busy, match="in use by another Flyball server"):
+        opened(link).start(Results())
+
+
 def test_a_second_process_is_refused_by_name(path: Path) -> None:
     code = f"from flyball_server.storage import open_journal; open_journal('sqlite:///{path}').start(print)"
     env = {"PYTHONPATH": str(ROOT / "server"), "PATH": ""}

@@ -13,7 +13,7 @@ from typing import Any
 
 from flyball_server import limits
 from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
-from flyball_server.engine import Engine
+from flyball_server.engine import Engine, LiveRun
 from flyball_server.exports.check import check
 from flyball_server.exports.schedule import schedule
 from flyball_server.exports.table import table
@@ -57,7 +57,7 @@ class Exchange:
 
     async def table(self, run: str, attempt: int | None) -> Iterator[bytes]:
         """The run's table as JSON lines, in pieces to be read outside the event loop. Raises NotFound."""
-        live = await self._engine.find(run)
+        live = await self._whole(run)
         pieces = table(self._journal, live.spec, live.run, attempt)
         # The first piece comes now: what is wrong about the request shall be an answer, and no broken stream.
         first = await asyncio.to_thread(next, pieces)
@@ -65,8 +65,14 @@ class Exchange:
 
     async def schedule(self, run: str, attempt: int | None) -> dict[str, Any]:
         """The settings applied, as a static schedule. Raises NotFound, Invalid."""
-        live = await self._engine.find(run)
+        live = await self._whole(run)
         return await asyncio.to_thread(schedule, self._journal, live.spec, live.run, attempt)
+
+    async def _whole(self, run: str) -> LiveRun:
+        """The run; raises Damaged where it is, as a part of it would pass for all."""
+        live = await self._engine.find(run)
+        self._engine.damage.check(run)
+        return live
 
     def signing_key(self) -> dict[str, str]:
         """The public key that exports are signed with."""

@@ -211,8 +211,8 @@ def _changes(changes: Any) -> ChangesBody:
 
 
 def _attached(a: Attached) -> AttachedBody:
-    fields = {name: value for name, value in a._asdict().items() if name not in ("decided", "settings")}
-    return AttachedBody(**fields, changes=_changes([(a.decided, a.settings)]))
+    fields = {name: value for name, value in a._asdict().items() if name not in ("decided", "settings", "earlier")}
+    return AttachedBody(**fields, changes=_changes([*a.earlier, (a.decided, a.settings)]))
 
 
 def _advice(a: Advice) -> AdviceBody:

@@ -81,7 +81,7 @@ class SqlJournal:
         if self._read_only:
             self._start_reading()
             return
-        self._lock = _lock(self._path)
+        self._lock = _lock(os.path.realpath(self._path))  # two names of one file are one file
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
             self._prepare(writing)
