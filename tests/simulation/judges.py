@@ -111,7 +111,7 @@ def settings_are_those_decided(world, job, record):
     what the decision it is said to be decided. And all of it is within the guard, on every rank alike."""
     bounds = _bounds(job.plan)
     for story in job.stories:
-        _, line = record.line_of(story.session)
+        number, line = record.line_of(story.session)
         for made in story.steps:
             if len(set(made.lr)) > 1:
                 world.fail("all ranks equal", f"{job.plan.name}, step {made.model}: {made.lr}")
@@ -122,12 +122,12 @@ def settings_are_those_decided(world, job, record):
                 continue
             step, decided = made.local + story.offset, made.target.decided
             if job.plan.lag is not None and not made.target.late:
-                decided = max(step - 1 - job.plan.lag, line.first - 1)
-            if made.target.settings[:3] != tuple(line.in_force(decided) or ()):
+                decided = step - 1 - job.plan.lag
+            ought = record.in_force(number, decided)
+            if made.target.settings[:3] != tuple(ought):
                 world.fail(
                     "applied is decided",
-                    f"{job.plan.name}, step {step}: {made.target} is not what step {decided} decided: "
-                    f"{line.in_force(decided)}",
+                    f"{job.plan.name}, step {step}: {made.target} is not what step {decided} decided: {ought}",
                 )
 
 

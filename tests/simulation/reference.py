@@ -76,6 +76,13 @@ class Record:
             below, number = min(below, line.first), line.parent
         return steps
 
+    def in_force(self, number, step):
+        """The settings in force behind `step` on the line of an attempt; those it began with where the run has none."""
+        while step < self.lines[number].first - 1 and self.lines[number].parent > 0:
+            number = self.lines[number].parent
+        line = self.lines[number]
+        return line.in_force(max(step, line.first - 1))
+
     def _fold(self, run, event, outcome):
         if isinstance(event, Observed):
             return self._observe(run, event, outcome)
@@ -123,8 +130,6 @@ class Record:
             if run.through >= step:
                 break
             found = run
-            if run.through == step - 1:
-                break
         return found
 
 
@@ -148,9 +153,18 @@ def undisturbed(spec, rules, plan, lost):
         attempt += 1
         event = Attached(attempt, attempt - 1, at, "s", "", plan.lag, None if state is None else dump(state))
         run, _ = fold.apply(rules, run, event)
-        return {at - 1: (run.settings, at - 1)}
+        # What belongs to the first steps was decided before: from `first - 1` on it is told again.
+        first = max(at - 1 - plan.lag, 0)
+        told, since = {}, first - 1
+        for one in range(first - 1, at - 1):
+            known = max(s for s in decided if s <= one)
+            if one >= first and known == one and decided[one][0] != told[one - 1][0]:
+                since = one
+            told[one] = (decided[known][0], since)
+        return {**decided, **told, at - 1: (run.settings, at - 1)}
 
-    decided, first, receipted, number = attach(0, None), -1, None, 0
+    decided = {-1: (run.settings, -1)}
+    decided, receipted, number = attach(0, None), None, 0
     while step < plan.steps:
         if incidents and incidents[0].at <= step:
             incident = incidents.pop(0)
@@ -158,11 +172,12 @@ def undisturbed(spec, rules, plan, lost):
             step = checkpoints[-1]
             missing = lost[len(plan.incidents) - len(incidents) - 1]
             state = states[step - missing] if step - missing else fold.create(rules)
-            decided, first, receipted, number = attach(step, state), step - 1, None, 0
+            decided = {s: one for s, one in decided.items() if s < max(step - missing, 0)}  # -1 always stays
+            decided, receipted, number = attach(step, state), None, 0
             continue
         if step % plan.every == 0 and step > checkpoints[-1]:
             checkpoints.append(step)
-        settings, since = decided[max(step - 1 - plan.lag, first)]
+        settings, since = decided[max(step - 1 - plan.lag, -1)]
         out.append((step, settings.lr))
         momentum = settings.momentum
         if momentum is None:
