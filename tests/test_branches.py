@@ -207,6 +207,7 @@ def test_a_fork_can_leave_a_line_that_was_abandoned():
         ({"fork": Fork("r", None, 3), "groups": GROUPS[:1]}, Invalid, "groups"),
         ({"fork": Fork("r", None, 3), "resume": True}, Invalid, "fork and resume"),
         ({"fork": Fork("r", None, 3), "run": "r"}, Conflict, "exists already"),
+        ({"fork": None, "resume": True, "on_unknown": "import"}, Invalid, "policy is not given"),
         ({"fork": Fork("r", None, 3), "policy": {"type": "windowde"}}, Invalid, "windowed"),
         ({"fork": Fork("r", None, 3), "shadows": {str(i): WINDOWED for i in range(4)}}, Invalid, "at most 3"),
     ],
@@ -287,6 +288,17 @@ def test_what_was_reported_before_a_checkpoint_is_seen_behind_it(token):
     assert len({settings.lr for settings in decided(calm.journal, "r").values()}) > 1
     assert decided(world.journal, "r", first=4, attempts={2}) == wanted
     assert summary["first_difference"] is None
+
+
+def test_a_second_fork_of_the_same_name_is_told_so():
+    async def work(world):
+        await straight_run(world, 20)
+        asked = attach("f", policy={}, groups=(), mode="", fork=Fork("r", None, 5))
+        await world.service.fork(asked, "a")
+        with pytest.raises(Conflict, match="'f' exists already"):
+            await world.service.fork(asked, "a")
+
+    ran(work)
 
 
 def test_lineage_names_ancestors_forks_attempts_and_gaps():
@@ -504,10 +516,14 @@ def test_what_if_of_a_fork_goes_on_from_where_it_left():
         await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 2, 50)), "a")
         await world.told("f", 50, 90, 1, "s9")
         own = await world.service.what_if(WhatIfRequest("f", PLATEAU, None, {}, None, None), points=9, limit=0)
-        return own["summary"]
+        still = WhatIfRequest("f", {"type": "constant"}, None, {}, None, None)
+        held = (await world.service.what_if(still, points=9, limit=0))["summary"]
+        return own["summary"], held, decided(world.journal, "r")[49]
 
-    _, summary = ran(work)
+    _, (summary, held, left) = ran(work)
     assert (summary["first_difference"], summary["from_step"], summary["observations"]) == (None, 50, 40)
+    # Another policy begins where the fork did.
+    assert [held["groups"][group.name]["what_if_lr"] for group in GROUPS] == list(left.lr) != [0.1, 0.01]
 
 
 def test_a_summary_says_where_the_streams_part_and_how_far():

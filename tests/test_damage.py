@@ -95,6 +95,34 @@ def test_what_needs_all_of_a_damaged_run_is_refused(whole, tmp_path):
     asyncio.run(main())
 
 
+def test_a_row_missing_before_the_snapshot_is_missed_before_anything_is_written(whole, tmp_path):
+    path = copied(whole, tmp_path)
+    with closing(sqlite3.connect(path)) as db:
+        at = db.execute("SELECT max(seq) FROM snapshots WHERE run = 'hit'").fetchone()[0]
+        assert db.execute("DELETE FROM journal WHERE run = 'hit' AND last_seq = ?", (at - 1,)).rowcount == 1
+        db.commit()
+
+    async def main():
+        async with Opened(open_journal(f"sqlite:///{path}")) as opened:
+            with pytest.raises(Damaged, match=f"row {at - 1} is missing"):
+                await opened.service.attach(stores.attach_message("hit", "s2", resume=True, policy={}), "a")
+
+    asyncio.run(main())
+
+
+def test_labels_that_make_no_sense_keep_a_run_neither_from_being_deleted_nor_the_store_from_compacting(whole, tmp_path):
+    path = copied(whole, tmp_path)
+    changed(path, ("UPDATE runs SET labels = '{bad' WHERE run = 'hit'", ()))
+
+    async def main():
+        async with Opened(open_journal(f"sqlite:///{path}")) as opened:
+            await asyncio.to_thread(opened.journal.compact, "hit")
+            await opened.service.delete_run("hit", "no use", "tester")
+            assert opened.journal.record("hit").status == "deleted"
+
+    asyncio.run(main())
+
+
 async def scrubbed(opened):
     """All runs are loaded, as far as that goes, and the scrub is done."""
     for run in RUNS:

@@ -54,6 +54,7 @@ class Client:
         token = token or os.environ.get("FLYBALL_TOKEN")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._unreachable = httpx.TransportError
+        self._no_address = httpx.InvalidURL
         self._broken_off = httpx.RemoteProtocolError
         # With a transport of its own httpx asks the environment for no proxy, which would stand between this
         # machine and itself.
@@ -261,6 +262,8 @@ class Client:
             yield
         except self._broken_off as error:
             raise LinkError(f"{self.server} broke off its answer: the service's log says why; try again") from error
+        except self._no_address as error:
+            raise FlyballError(f"this cannot be asked for: {error}; give shorter arguments") from error
         except self._unreachable as error:
             raise LinkError(
                 f"no answer from {self.server} ({error or type(error).__name__}): is the service running there? "

@@ -139,6 +139,8 @@ def series(
     names = [name.strip() for name in signals.split(",") if name.strip()]
     with errors(), Client(server, token) as client:
         found = client.series(run, names, points=points, from_step=from_step, to_step=to_step, attempt=attempt)
+    if found.get("problem"):
+        print(f"flyball: not all of it: {found['problem']}", file=sys.stderr)
     if json_output:
         print_json(found)
         return

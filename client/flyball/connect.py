@@ -79,7 +79,7 @@ def connect(
     declared = _declared_base(spec, base)
     if on_outage == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
-    token_of = None if isinstance(resume, bool) else check_token(resume, run)
+    token_of = None if isinstance(resume, bool) else check_token(resume, run, project)
     message = Attach(
         project=project,
         run=run,
@@ -122,6 +122,10 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
     Raises FlyballError for anything else, and where gRPC is asked for but not installed.
     """
     parts = urlsplit(server)
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise FlyballError(f"server is {server!r}: {error}; give a port from 1 to 65535") from None
     token = token or os.environ.get("FLYBALL_TOKEN")
     if parts.scheme in ("http", "https") and parts.hostname:
         from flyball.over_http import HttpTransport
@@ -159,13 +163,16 @@ class Token(NamedTuple):
     digest: str
 
 
-def check_token(token: Mapping[str, Any], run: str) -> Token:
+def check_token(token: Mapping[str, Any], run: str, project: str) -> Token:
     """The token in what `state_dict` returned. Raises ValueError where it is none, or another run's."""
-    if not isinstance(token, Mapping) or not isinstance(token.get("step"), int):
+    step = token.get("step") if isinstance(token, Mapping) else None
+    if not isinstance(step, int) or isinstance(step, bool):
         raise ValueError(f"{token!r:.80} is no checkpoint token: give what governor.state_dict() returned")
     if token.get("run") != run:
         raise ValueError(f"the checkpoint token is of run {token.get('run')!r}, but this is run {run!r}")
-    return Token(token["step"], token.get("attempt"), int(token.get("seq", 0)), str(token.get("digest", "")))
+    if token.get("project", project) != project:
+        raise ValueError(f"the checkpoint token is of project {token['project']!r:.80}, but this is {project!r}")
+    return Token(step, token.get("attempt"), int(token.get("seq", 0)), str(token.get("digest", "")))
 
 
 def _fork(fork: Mapping[str, Any]) -> Fork:

@@ -161,7 +161,7 @@ class Governor:
         that, and for the new attempt, up to `wait_s` each (at most a second where that is None). Raises ValueError
         where it is no token of this run.
         """
-        step, attempt, seq, digest = check_token(token, self._session.attach.run)
+        step, attempt, seq, digest = check_token(token, self._session.attach.run, self._session.attach.project)
         wait_s = 1.0 if self._wait_s is None else self._wait_s
         if self._session.state == "steering":
             self._link.wait(lambda: self._session.drained, wait_s, "what was reported before")

@@ -81,11 +81,17 @@ def forked(
     if same:
         state = {name: value for name, value in fold.dump(left).items() if name != "shadows"}
         return spec, origin._replace(state=state)
-    if spec.base is None and spec.mode == "absolute":
-        momentum = left.settings.momentum or [group.momentum for group in spec.groups]
-        groups = zip(spec.groups, left.settings.lr, momentum, strict=True)
-        spec = spec._replace(groups=tuple([_standing(group, lr, m) for group, lr, m in groups]))
+    if spec.base is None:
+        spec = _standing_at(spec, left.settings.lr, left.settings.momentum)
     return spec, origin
+
+
+def _standing_at(spec: Spec, lr: Sequence[float], momentum: Sequence[float | None] | None) -> Spec:
+    """The specification with the groups as they are steered now; in multiplier mode factors go on from the same 1."""
+    if spec.mode == "multiplier":
+        return spec
+    groups = zip(spec.groups, lr, momentum or [group.momentum for group in spec.groups], strict=True)
+    return spec._replace(groups=tuple([_standing(group, value, m) for group, value, m in groups]))
 
 
 def _standing(group: Group, lr: float, momentum: float | None) -> Group:
@@ -97,8 +103,13 @@ def _standing(group: Group, lr: float, momentum: float | None) -> Group:
     return group._replace(lr=lr, momentum=momentum)
 
 
-def otherwise(request: WhatIfRequest, spec: Spec, profiles: Mapping[str, Profile]) -> tuple[Spec, bool]:
-    """The specification of a run under another policy; whether that is its own one after all. Raises Invalid."""
+def otherwise(
+    request: WhatIfRequest, spec: Spec, origin: Origin | None, profiles: Mapping[str, Profile]
+) -> tuple[Spec, bool]:
+    """The specification of a run under another policy; whether that is its own one after all. Raises Invalid.
+
+    Of a fork another policy begins where a real one would have: at the settings in force where it left.
+    """
     policy = dict(request.policy)
     if request.base is not None:
         if policy.get("base") is not None:
@@ -110,6 +121,9 @@ def otherwise(request: WhatIfRequest, spec: Spec, profiles: Mapping[str, Profile
     seed = (spec.seed if request.seed is None else request.seed) if seed is None else seed
     check_seed(seed)
     guard = expanded(request.guard) if request.guard else spec.guard
+    if not own and origin is not None and origin.state is not None and changed["base"] is None:
+        lr, momentum, _ = origin.state["settings"]
+        spec = _standing_at(spec, lr, momentum)
     return spec._replace(**changed, guard=guard, seed=seed, shadows={}), own
 
 

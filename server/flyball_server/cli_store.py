@@ -145,7 +145,7 @@ def replay(
 
 def _replay(journal: Journal, request: WhatIfRequest, limit: int, json_output: bool) -> None:
     found = load(journal, rules_of, request.run)
-    spec, own = otherwise(request, found.spec, {})
+    spec, own = otherwise(request, found.spec, found.origin, {})
     asked = Asked(found.spec, found.origin, found.run, rules_of(spec), own)
     streams = what_if(journal, asked, request.attempt)
     summed = summary(streams, spec.groups)

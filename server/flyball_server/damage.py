@@ -14,7 +14,7 @@ from flyball_server import limits
 from flyball_server.core.errors import Damaged
 
 _log = logging.getLogger("flyball_server")
-_REMEDY = "nothing is written to it until it is restored from a backup or an export, or deleted"
+_REMEDY = "nothing is written to it until the store is restored from a backup, or the run is deleted"
 
 
 class _Known(NamedTuple):

@@ -19,7 +19,7 @@ _KEPT = ("run", "project", "name", "policy", "created_at", "attempts", "step")
 
 def check_reason(reason: str) -> str:
     """The reason without spaces around it. Raises Invalid where there is none, or too much of it."""
-    reason = reason.strip()
+    reason = " ".join(reason.split())
     if not reason:
         raise Invalid("reason is empty: say why the run is deleted; it stays in the store's journal")
     if len(reason) > limits.REASON_MAX:

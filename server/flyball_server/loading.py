@@ -20,7 +20,7 @@ from flyball_server.core.events import Observed, Origin, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.deletion import left_by
-from flyball_server.proving import check_row, checked
+from flyball_server.proving import check_row, checked, unread_problem
 from flyball_server.queries import cutoffs
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
 
@@ -70,6 +70,9 @@ def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
     while True:
         begun = Loaded(spec, origin, rules, fold.create(rules, origin), record, 0, (0, GENESIS), "")
         loaded = _fold(journal, run_id, first, begun)
+        if not loaded.problem and journal.count(run_id, loaded.unread[0]) != loaded.unread[0]:
+            # Rows before the snapshot are not read here, but they have to be there.
+            loaded = loaded._replace(problem=unread_problem(journal, run_id, loaded.unread))
         if loaded.problem or not _more(journal, run_id, record.seq):
             return loaded
         again = journal.record(run_id)  # where another process appends at this moment, its record is newer

@@ -108,7 +108,7 @@ class Service:
                 f"run {request.run} has {live.run.observations} observations, more than the "
                 f"{limits.WHAT_IF_OBSERVATIONS_MAX} folded in one request: use `flyball-server replay` on its store"
             )
-        spec, own = branches.otherwise(request, live.spec, self.profiles)
+        spec, own = branches.otherwise(request, live.spec, live.origin, self.profiles)
         asked = Asked(live.spec, live.origin, live.run, rules_of(spec), own)
         if self._what_ifs >= limits.WHAT_IFS_MAX:
             raise Busy("another what-if is being computed; come again when it is done", 2.0)
@@ -305,6 +305,8 @@ class Service:
                 f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it, or with "
                 "on_unknown='import' to go on here from the checkpoint of another service"
             )
+        if not request.policy:
+            raise Invalid(f"policy is not given, and none is recorded here for run {spec.run!r}: give it, too")
         attempt, step = request.from_attempt or 0, request.from_step or 0
         origin = Origin("token", spec.run, attempt, step, request.seq, request.digest, None)
         return await self._engine.create(spec, actor, origin)
@@ -325,6 +327,8 @@ class Service:
         seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
         origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
         spec, origin = branches.forked(request, parent.spec, left, origin, self.profiles)
+        if await queries.in_thread(self._journal.record, spec.run) is not None:
+            raise Conflict(f"run {spec.run!r} exists already: choose another name")
         return await self._engine.create(spec, actor, origin)
 
     async def _open(self, live: LiveRun, request: Attach, spec: Spec, actor: str) -> None:

@@ -61,11 +61,19 @@ def stepped(optimizer):
         ("mode", "relative"),
         ("resume", "token"),
         ("resume", {"run": "another", "step": 3}),
+        ("resume", {"run": "r", "project": "another", "step": 3}),
+        ("resume", {"run": "r", "step": True}),
+        ("server", "http://127.0.0.1:port"),
+        ("server", "http://127.0.0.1:70000"),
+        ("fork", {"run": "another"}),
+        ("fork", "another"),
+        ("shadows", ["windowed"]),
+        ("on_unknown", "ignore"),
     ],
 )
 def test_a_wrong_option_is_refused_by_name_and_leaves_no_run(service, optimizer, option, value):
     run = next(names)
-    with pytest.raises(ValueError, match=option if option != "resume" else "resume|token"):
+    with pytest.raises((ValueError, flyball.FlyballError), match=option if option != "resume" else "resume|token"):
         flyball.attach(optimizer, **{"run": run, "server": service.http, option: value})
     assert httpx.get(f"{service.http}/v1/runs/{run}", trust_env=False).status_code == 404
     flyball.attach(optimizer, run=run, server=service.http).close()  # and the optimizer is free

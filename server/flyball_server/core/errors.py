@@ -57,7 +57,7 @@ class Busy(SteeringError):
 class Damaged(SteeringError):
     """The stored record is not what was written; the message names the run and the row.
 
-    Restore it from a backup or an export; nothing is written to it meanwhile.
+    Restore the store from a backup; nothing is written to it meanwhile.
     """
 
     code = "damaged"

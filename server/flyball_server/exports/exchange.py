@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flyball_server import limits
-from flyball_server.core.errors import Busy, Conflict, Invalid, NotFound
+from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.engine import Engine, LiveRun
 from flyball_server.exports.check import check
 from flyball_server.exports.schedule import schedule
@@ -37,11 +37,8 @@ class Exchange:
         self._importing = 0
 
     async def export(self, run: str) -> Iterator[bytes]:
-        """The run's export file, in pieces to be read outside the event loop. Raises NotFound."""
-        record = await asyncio.to_thread(self._journal.record, run)
-        if record is None:
-            raise NotFound(f"run {run!r} is not known: `flyball runs` lists those that are")
-        await asyncio.to_thread(_refuse_deleted, self._journal, record)
+        """The run's export file, in pieces to be read outside the event loop. Raises NotFound, Damaged."""
+        record = (await self._whole(run)).record
         return written(self._journal, record, self._version, self._engine.now_us(), self._signer)
 
     async def import_file(self, path: Path) -> dict[str, Any]:
@@ -51,7 +48,10 @@ class Exchange:
             raise Busy(f"{limits.IMPORTS_MAX} imports are under way already; try again", 5.0)
         self._importing += 1
         try:
-            return await asyncio.to_thread(self._import, path)
+            answer = await asyncio.to_thread(self._import, path)
+            if answer["status"] == "unchanged":
+                await self._whole(answer["run"])  # that it is there says nothing about how it is
+            return answer
         finally:
             self._importing -= 1
 

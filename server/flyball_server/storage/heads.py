@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 
 import sqlalchemy as sa
 
@@ -61,7 +62,10 @@ def load_head(connection: sa.Connection, run: str) -> Head:
     )
     record = sa.select(tables.runs.c.labels, tables.runs.c.status).where(tables.runs.c.run == run)
     labels, status = connection.execute(record).one_or_none() or (None, None)
-    head = Head(0, 0, 0, 0, None if labels is None else json.loads(labels))
+    known = None
+    with suppress(TypeError, ValueError):  # labels that make no sense are written anew, or go with the run
+        known = None if labels is None else json.loads(labels)
+    head = Head(0, 0, 0, 0, known)
     head.deleted = status == DELETED
     with connection.execute(newest_first) as found:
         for seq, last_seq, first_step, last_step in found:

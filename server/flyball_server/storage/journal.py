@@ -198,6 +198,9 @@ class Journal(Reading, Protocol):
     def usage(self) -> Usage:
         """What the store takes now."""
 
+    def count(self, run: str, until: int) -> int:
+        """How many rows with seq <= until there are, by the numbers they have."""
+
     def names(self) -> list[str]:
         """Everything that has a record, rows, snapshots or labels, in order, STORE included."""
 

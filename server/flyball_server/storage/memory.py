@@ -137,6 +137,10 @@ class MemoryJournal:
         with self._lock:
             return sorted({s.seq for s in self._snapshots.get(run, ())}, reverse=True)
 
+    def count(self, run: str, until: int) -> int:
+        with self._lock:
+            return sum(row.seq <= until for row in self._stored.get(run, ()))
+
     def names(self) -> list[str]:
         with self._lock:
             return sorted({*self._records, *self._stored, *self._snapshots})

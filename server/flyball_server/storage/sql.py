@@ -278,6 +278,12 @@ class SqlJournal:
             query = sa.select(table.seq).where(table.run == run).order_by(table.seq.desc())
             return [seq for seq in connection.execute(query).scalars() if type(seq) is int]
 
+    def count(self, run: str, until: int) -> int:
+        table = tables.journal.c
+        rows = sa.select(sa.func.sum(table.last_seq - table.seq + 1)).where(table.run == run, table.seq <= until)
+        with self._read() as connection:
+            return int(connection.execute(rows).scalar() or 0)
+
     def names(self) -> list[str]:
         found: set[str] = set()
         for table in tables.metadata.sorted_tables:
