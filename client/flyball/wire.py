@@ -66,7 +66,8 @@ class Attach(NamedTuple):
 
 
 class Attached(NamedTuple):
-    """The answer to Attach. `changes` has one entry: the settings to begin with.
+    """The answer to Attach. `changes` ends with the settings to begin with; with a lag, what was decided before stands
+    first.
 
     seed, guard: the run's own, as recorded; a service older than they are leaves them out.
     """

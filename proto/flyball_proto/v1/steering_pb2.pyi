@@ -99,7 +99,14 @@ class Fork(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("run", "attempt", "from_step", "through", "receipts_through", "seq", "digest", "policy", "changes", "phase", "code", "reason", "reference", "seed", "guard_json")
+    __slots__ = ("run", "attempt", "from_step", "through", "receipts_through", "seq", "digest", "policy", "changes", "phase", "code", "reason", "reference", "seed", "guard_json", "controls", "confirm")
+    class ControlsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FROM_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +122,8 @@ class Attached(_message.Message):
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     GUARD_JSON_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     from_step: int
@@ -130,7 +139,21 @@ class Attached(_message.Message):
     reference: _containers.RepeatedScalarFieldContainer[float]
     seed: int
     guard_json: str
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., from_step: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., policy: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., reference: _Optional[_Iterable[float]] = ..., seed: _Optional[int] = ..., guard_json: _Optional[str] = ...) -> None: ...
+    controls: _containers.ScalarMap[str, float]
+    confirm: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., from_step: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., policy: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., reference: _Optional[_Iterable[float]] = ..., seed: _Optional[int] = ..., guard_json: _Optional[str] = ..., controls: _Optional[_Mapping[str, float]] = ..., confirm: _Optional[int] = ...) -> None: ...
+
+class Control(_message.Message):
+    __slots__ = ("name", "value", "min", "max")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    min: float
+    max: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class Column(_message.Message):
     __slots__ = ("name", "value", "missing")
@@ -143,7 +166,7 @@ class Column(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[_Iterable[float]] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("run", "session", "attempt", "step", "signals", "receipts", "answers", "end")
+    __slots__ = ("run", "session", "attempt", "step", "signals", "receipts", "answers", "end", "controls")
     RUN_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +175,7 @@ class Report(_message.Message):
     RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
     run: str
     session: str
     attempt: int
@@ -160,10 +184,18 @@ class Report(_message.Message):
     receipts: _containers.RepeatedCompositeFieldContainer[Receipt]
     answers: _containers.RepeatedCompositeFieldContainer[DirectiveAnswer]
     end: str
-    def __init__(self, run: _Optional[str] = ..., session: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., signals: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[DirectiveAnswer, _Mapping]]] = ..., end: _Optional[str] = ...) -> None: ...
+    controls: _containers.RepeatedCompositeFieldContainer[Control]
+    def __init__(self, run: _Optional[str] = ..., session: _Optional[str] = ..., attempt: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., signals: _Optional[_Iterable[_Union[Column, _Mapping]]] = ..., receipts: _Optional[_Iterable[_Union[Receipt, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[DirectiveAnswer, _Mapping]]] = ..., end: _Optional[str] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("number", "step", "decided", "lr", "momentum", "noise_std", "late", "conflict", "ranks")
+    __slots__ = ("number", "step", "decided", "lr", "momentum", "noise_std", "late", "conflict", "ranks", "confirms", "controls", "wanted_lr", "of_ranks")
+    class ControlsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DECIDED_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +205,10 @@ class Receipt(_message.Message):
     LATE_FIELD_NUMBER: _ClassVar[int]
     CONFLICT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMS_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_LR_FIELD_NUMBER: _ClassVar[int]
+    OF_RANKS_FIELD_NUMBER: _ClassVar[int]
     number: int
     step: int
     decided: int
@@ -182,17 +218,23 @@ class Receipt(_message.Message):
     late: bool
     conflict: str
     ranks: int
-    def __init__(self, number: _Optional[int] = ..., step: _Optional[int] = ..., decided: _Optional[int] = ..., lr: _Optional[_Iterable[float]] = ..., momentum: _Optional[_Iterable[float]] = ..., noise_std: _Optional[_Iterable[float]] = ..., late: bool = ..., conflict: _Optional[str] = ..., ranks: _Optional[int] = ...) -> None: ...
+    confirms: int
+    controls: _containers.ScalarMap[str, float]
+    wanted_lr: _containers.RepeatedScalarFieldContainer[float]
+    of_ranks: int
+    def __init__(self, number: _Optional[int] = ..., step: _Optional[int] = ..., decided: _Optional[int] = ..., lr: _Optional[_Iterable[float]] = ..., momentum: _Optional[_Iterable[float]] = ..., noise_std: _Optional[_Iterable[float]] = ..., late: bool = ..., conflict: _Optional[str] = ..., ranks: _Optional[int] = ..., confirms: _Optional[int] = ..., controls: _Optional[_Mapping[str, float]] = ..., wanted_lr: _Optional[_Iterable[float]] = ..., of_ranks: _Optional[int] = ...) -> None: ...
 
 class DirectiveAnswer(_message.Message):
-    __slots__ = ("directive", "outcome", "note")
+    __slots__ = ("directive", "outcome", "note", "step")
     DIRECTIVE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     directive: str
     outcome: str
     note: str
-    def __init__(self, directive: _Optional[str] = ..., outcome: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    step: int
+    def __init__(self, directive: _Optional[str] = ..., outcome: _Optional[str] = ..., note: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Changes(_message.Message):
     __slots__ = ("decided", "lr", "momentum", "noise_std")
@@ -217,7 +259,14 @@ class Directive(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., args_json: _Optional[str] = ...) -> None: ...
 
 class Advice(_message.Message):
-    __slots__ = ("attempt", "through", "receipts_through", "seq", "digest", "changes", "phase", "code", "reason", "directives")
+    __slots__ = ("attempt", "through", "receipts_through", "seq", "digest", "changes", "phase", "code", "reason", "directives", "confirm", "controls", "guard_json", "notices")
+    class ControlsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     THROUGH_FIELD_NUMBER: _ClassVar[int]
     RECEIPTS_THROUGH_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +277,10 @@ class Advice(_message.Message):
     CODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DIRECTIVES_FIELD_NUMBER: _ClassVar[int]
+    CONFIRM_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    GUARD_JSON_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     through: int
     receipts_through: int
@@ -238,10 +291,14 @@ class Advice(_message.Message):
     code: str
     reason: str
     directives: _containers.RepeatedCompositeFieldContainer[Directive]
-    def __init__(self, attempt: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., directives: _Optional[_Iterable[_Union[Directive, _Mapping]]] = ...) -> None: ...
+    confirm: int
+    controls: _containers.ScalarMap[str, float]
+    guard_json: str
+    notices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, attempt: _Optional[int] = ..., through: _Optional[int] = ..., receipts_through: _Optional[int] = ..., seq: _Optional[int] = ..., digest: _Optional[str] = ..., changes: _Optional[_Union[Changes, _Mapping]] = ..., phase: _Optional[str] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., directives: _Optional[_Iterable[_Union[Directive, _Mapping]]] = ..., confirm: _Optional[int] = ..., controls: _Optional[_Mapping[str, float]] = ..., guard_json: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AddSignalsRequest(_message.Message):
-    __slots__ = ("run", "signals", "actor")
+    __slots__ = ("run", "signals", "actor", "source", "number", "note")
     class SignalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -252,10 +309,16 @@ class AddSignalsRequest(_message.Message):
     RUN_FIELD_NUMBER: _ClassVar[int]
     SIGNALS_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     run: str
     signals: _containers.ScalarMap[str, float]
     actor: str
-    def __init__(self, run: _Optional[str] = ..., signals: _Optional[_Mapping[str, float]] = ..., actor: _Optional[str] = ...) -> None: ...
+    source: str
+    number: int
+    note: str
+    def __init__(self, run: _Optional[str] = ..., signals: _Optional[_Mapping[str, float]] = ..., actor: _Optional[str] = ..., source: _Optional[str] = ..., number: _Optional[int] = ..., note: _Optional[str] = ...) -> None: ...
 
 class AddSignalsReply(_message.Message):
     __slots__ = ("seq",)
