@@ -19,6 +19,7 @@ def observations(
     side: Mapping[str, float],
     reads: frozenset[str],
     applied: Sequence[int | None] | None = None,
+    rollbacks: int = 0,
 ) -> Iterator[Observation]:
     """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
     if side:
@@ -36,7 +37,7 @@ def observations(
         others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
     # The NamedTuple's own constructor is a Python function; tuple's is not, and this runs once per observation.
     build: Callable[[Any], Observation] = partial(tuple.__new__, Observation)
-    return map(build, zip(steps, *known, others, applied or repeat(None), strict=False))
+    return map(build, zip(steps, *known, others, applied or repeat(None), repeat(rollbacks), strict=False))
 
 
 def in_force(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flyball_server.core.commands import Control
 from flyball_server.core.types import Group, Settings
 
 
@@ -86,14 +87,25 @@ class Observed(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """Signals from another process; the policy sees them with the next observation. step: the newest step then."""
+    """Signals from another process; the policy sees them with the next observation. step: the newest step then.
+
+    source, number: the reporter and its count, "" and 0 where it does not count. note: words for the record.
+    """
 
     step: int
     signals: Mapping[str, float]
+    source: str = ""
+    number: int = 0
+    note: str = ""
 
 
 class Receipt(NamedTuple):
-    """What was really applied from optimizer step `step` on. decided: the step whose observation decided it."""
+    """What was really applied from optimizer step `step` on. decided: the step whose observation decided it.
+
+    ranks, of_ranks: on how many of how many ranks (0: of as many). confirms: the row up to which the job knew what was
+    commanded. controls: the values of the declared ones. wanted: the learning rates written before the step, where
+    others were read back after it.
+    """
 
     number: int
     step: int
@@ -102,6 +114,10 @@ class Receipt(NamedTuple):
     late: bool
     conflict: str
     ranks: int
+    confirms: int = 0
+    controls: Mapping[str, float] = MappingProxyType({})
+    wanted: tuple[float, ...] | None = None
+    of_ranks: int = 0
 
 
 class Applied(NamedTuple):
@@ -112,12 +128,13 @@ class Applied(NamedTuple):
 
 
 class DirectiveAnswered(NamedTuple):
-    """The driver's answer to a directive: outcome is "done" or "declined"."""
+    """The driver's answer to a directive: outcome is "done" or "declined". step: its next optimizer step then."""
 
     attempt: int
     directive: str
     outcome: str
     note: str
+    step: int = 0
 
 
 class Ended(NamedTuple):
@@ -127,7 +144,70 @@ class Ended(NamedTuple):
     outcome: str
 
 
-Event = Created | Attached | Observed | Reported | Applied | DirectiveAnswered | Ended
+class Declared(NamedTuple):
+    """The driver declared controls: other scalars of its training that may be steered."""
+
+    attempt: int
+    controls: tuple[Control, ...]
+
+
+class Commanded(NamedTuple):
+    """Somebody with the right to it gives the run a command. args: checked, with every default filled in.
+
+    key: what makes a repeated request the same command, or "". until: the first step it does not hold for; expires_at:
+    microseconds since 1970 UTC. proposal: the id of the one it comes from, or "".
+    """
+
+    kind: str
+    args: Mapping[str, Any]
+    actor: str
+    reason: str
+    key: str = ""
+    until: int | None = None
+    expires_at: int | None = None
+    proposal: str = ""
+
+
+class CommandMoved(NamedTuple):
+    """A command went on to another status (see `commands`). step, ranks, of_ranks: where it was applied, and on how
+    many of how many ranks; -1 and 0 where that says nothing."""
+
+    command: str
+    status: str
+    step: int = -1
+    ranks: int = 0
+    of_ranks: int = 0
+    note: str = ""
+
+
+class Proposed(NamedTuple):
+    """Somebody proposes a command. needed: how many must approve."""
+
+    kind: str
+    args: Mapping[str, Any]
+    actor: str
+    reason: str
+    needed: int
+    key: str = ""
+    until: int | None = None
+    expires_at: int | None = None
+
+
+class Judged(NamedTuple):
+    """A proposal was approved by one more person, or is over: rejected, expired or withdrawn."""
+
+    proposal: str
+    verdict: str
+    actor: str
+    reason: str
+
+
+Event = (
+    Created | Attached | Observed | Reported | Applied | DirectiveAnswered | Ended
+    | Declared | Commanded | CommandMoved | Proposed | Judged
+)  # fmt: skip
+#: What belongs to the run and not to a line of its steps.
+ASIDE = (DirectiveAnswered, Declared, Commanded, CommandMoved, Proposed, Judged)
 
 
 class Mark(NamedTuple):
@@ -149,8 +229,9 @@ class Outcome(NamedTuple):
     """What folding an Observed brought: the settings by the step that decided them (the first entry is always
     the batch's first step, so that each journal row can be read alone), and the marks.
 
-    shadows: the same for each shadow of the run, in their order."""
+    shadows: the same for each shadow of the run, in their order. verdict: what became of a command."""
 
     changes: tuple[tuple[int, Settings], ...]
     marks: tuple[Mark, ...]
     shadows: tuple[Outcome, ...] = ()
+    verdict: Mapping[str, Any] | None = None

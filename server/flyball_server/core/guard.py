@@ -173,6 +173,46 @@ def held(
     return _bounded(limits, groups, base, step, state.factors)[0]
 
 
+def allowed(
+    limits: Limits,
+    state: GuardState,
+    groups: tuple[Group, ...],
+    base: tuple[float, ...] | None,
+    now: tuple[float, ...],
+    wanted: tuple[float, ...],
+) -> tuple[float, ...]:
+    """The wanted learning rates, as far as the limits let one decision go from those in force: the largest change, that
+    of the window, and every bound. Warm-up and cooldown are the policy's matter."""
+    out = []
+    for i, (group, before, lr) in enumerate(zip(groups, now, wanted, strict=True)):
+        if limits.max_change is not None and before > 0:
+            lr = min(max(lr, before / limits.max_change), before * limits.max_change)
+        if limits.max_change_per_window is not None:
+            own = limits.groups.get(group.name)
+            first = state.window_factors[i] * (1.0 if base is None else base[i]) * (1.0 if own is None else own.scale)
+            if first > 0:
+                lr = min(max(lr, first / limits.max_change_per_window), first * limits.max_change_per_window)
+        out.append(lr)
+    return within(limits, groups, tuple(out))
+
+
+def within(limits: Limits, groups: tuple[Group, ...], lr: tuple[float, ...]) -> tuple[float, ...]:
+    """The learning rates inside every bound of their groups; a frozen group's stays 0."""
+    out = []
+    for group, value in zip(groups, lr, strict=True):
+        low, high = _range(limits, limits.groups.get(group.name) if limits.groups else None, group.lr)
+        value = value if isfinite(value) else group.lr
+        value = value if low is None else max(value, low)
+        value = value if high is None else min(value, high)
+        out.append(value if group.lr else 0.0)
+    return tuple(out)
+
+
+def factors_of(groups: tuple[Group, ...], decision: Decision, on_base: bool) -> tuple[float, ...]:
+    """The factors that a first decision means."""
+    return _factors(begin(groups, on_base=on_base), groups, decision, on_base)[0]
+
+
 def _factors(
     state: GuardState, groups: tuple[Group, ...], decision: Decision, on_base: bool
 ) -> tuple[tuple[float, ...], str]:
@@ -270,6 +310,8 @@ def _ordered(low_name: str, low: float | None, high_name: str, high: float | Non
         raise ValueError(f"{low_name} is {low!r}, greater than {high_name} = {high!r}: swap or correct them")
 
 
+#: The largest momentum below 1.
+MOMENTUM_MAX = 1.0 - 2.0**-53
 #: No limits.
 _NOTHING = Limits()
 _new = tuple.__new__

@@ -16,8 +16,10 @@ The rules, in prose
    newest step it carries the state to go on from (`restored`), so the fold never needs to look behind itself.
 7. Only the driver of the newest attempt is heard. An event of an older attempt is a conflict, never mixed in.
 8. After `Ended` only a new attempt can follow.
-9. A shadow is a run beside the run: the same events folded under another policy. What it decides is recorded and never
-   applied, so receipts say nothing about it: its decisions count as applied at once.
+9. Commands bend what comes out of the guard, and stay inside its bounds. They are no part of training time: an attempt
+   that goes back finds them as they are, and goes on under the policy in force now.
+10. A shadow is a run beside the run: the same events folded under another policy. What it decides is recorded and never
+   applied, so receipts say nothing about it: its decisions count as applied at once. Commands are none of its business.
 
 Odd cases
 ---------
@@ -28,38 +30,52 @@ Odd cases
 - A streak of one and the same kind of decision is marked once, where it begins, unless the policy calls each one a
   milestone: settings are recorded for every step anyway, and the numbers behind each follow from folding again.
 - Receipts are folded before the observations they came with, so that a policy can be told what was in force.
+- With a lag a decision belongs to one step, and was told already. So a command shows in the settings with the decision
+  of the next observation; without a lag it shows at once.
 
 Longer than 400 lines because whatever can change a run stands in this one file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flyball_server.core import guard
+from flyball_server.core import commands, guard, steering
 from flyball_server.core.base import Base
 from flyball_server.core.columns import in_force, newest, observations
+from flyball_server.core.commands import Held, Steering
 from flyball_server.core.errors import Conflict, Invalid
 from flyball_server.core.events import (
+    ASIDE,
     Applied,
     Attached,
+    Commanded,
+    CommandMoved,
     Created,
+    Declared,
     DirectiveAnswered,
+    Ended,
     Event,
+    Judged,
     Mark,
     Observed,
     Origin,
     Outcome,
+    Proposed,
     Reported,
 )
 from flyball_server.core.numbers import finite
 from flyball_server.core.state import dump_state, load_state
-from flyball_server.core.types import APPLIED, Decision, Group, Policy, Settings
+from flyball_server.core.types import APPLIED, ROLLBACKS, Decision, Group, Policy, Settings
 
 
 class Rules(NamedTuple):
-    """What a run's fixed specification means: built once from `Spec`, never stored."""
+    """What a run's specification means: built from `Spec`, never stored.
+
+    under: what it means with the policy, base, guard and profile of this JSON text in their places, which a command may
+    change (see `ruling`).
+    """
 
     policy: Policy
     config: Any
@@ -68,6 +84,7 @@ class Rules(NamedTuple):
     groups: tuple[Group, ...]
     seed: int
     shadows: tuple[Rules, ...] = ()
+    under: Callable[[str], Rules] | None = None
 
 
 class Run(NamedTuple):
@@ -80,7 +97,7 @@ class Run(NamedTuple):
     in_force: (step, the step that decided what was applied from there on), for a policy that reads APPLIED.
     side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
     infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
-    settings, None before the first. shadows: the runs beside it, in the rules' order.
+    settings, None before the first. shadows: the runs beside it, in the rules' order. steering: its commands.
     """
 
     seq: int
@@ -105,6 +122,7 @@ class Run(NamedTuple):
     applied_step: int | None
     in_force: tuple[tuple[int, int], ...]
     shadows: tuple[Run, ...] = ()
+    steering: Steering = commands.NONE
 
 
 NOTHING = Outcome((), ())
@@ -153,7 +171,8 @@ def create(rules: Rules, origin: Origin | None = None) -> Run:
     )
     if origin is None or origin.state is None:
         return run
-    left = load(rules._replace(shadows=()), origin.state)
+    # The rules it goes on under are those of its own specification, whatever they were changed from there.
+    left = load(rules._replace(shadows=()), {name: v for name, v in origin.state.items() if name != "steering"})
     return run._replace(
         policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=left.settings
     )
@@ -165,12 +184,26 @@ def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     Raises Conflict where the event belongs to another attempt or the run has ended, Invalid where it cannot
     be true (steps that do not rise, columns of unequal length). The run given is never altered.
     """
+    rules = ruling(rules, run)
     after, outcome = _observed(rules, run, event) if isinstance(event, Observed) else _apply(rules, run, event)
-    if not rules.shadows or after is run or isinstance(event, Applied | DirectiveAnswered):
+    if not rules.shadows or after is run or isinstance(event, (Applied, *ASIDE)):
         return after, outcome
     beside = [_beside(r, s, event, i) for i, (r, s) in enumerate(zip(rules.shadows, run.shadows, strict=True))]
     shadows, outcomes = zip(*beside, strict=True)
     return after._replace(shadows=shadows), outcome._replace(shadows=outcomes)
+
+
+def ruling(rules: Rules, run: Run, seq: int | None = None) -> Rules:
+    """The rules in force: those of the run's specification, or what the newest command made of them; as of row `seq`,
+    where that is given."""
+    plans = run.steering.plans
+    if not plans:
+        return rules
+    plan = plans[-1][1] if seq is None else next((text for at, text in reversed(plans) if at <= seq), "")
+    if not plan:
+        return rules
+    assert rules.under is not None, "rules without `under` are of runs that get no commands"
+    return rules.under(plan)
 
 
 def _beside(rules: Rules, run: Run, event: Event, place: int) -> tuple[Run, Outcome]:
@@ -189,18 +222,36 @@ def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     if isinstance(event, Created):
         raise Conflict("the run exists already: a journal holds Created once, as its first event")
     if isinstance(event, Reported):
-        return run._replace(seq=seq, side={**run.side, **event.signals}), NOTHING
+        beside = steering.reported(run.steering, event.source, event.number)
+        return run._replace(seq=seq, side={**run.side, **event.signals}, steering=beside), NOTHING
+    if isinstance(event, Commanded):
+        return _commanded(rules, run, event)
+    if isinstance(event, CommandMoved):
+        return _moved(rules, run, event), NOTHING
+    if isinstance(event, Proposed):
+        return run._replace(seq=seq, steering=steering.proposed(run.steering, event, seq)), NOTHING
+    if isinstance(event, Judged):
+        return run._replace(seq=seq, steering=steering.judged(run.steering, event)), NOTHING
     _check_attempt(run, event.attempt)
+    if isinstance(event, Declared):
+        return run._replace(seq=seq, steering=steering.declared(run.steering, event)), NOTHING
     if isinstance(event, Applied):
         last = event.receipts[-1]
         receipts = run.in_force
         if APPLIED in rules.policy.reads(rules.config):
             receipts = (*receipts, *((r.step, r.decided) for r in event.receipts))[-IN_FORCE_KEPT:]
         return run._replace(
-            seq=seq, receipts_through=last.number, applied=last.settings, applied_step=last.step, in_force=receipts
+            seq=seq,
+            receipts_through=last.number,
+            applied=last.settings,
+            applied_step=last.step,
+            in_force=receipts,
+            steering=steering.applied(run.steering, event),
         ), NOTHING
     if isinstance(event, DirectiveAnswered):
-        return run._replace(seq=seq, answered=(*run.answered, event.directive)[-ANSWERS_KEPT:]), NOTHING
+        answered = (*run.answered, event.directive)[-ANSWERS_KEPT:]
+        return run._replace(seq=seq, answered=answered, steering=steering.answered(run.steering, event)), NOTHING
+    assert isinstance(event, Ended)
     return run._replace(seq=seq, status=event.outcome), _ended(rules, run)
 
 
@@ -231,12 +282,15 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         raise Invalid(f"from_step {event.from_step} lies behind step {run.through} and no state was restored")
     seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1, event.parent))
     if event.restored is not None:
-        run = load(rules, event.restored)
+        run = _gone_back(rules, run, load(rules, event.restored))
     # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap). Nothing is decided
     # here, so the rate limits do not move.
     base, momentum = _base(rules, event.from_step)
     lr = guard.held(rules.limits, run.guard_state, rules.groups, base, event.from_step - 1)
-    settings = Settings(lr, run.settings.momentum if momentum is None else momentum, run.settings.noise_std)
+    momentum = run.settings.momentum if momentum is None else momentum
+    settings = Settings(lr, momentum, run.settings.noise_std)
+    if run.steering.commands or run.steering.whole:
+        settings = _settled(rules, run.steering, run.guard_state, run.decision, event.from_step - 1)
     return run._replace(
         seq=seq,
         attempts=attempts,
@@ -253,7 +307,146 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         applied=None,
         applied_step=None,
         in_force=(),
+        steering=run.steering._replace(unsettled=False),
     )
+
+
+def _gone_back(rules: Rules, run: Run, restored: Run) -> Run:
+    """The restored state under what was commanded since: commands are no part of training time."""
+    beside = run.steering._replace(rollbacks=run.steering.rollbacks + 1)
+    before = _plan(restored)
+    restored = restored._replace(steering=beside)
+    if _plan(restored) == before:
+        return restored
+    was = rules if not before else _under(rules, before)
+    return _switched(was, rules, restored, restored.through)
+
+
+def _plan(run: Run) -> str:
+    return run.steering.plans[-1][1] if run.steering.plans else ""
+
+
+def _under(rules: Rules, plan: str) -> Rules:
+    assert rules.under is not None
+    return rules.under(plan)
+
+
+def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
+    """A command, with what it changes and what the guard left of it."""
+    seq, before = run.seq + 1, run.settings.lr
+    held, clamped = _held(rules, run, event)
+    old = run.steering.plans
+    beside = steering.commanded(run.steering, event, seq, held, clamped)
+    run = run._replace(seq=seq, steering=beside)
+    carried: tuple[str, ...] = ()
+    if beside.plans is not old:
+        after = ruling(rules, run)
+        run = _switched(rules, after, run, run.through)
+        carried, rules = _carried(rules, after), after
+    run = _resettled(rules, run)
+    if event.kind in ("note", *commands.DIRECTIVES):
+        return run, Outcome((), (), verdict={"status": "accepted"})
+    now = _settled(rules, run.steering, run.guard_state, run.decision, run.through)
+    verdict: dict[str, Any] = {"status": "clamped" if clamped else "accepted", "lr": list(now.lr)}
+    if held is not None:
+        verdict["held"] = {n: v for n, v in finite(held._asdict()).items() if v not in (None, {}, False)}
+    if carried:
+        verdict["carried"] = list(carried)
+    fields = {"kind": event.kind, "command": f"c{seq}", "actor": event.actor, "reason": event.reason}
+    words = {"carried": ", ".join(carried) or "everything", **event.args.get("words", {})}
+    note = "guard_clamped" if clamped else ""
+    code = f"command_{event.kind}"
+    mark = Mark(run.through, run.decision.phase, code, note, before, now.lr, {**words, **fields})
+    return run, Outcome((), (mark,), verdict=verdict)
+
+
+def _held(rules: Rules, run: Run, event: Commanded) -> tuple[Held | None, bool]:
+    """What a lasting command puts in the place of the settings, and whether the guard clamped it."""
+    if event.kind not in commands.LASTING:
+        return None, False
+    beside, step = run.steering, run.through
+    now = _settled(rules, beside, run.guard_state, run.decision, step)
+    values = commands.control_values(beside.controls, beside.commands, step + 1)
+    if event.kind == "hold":
+        return commands.hold(now, rules.groups, values), False
+    free = _settled(rules, beside._replace(commands=()), run.guard_state, run.decision, step)
+    base, _ = _base(rules, step + 1)
+    return commands.holding(
+        rules.limits,
+        run.guard_state,
+        rules.groups,
+        base,
+        beside.controls,
+        args=event.args,
+        free=free,
+        now=now,
+        values=values,
+    )
+
+
+def _moved(rules: Rules, run: Run, event: CommandMoved) -> Run:
+    return _resettled(rules, run._replace(seq=run.seq + 1, steering=steering.moved(run.steering, event)))
+
+
+def _switched(was: Rules, rules: Rules, run: Run, step: int) -> Run:
+    """The run under other rules from here on. Another policy begins where the one before it stands: at its learning
+    rates, or, where the base schedule is another one, at the references that it multiplies."""
+    if was.policy is rules.policy and was.config == rules.config and _spec(was.base) == _spec(rules.base):
+        return run  # only the limits are others
+    if _spec(was.base) == _spec(rules.base):
+        lr = run.decision.lr
+    elif rules.base is None:
+        lr = guard.held(was.limits, run.guard_state, was.groups, _base(was, step + 1)[0], step)
+    else:
+        lr = tuple([group.lr for group in rules.groups])
+    groups = tuple([g._replace(lr=one) for g, one in zip(rules.groups, lr, strict=True)])
+    try:
+        state, decision = rules.policy.init(rules.config, groups, rules.seed)
+    except ValueError as error:
+        raise Invalid(f"policy: {error}") from error
+    factors = guard.factors_of(rules.groups, decision, rules.base is not None)
+    guard_state = run.guard_state._replace(factors=factors)
+    if (was.base is None) != (rules.base is None):
+        guard_state = guard_state._replace(window_factors=factors)
+    return run._replace(policy_state=state, decision=decision, guard_state=guard_state)
+
+
+def _spec(base: Base | None) -> Any:
+    return None if base is None else base.spec()
+
+
+def _carried(was: Rules, rules: Rules) -> tuple[str, ...]:
+    """What another policy took over from the one before it, in words; () where there is no other policy."""
+    if was.policy is rules.policy and was.config == rules.config and _spec(was.base) == _spec(rules.base):
+        return ()
+    same = _spec(was.base) == _spec(rules.base)
+    kept = ["learning rates"] if same or rules.base is None else ["reference learning rates"]
+    if same and rules.base is not None:
+        kept.append("base schedule")
+    return (*kept, "guard state", "overrides", "side signals")
+
+
+def _settled(rules: Rules, beside: Steering, guard_state: guard.GuardState, decision: Decision, step: int) -> Settings:
+    """The settings of step + 1 where nothing new is decided."""
+    base, momentum = _base(rules, step + 1)
+    lr = guard.held(rules.limits, guard_state, rules.groups, base, step)
+    momentum = momentum if decision.momentum is None else decision.momentum
+    return _bent(rules, beside, step, Settings(lr, momentum, decision.noise_std))
+
+
+def _bent(rules: Rules, beside: Steering, step: int, settings: Settings) -> Settings:
+    """The settings of step + 1 under the run's commands."""
+    if beside.whole and settings.momentum is None:
+        settings = settings._replace(momentum=commands.own_momentum(rules.groups))
+    return commands.bent(rules.limits, rules.groups, beside.commands, step + 1, settings)
+
+
+def _resettled(rules: Rules, run: Run) -> Run:
+    """The run with what its commands make of the settings; with a lag that is left to the next observation."""
+    if run.lag is not None:
+        return run._replace(steering=run.steering._replace(unsettled=True))
+    settings = _settled(rules, run.steering, run.guard_state, run.decision, run.through)
+    return run if settings == run.settings else run._replace(settings=settings, decided=run.through)
 
 
 def _ended(rules: Rules, run: Run) -> Outcome:
@@ -275,16 +468,23 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     state, decision, settings = run.policy_state, run.decision, run.settings
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
-    quiet = rules.base is None and guard.is_quiet(rules.limits, run.through)
-    free = rules.base is None and guard.is_free(rules.limits)
+    beside = run.steering
+    steered = beside.unsettled or beside.whole or bool(commands.lasting(beside.commands))
+    quiet = not steered and rules.base is None and guard.is_quiet(rules.limits, run.through)
+    free = not steered and rules.base is None and guard.is_free(rules.limits)
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
     receipts, applied = in_force(run.in_force, steps)
-    for seen in observations(steps, new.signals, run.side, rules.policy.reads(config), applied):
+    reads = rules.policy.reads(config)
+    rollbacks = beside.rollbacks if ROLLBACKS in reads else 0
+    for seen in observations(steps, new.signals, run.side, reads, applied, rollbacks):
         before = decision.code
         if seen.applied is not None and seen.applied >= decided:
             seen = seen._replace(applied=seen.step - 1)  # nothing decided since then has changed the settings
         state, decision = policy_step(config, state, seen)
+        if decision.asks:
+            beside = steering.asked(beside, decision.asks, run.seq + 1, rules.policy.tag)
+            decision = decision._replace(asks=(), milestone=True)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if (
             quiet
@@ -299,6 +499,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
             guard_state, now = guard.settle_free(guard_state, rules.groups, step, decision)
         else:
             guard_state, now = settle(rules, guard_state, step, decision)
+        if steered:
+            now = _bent(rules, beside, step, now)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             note = guard_state.note
@@ -332,6 +534,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         run.applied_step,
         receipts,
         run.shadows,
+        beside._replace(unsettled=False) if beside.unsettled else beside,
     )
     return run, Outcome(tuple(changes), tuple(marks))
 
@@ -362,7 +565,7 @@ def dump(run: Run) -> dict[str, Any]:
     data = run._asdict()
     data["attempts"] = [list(attempt) for attempt in run.attempts]
     data["policy_state"] = dump_state(run.policy_state)
-    data["decision"] = finite(run.decision)
+    data["decision"] = finite(run.decision[:7])
     data["guard_state"] = list(run.guard_state)
     data["settings"] = list(run.settings)
     data["in_force"] = [list(pair) for pair in run.in_force]
@@ -372,12 +575,17 @@ def dump(run: Run) -> dict[str, Any]:
     data["side"] = {name: repr(value) for name, value in run.side.items()}
     if data.pop("shadows"):  # a run without any is dumped as it was before there were shadows
         data["shadows"] = [dump(shadow) for shadow in run.shadows]
+    if data.pop("steering") != commands.NONE:
+        data["steering"] = steering.dump(run.steering)
     return data
 
 
 def load(rules: Rules, data: Mapping[str, Any]) -> Run:
     """The run that `dump` wrote, after any trip through JSON."""
-    lr, momentum, noise_std, phase, code, fields, milestone = data["decision"]
+    lr, momentum, noise_std, phase, code, fields, milestone, *_ = data["decision"]
+    beside = steering.load(data.get("steering"))
+    if beside.plans and beside.plans[-1][1]:
+        rules = _under(rules, beside.plans[-1][1])
     factors, changed, window, window_factors, note = data["guard_state"]
     return Run(
         **{
@@ -393,6 +601,7 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
             "last": {name: float(value) for name, value in data["last"].items()},
             "side": {name: float(value) for name, value in data["side"].items()},
             "shadows": tuple(load(r, d) for r, d in zip(rules.shadows, data.get("shadows", ()), strict=True)),
+            "steering": beside,
         }
     )
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 #: The signals that have a field of their own in `Observation`; any other name rides in `others`.
 KNOWN_SIGNALS = ("loss", "reward", "grad_norm", "update_norm", "val_loss")
-#: What a policy `reads` to get `Observation.applied`; no signal of a user's can have this name.
+#: What a policy `reads` to get `Observation.applied` and `Observation.rollbacks`; no user's signal has such a name.
 APPLIED = "=applied"
+ROLLBACKS = "=rollbacks"
 
 
 class Group(NamedTuple):
@@ -33,6 +34,8 @@ class Observation(NamedTuple):
 
     applied: the step whose decision was in force at this one, as the client's receipts say; None: not known. It is
     filled in only for policies that read `APPLIED`.
+    rollbacks: how often the run has gone back to an earlier step so far, which a policy's own state, gone back with it,
+    cannot tell. It is filled in only for policies that read `ROLLBACKS`.
     """
 
     step: int
@@ -43,6 +46,7 @@ class Observation(NamedTuple):
     val_loss: float | None = None
     others: Mapping[str, float] | None = None
     applied: int | None = None
+    rollbacks: int = 0
 
     def signal(self, name: str) -> float | None:
         """The value of the signal `name`, or None where it was not measured."""
@@ -50,6 +54,15 @@ class Observation(NamedTuple):
             value: float | None = getattr(self, name)
             return value
         return None if self.others is None else self.others.get(name)
+
+
+class Ask(NamedTuple):
+    """What a policy asks of the training job besides settings: kind is that of a directive (checkpoint, restore,
+    evaluate, stop), args its arguments, reason a sentence for people. The job may decline."""
+
+    kind: str
+    args: Mapping[str, Any]
+    reason: str
 
 
 class Decision(NamedTuple):
@@ -64,6 +77,7 @@ class Decision(NamedTuple):
     fields: the numbers the decision rests on (finite numbers, strings, None), or None.
     milestone: whether the journal shall keep it with its numbers in any case: a rare move, or an end of something. Of
         other decisions that move it keeps the first of a streak.
+    asks: directives for the training job, each asked for once, with this very decision.
     """
 
     lr: tuple[float, ...]
@@ -73,6 +87,7 @@ class Decision(NamedTuple):
     code: str
     fields: Mapping[str, Any] | None = None
     milestone: bool = False
+    asks: tuple[Ask, ...] = ()
 
 
 class Settings(NamedTuple):
@@ -92,7 +107,7 @@ class Policy(NamedTuple):
     step(config, state, seen) -> (state, decision for the step after `seen.step`).
     explain(config, decision) -> one sentence for people, built from the decision's code and fields.
     reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run), and
-        `APPLIED` where it needs to know what was in force.
+        `APPLIED` and `ROLLBACKS` where it needs to know these.
     codes: every decision code it can give (a code may join several with "+"), with its sentence's template.
     parts: where in the parameters other policies stand, as dotted paths ("stages.*.policy"); there the config holds a
         `Part` each.

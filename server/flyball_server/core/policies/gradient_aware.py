@@ -76,7 +76,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     inner, before, out, old, norm, samples, low = state
     part: Part = config.policy
     inner, decision = part.step(inner, seen)
-    lr, momentum, noise, phase, code, fields, milestone = decision
+    lr, momentum, noise, phase, code, fields, milestone, asks = decision
     factor, grad = old, seen.grad_norm
     if grad is not None and not bad(grad) and grad >= 0:
         running = norm
@@ -89,7 +89,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
         out = lr if factor == 1.0 else tuple([emit(one * factor) if one else 0.0 for one in lr])
     return (
         State(inner, lr, out, factor, norm, samples, low),
-        Decision(out, momentum, noise, phase, code, fields, milestone),
+        Decision(out, momentum, noise, phase, code, fields, milestone, asks),
     )
 
 

@@ -154,6 +154,7 @@ def _joined(state: State, decisions: list[Decision]) -> Decision:
         code,
         fields,
         any(d.milestone for d in decisions),
+        tuple([ask for d in decisions for ask in d.asks]),
     )
 
 

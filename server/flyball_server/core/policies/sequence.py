@@ -109,13 +109,13 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     momentum = first.momentum or decision.momentum
     kept = groups if stage + 1 < len(config.stages) else ()
     return State(stage, inner, seed, kept), Decision(
-        first.lr, momentum, noise, f"{stage + 1}.{first.phase}", "handover", fields, True
+        first.lr, momentum, noise, f"{stage + 1}.{first.phase}", "handover", fields, True, decision.asks
     )
 
 
 def _numbered(stage: int, decision: Decision) -> Decision:
-    lr, momentum, noise, phase, code, fields, milestone = decision
-    return Decision(lr, momentum, noise, f"{stage + 1}.{phase}", code, fields, milestone)
+    lr, momentum, noise, phase, code, fields, milestone, asks = decision
+    return Decision(lr, momentum, noise, f"{stage + 1}.{phase}", code, fields, milestone, asks)
 
 
 def _moved(groups: tuple[tuple[Any, ...], ...], decision: Decision) -> tuple[Group, ...]:

@@ -1,0 +1,152 @@
+"""The part of the fold that is about commands: what each event of theirs makes of a run.
+
+Rule of this module: it changes a run's `steering` and nothing else; what follows for the settings says `run.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flyball_server.core import commands
+from flyball_server.core.commands import Command, Control, Held, Proposal, Steering
+from flyball_server.core.errors import Conflict
+from flyball_server.core.events import Applied, Commanded, CommandMoved, Declared, DirectiveAnswered, Judged, Proposed
+from flyball_server.core.types import Ask
+
+
+def declared(steering: Steering, event: Declared) -> Steering:
+    """Controls, the newest declaration of a name counting."""
+    kept = {control.name: control for control in (*steering.controls, *event.controls)}
+    return steering._replace(controls=tuple(kept.values()))
+
+
+def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None, clamped: bool) -> Steering:
+    """A command is accepted; what it supersedes or releases was told by events of their own."""
+    command = Command(
+        f"c{seq}", event.kind, seq, event.actor, event.reason, "clamped" if clamped else "accepted", event.args,
+        event.until, event.expires_at, held,
+    )  # fmt: skip
+    open_ = steering.commands if event.kind == "note" else (*steering.commands, command)
+    keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
+    plans = steering.plans
+    if event.kind in commands.RULING:
+        plans = (*plans, (seq, json.dumps(event.args["plan"], sort_keys=True)))
+    whole = steering.whole or (event.kind != "note" and (event.kind in commands.RULING or _is_about_momentum(held)))
+    newest = steering.newest if event.kind == "note" else seq
+    return steering._replace(commands=open_, keys=keys, plans=plans, whole=whole, newest=newest)
+
+
+def _is_about_momentum(held: Held | None) -> bool:
+    return held is not None and held.momentum is not None
+
+
+def moved(steering: Steering, event: CommandMoved) -> Steering:
+    """A command goes on. Raises Conflict where it is not open."""
+    known = next((command for command in steering.commands if command.id == event.command), None)
+    if known is None:
+        raise Conflict(f"command {event.command} is over already, or was never given")
+    stays = event.status == "applied" and known.kind in commands.LASTING
+    rest = [command for command in steering.commands if command is not known or stays]
+    now = tuple([command._replace(status=event.status) if command is known else command for command in rest])
+    return steering._replace(commands=now)
+
+
+def answered(steering: Steering, event: DirectiveAnswered) -> Steering:
+    """The job did what it was asked for, or declined."""
+    return steering._replace(commands=tuple([c for c in steering.commands if c.id != event.directive]))
+
+
+def applied(steering: Steering, event: Applied) -> Steering:
+    """Receipts: what they confirm, the controls' values, and who else wrote."""
+    last = event.receipts[-1]
+    confirmed = max(steering.confirmed, *(r.confirms for r in event.receipts))
+    found = tuple([(r.conflict, r.step, event.attempt) for r in event.receipts if r.conflict])
+    conflicts = (*steering.conflicts, *found)[-commands.CONFLICTS_KEPT :] if found else steering.conflicts
+    values = dict(last.controls) or steering.applied_controls
+    if (confirmed, conflicts, values) == (steering.confirmed, steering.conflicts, steering.applied_controls):
+        return steering
+    return steering._replace(confirmed=confirmed, conflicts=conflicts, applied_controls=values)
+
+
+def reported(steering: Steering, source: str, number: int) -> Steering:
+    """A reporter's count."""
+    if not source:
+        return steering
+    counts = {name: count for name, count in steering.reporters.items() if name != source}
+    counts = dict([*counts.items(), (source, number)][-commands.REPORTERS_KEPT :])
+    return steering._replace(reporters=counts)
+
+
+def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, policy: str) -> Steering:
+    """What the policy itself asks of the job; the same kind is not asked for twice at a time."""
+    waiting = {command.kind for command in steering.commands}
+    new = [
+        Command(f"a{seq}.{i}", ask.kind, seq, f"policy:{policy}", ask.reason, "accepted", ask.args)
+        for i, ask in enumerate(asks)
+        if ask.kind not in waiting
+    ]
+    return steering._replace(commands=(*steering.commands, *new)) if new else steering
+
+
+def proposed(steering: Steering, event: Proposed, seq: int) -> Steering:
+    """Somebody proposes a command."""
+    proposal = Proposal(
+        f"p{seq}", event.kind, seq, event.actor, event.reason, event.args, event.needed, (), event.until,
+        event.expires_at,
+    )  # fmt: skip
+    keys = (*steering.keys, (event.key, proposal.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
+    return steering._replace(proposals=(*steering.proposals, proposal), keys=keys)
+
+
+def judged(steering: Steering, event: Judged) -> Steering:
+    """One more approves, or the proposal is over. Raises Conflict where it is not open, and for one person twice."""
+    known = next((one for one in steering.proposals if one.id == event.proposal), None)
+    if known is None:
+        raise Conflict(f"proposal {event.proposal} is over already, or was never made")
+    if event.verdict == "approved" and event.actor in known.approved:
+        raise Conflict(f"proposal {event.proposal} was approved by {event.actor} already: it takes somebody else")
+    approved = (*known.approved, event.actor)
+    if event.verdict == "approved" and len(approved) < known.needed:
+        kept = [one._replace(approved=approved) if one is known else one for one in steering.proposals]
+    else:
+        kept = [one for one in steering.proposals if one is not known]
+    return steering._replace(proposals=tuple(kept))
+
+
+def dump(steering: Steering) -> dict[str, Any]:
+    """As plain JSON values; `load` gives back an equal one."""
+    data = steering._asdict()
+    data["commands"] = [{**c._asdict(), "held": None if c.held is None else c.held._asdict()} for c in data["commands"]]
+    data["proposals"] = [p._asdict() for p in data["proposals"]]
+    data["controls"] = [list(c) for c in data["controls"]]
+    # What a job reads back may be no finite number, which JSON cannot carry.
+    data["applied_controls"] = {name: repr(value) for name, value in data["applied_controls"].items()}
+    return data
+
+
+def load(data: Mapping[str, Any] | None) -> Steering:
+    """What `dump` wrote, after any trip through JSON."""
+    if data is None:
+        return commands.NONE
+    return Steering(
+        **{
+            **data,
+            "commands": tuple([_command(one) for one in data["commands"]]),
+            "plans": tuple([(seq, plan) for seq, plan in data["plans"]]),
+            "controls": tuple([Control(*one) for one in data["controls"]]),
+            "proposals": tuple([Proposal(**{**one, "approved": tuple(one["approved"])}) for one in data["proposals"]]),
+            "keys": tuple([(key, command) for key, command in data["keys"]]),
+            "conflicts": tuple([(words, step, attempt) for words, step, attempt in data["conflicts"]]),
+            "applied_controls": {name: float(value) for name, value in data["applied_controls"].items()},
+        }
+    )
+
+
+def _command(data: Mapping[str, Any]) -> Command:
+    held = data["held"]
+    if held is not None:
+        rows = {name: None if held[name] is None else tuple(held[name]) for name in ("lr", "momentum", "noise_std")}
+        held = Held(**{**held, **rows})
+    return Command(**{**data, "held": held})
