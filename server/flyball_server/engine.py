@@ -56,9 +56,32 @@ class LiveRun:
         self.lock = asyncio.Lock()
         self.waiting = 0
         self.stale = False
+        #: When something last came from its job, by the event loop's clock; None: nothing since it was loaded.
+        self.heard: float | None = None
+        self._watchers: list[asyncio.Future[None]] = []
         self.snapshot_at = run.observations
         #: The newest batches' settings, for steps that a client sends again.
         self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
+
+    async def changed(self, within_s: float) -> None:
+        """Return when something was committed here, or the time is over."""
+        future = asyncio.get_running_loop().create_future()
+        self._watchers.append(future)
+        await asyncio.wait([future], timeout=within_s)
+        if future in self._watchers:
+            self._watchers.remove(future)
+
+    def tell(self) -> None:
+        """Wake whoever waits for a change."""
+        watchers, self._watchers = self._watchers, []
+        for future in watchers:
+            if not future.done():
+                future.set_result(None)
+
+    @property
+    def ruling(self) -> Rules:
+        """The rules in force, which a command may have changed."""
+        return fold.ruling(self.rules, self.run)
 
 
 class Turn:
@@ -132,6 +155,16 @@ class Engine:
         """Commit what is under way and close the journal."""
         await self._scrub.stop()
         await asyncio.to_thread(self._journal.close)
+
+    def in_memory(self) -> list[LiveRun]:
+        """The runs that are folded here."""
+        return list(self._live.values())
+
+    async def whole(self, run_id: str) -> LiveRun:
+        """The run, for whoever can make nothing of a part of it. Raises NotFound, and Damaged where it is."""
+        live = await self.find(run_id)
+        self.damage.check(run_id)
+        return live
 
     async def create(self, spec: Spec, actor: str, origin: Origin | None = None) -> LiveRun:
         """Begin a run. Raises Conflict where it exists (in any process)."""
@@ -218,7 +251,8 @@ class Engine:
             head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
             rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        of, project, name, _, policy, labels, _, _, created, _, _, _, parent = live.record
+        of, project, name, _, _, labels, _, _, created, _, _, _, parent = live.record
+        policy = fold.ruling(live.rules, run).policy.tag
         record = RunRecord(
             of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
         )
@@ -242,6 +276,7 @@ class Engine:
                 live.recent.clear()  # those decisions belong to the line that was left
             if isinstance(event, Observed) and run.lag is not None:
                 live.recent.append((event.steps[0], event.steps[-1], outcome.changes))
+        live.tell()
         return outcomes
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:

@@ -111,9 +111,10 @@ def projected(
 ) -> RunRecord:
     """The record that belongs to a fold."""
     step = run.through if run.observations else None
+    policy = fold.ruling(rules, run).policy.tag
     return RunRecord(
-        spec.run, spec.project, spec.name, run.status, rules.policy.tag, spec.labels, run.attempt, step, created_at,
-        updated_at, run.seq, head, parent_of(origin),
+        spec.run, spec.project, spec.name, run.status, policy, spec.labels, run.attempt, step, created_at, updated_at,
+        run.seq, head, parent_of(origin),
     )  # fmt: skip
 
 

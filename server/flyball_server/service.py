@@ -197,7 +197,7 @@ class Service:
         shadow: those of the run's shadow of this name. Raises NotFound where there is none.
         """
         live = await self._engine.find(run)
-        marked = queries.marked(live.spec, live.rules, shadow)
+        marked = queries.marked(live.spec, live.rules, live.run, shadow)
         if newest:
             return await self._query(run, lambda journal: queries.newest_decisions(journal, marked, limit))
         return await self._query(run, lambda journal: queries.decisions(journal, marked, after, limit))
