@@ -24,6 +24,7 @@ from flyball_server.core.events import Attached, Created, Event, Observed, Origi
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
+from flyball_server.ledger import Ledger, Lost
 from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
@@ -34,14 +35,11 @@ from flyball_server.storage.journal import (
     Row,
     RunRecord,
     Snapshot,
+    Work,
     chained,
 )
 
 T = TypeVar("T")
-
-
-class Lost(Exception):
-    """Another process appended to the run first: fold again and retry. No caller of the service sees it."""
 
 
 class LiveRun:
@@ -136,8 +134,7 @@ class Engine:
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
         self._loading: dict[str, asyncio.Lock] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._deleting = asyncio.Lock()
-        self._tombstone: Row | None = None  # the newest one, where this process wrote it
+        self.ledger = Ledger(journal, self._hand_in, now_us)
         self.damage = Damage()
         self._scrub = Scrub(journal, self.found_damage)
 
@@ -215,8 +212,8 @@ class Engine:
         run_id = record.run
         expected = None if live is None or self.damage.words(run_id) else live.run.seq
         observations = None if live is None else live.run.observations
-        async with self._deleting:
-            last, self._tombstone = self._tombstone or await asyncio.to_thread(deletion.newest, self._journal), None
+
+        async def write(last: Row | None) -> Row:
             row, left = deletion.tombstone(record, observations, reason, actor, self.now_us(), last)
             try:
                 await self._hand_in(run_id, lambda token: self._journal.delete(Deletion(expected, row, left, token)))
@@ -224,7 +221,9 @@ class Engine:
                 if live is not None:
                     live.stale = True
                 self._live.pop(run_id, None)
-            self._tombstone = row
+            return row
+
+        row = await self.ledger.extend(write)
         self.damage.forget(run_id)
         return row
 
@@ -334,12 +333,12 @@ class Engine:
         except Conflict as error:
             raise Lost(f"run {run_id}: another process appended first") from error
 
-    def _deliver(self, results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
+    def _deliver(self, results: Sequence[tuple[Work, Exception | None]]) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._resolve, results)
 
     @staticmethod
-    def _resolve(results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
+    def _resolve(results: Sequence[tuple[Work, Exception | None]]) -> None:
         for item, error in results:
             future: asyncio.Future[None] = item.token
             if not future.done():

@@ -83,6 +83,10 @@ SCRUB_SHARE = 0.2
 SCRUBBED_MAX = 100_000
 #: Characters in the reason for a deletion.
 REASON_MAX = 500
+#: Times that a row of the store's journal is tried again: nothing spreads these writers, as runs do those of runs.
+LEDGER_TRIES = 64
+#: Rows of the store's journal that are read at a time.
+LEDGER_PAGE = 1000
 #: Tombstones in one page.
 TOMBSTONES_MAX = 1000
 #: Rows, observations and bytes of rows in one part of an export; the last row may go beyond the latter two.
