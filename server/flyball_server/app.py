@@ -22,6 +22,7 @@ from types import TracebackType
 import uvicorn
 
 from flyball_server import grpc_api, http_api
+from flyball_server.commanding import Commanding
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
@@ -54,13 +55,14 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
     service = Service(engine, journal, profiles)
+    commanding = Commanding(engine, journal, profiles)
     ready = threading.Event()
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
     try:
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
         exchange = Exchange(engine, journal, signer_of(settings), version())
-        app = http_api.build(service, version(), ready.is_set, exchange)
+        app = http_api.build(service, commanding, version(), ready.is_set, exchange)
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
         # Training steps may be a minute apart; a client that finds its connection closed has to come again.
         config.timeout_keep_alive = KEEP_ALIVE_S
@@ -70,6 +72,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
+        sweeping = asyncio.create_task(commanding.sweep())
         ready.set()
         started(_address(settings.http, sock.getsockname()[1]), _address(settings.grpc, grpc_port))
         stopping = asyncio.create_task(stop.wait())
@@ -80,6 +83,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
+        sweeping.cancel()
         await http_task
     finally:
         await engine.close()

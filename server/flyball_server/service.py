@@ -17,7 +17,7 @@ from flyball_server.checks import (
     check_signal_names,
     spec_from,
 )
-from flyball_server.conversation import advice, attached, new_events, reason
+from flyball_server.conversation import advice, attached, new_events, overdue, reason
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound, SteeringError
 from flyball_server.core.events import Origin, Reported, Spec
 from flyball_server.core.run import Run
@@ -129,6 +129,8 @@ class Service:
         async def once() -> Advice:
             live = await self._engine.find(request.run)
             async with self._engine.turn(live):
+                if over := overdue(live.run, self._engine.now_us()):
+                    await self._engine.commit(live, over, "service")
                 run = live.run
                 if request.attempt != run.attempt:
                     raise Conflict(

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from fastapi import FastAPI, Response
 
 from flyball_server import limits
+from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import branches, exports, problems, runs, steer, store
+from flyball_server.http_api import branches, commands, exports, problems, runs, steer, store
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
 
-def build(service: Service, version: str, is_ready: Callable[[], bool], exchange: Exchange) -> FastAPI:
-    """The FastAPI application over one service and its exchange. `is_ready`: false while starting and draining."""
+def build(
+    service: Service, commanding: Commanding, version: str, is_ready: Callable[[], bool], exchange: Exchange
+) -> FastAPI:
+    """The FastAPI application over one service, its commands and its exchange. `is_ready`: false while starting and
+    draining."""
     app = FastAPI(
         title="Flyball",
         version=version,
@@ -27,6 +31,7 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
     app.include_router(steer.router(service))
     app.include_router(runs.router(service))
     app.include_router(branches.router(service))
+    app.include_router(commands.router(commanding))
     app.include_router(store.router(service))
     app.include_router(exports.router(exchange))
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from flyball_server.access import Caller
 from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
@@ -223,6 +224,11 @@ def router(service: Service) -> APIRouter:
         return SignalsReply(seq=await service.add_signals(run, body.signals, actor_of(request)))
 
     return routes
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, and what they may do."""
+    return Caller(actor_of(request), "admin")
 
 
 def actor_of(request: Request) -> str:
