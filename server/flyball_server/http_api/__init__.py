@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 
 from flyball_server import limits
+from flyball_server.auth import Door
 from flyball_server.exports.exchange import Exchange
 from flyball_server.http_api import branches, exports, problems, runs, steer, store
+from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
+from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
 from flyball_server.service import Service
+from flyball_server.tokens import Tokens
 
 
-def build(service: Service, version: str, is_ready: Callable[[], bool], exchange: Exchange) -> FastAPI:
-    """The FastAPI application over one service and its exchange. `is_ready`: false while starting and draining."""
-    app = FastAPI(
+def build(
+    service: Service, exchange: Exchange, tokens: Tokens, *, door: Door, version: str, is_ready: Callable[[], bool]
+) -> FastAPI:
+    """The application over one service, its exchange and its tokens. door: who comes in. is_ready: false while starting
+    and draining."""
+    app = Application(
         title="Flyball",
         version=version,
         summary="Steers and audits the learning rates of training jobs",
@@ -23,12 +31,15 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
         docs_url=None,
         redoc_url=None,
     )
-    problems.install(app)
-    app.include_router(steer.router(service))
-    app.include_router(runs.router(service))
-    app.include_router(branches.router(service))
-    app.include_router(store.router(service))
-    app.include_router(exports.router(exchange))
+
+    def denied(request: Request, why: str) -> None:
+        door.denied(caller_of(request), peer_of(request.scope), why)
+
+    problems.install(app, denied)
+    routers = [part.router(service) for part in (steer, runs, branches, store)]
+    for routes in (*routers, exports.router(exchange), tokens_api.router(tokens)):
+        # The door has looked at the token already; this only tells readers of the schema that there is one.
+        app.include_router(routes, responses=problems.ANSWERS, dependencies=[Depends(HTTPBearer(auto_error=False))])
 
     @app.get("/healthz", tags=["probes"])
     async def healthz() -> dict[str, str]:
@@ -45,4 +56,5 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
 
     others = {exports.IMPORT_PATH: limits.IMPORT_BYTES_MAX}
     app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX, others=others)
+    app.add_middleware(Guarded, door=door)  # outside of all: of who is not let in, no body is read
     return app

@@ -139,7 +139,7 @@ class Usage(NamedTuple):
 class RunFilter(NamedTuple):
     """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
     `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time.
-    `parent`: the forks of this run."""
+    `parent`: the forks of this run. `projects`: of any of these only."""
 
     project: str | None = None
     status: str | None = None
@@ -147,6 +147,7 @@ class RunFilter(NamedTuple):
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
     parent: str | None = None
+    projects: frozenset[str] | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
