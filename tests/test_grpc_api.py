@@ -53,7 +53,7 @@ def http(service):
 def skins(service):
     return {
         "http": lambda: HttpTransport(service.http, None),
-        "grpc": lambda: GrpcTransport(service.grpc.removeprefix("grpc://"), False, None),
+        "grpc": lambda: GrpcTransport(service.grpc.removeprefix("grpc://"), None),
     }
 
 
@@ -209,9 +209,10 @@ class Failing:
         errors.Denied,
         errors.Unauthenticated,
         errors.Busy,
+        errors.Limited,
         errors.SteeringError,
         RuntimeError,
-    ],
+    ],  # fmt: skip
 )
 def test_every_error_of_every_call_has_its_status(error):
     async def scenario():
