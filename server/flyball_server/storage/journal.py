@@ -140,7 +140,7 @@ class RunFilter(NamedTuple):
     """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
     `stale_before`, `lost_before` (with status "active", "stale" or "lost"): an active run is stale when its newest row
     and the newest sign of life of its job (`Journal.hear`) are older than the one time, and lost when older than the
-    other. `parent`: the forks of this run."""
+    other. `parent`: the forks of this run. `projects`: of any of these only."""
 
     project: str | None = None
     status: str | None = None
@@ -149,6 +149,7 @@ class RunFilter(NamedTuple):
     stale_before: int | None = None
     lost_before: int | None = None
     parent: str | None = None
+    projects: frozenset[str] | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).

@@ -53,6 +53,8 @@ def conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
     found: list[sa.ColumnElement[bool]] = []
     if where.project is not None:
         found.append(runs.project == where.project)
+    if where.projects is not None:
+        found.append(runs.project.in_(sorted(where.projects)))
     if where.status is None:
         found.append(runs.status != DELETED)
     else:

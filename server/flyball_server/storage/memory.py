@@ -204,6 +204,7 @@ def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, int]) -> b
         return False
     return (
         where.project in (None, record.project)
+        and (where.projects is None or record.project in where.projects)
         and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()
