@@ -23,7 +23,7 @@ from flyball_server.core.commands import Control
 from flyball_server.core.errors import Busy, Denied, Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Fork, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
@@ -85,7 +85,8 @@ class Steering(pb_grpc.SteeringServicer):
     async def AddSignals(self, request: pb.AddSignalsRequest, context: Any) -> pb.AddSignalsReply:  # noqa: N802
         """Side signals from another process."""
         async with self._call(context) as call:
-            seq = await self._service.add_signals(request.run, dict(request.signals), await call.admit())
+            said = SideReport(dict(request.signals), request.source, request.number, request.note)
+            seq = await self._service.add_signals(request.run, said, await call.admit())
         return pb.AddSignalsReply(seq=seq)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunStatus:  # noqa: N802
