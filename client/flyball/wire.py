@@ -183,8 +183,20 @@ def attach_json(message: Attach) -> dict[str, Any]:
     return data
 
 
-def report_json(message: Report) -> dict[str, Any]:
-    """Report as JSON values; the run rides in the path. What has nothing to say is left out, as in `attach_json`."""
+#: Fields that a service which never asks for confirming does not know, and would refuse.
+_NEWER = ("confirms", "controls", "wanted_lr", "of_ranks")
+
+
+def report_json(message: Report, *, older: bool = False) -> dict[str, Any]:
+    """Report as JSON values; the run rides in the path. What has nothing to say is left out, as in `attach_json`.
+
+    older: for a service whose Attached says nothing about `confirm`; what such a one does not know is left out as well.
+    """
+    if older:
+        defaults = {name: Receipt._field_defaults[name] for name in _NEWER}
+        receipts = tuple(receipt._replace(**defaults) for receipt in message.receipts)
+        answers = tuple(answer._replace(step=0) for answer in message.answers)
+        message = message._replace(receipts=receipts, answers=answers, controls=())
     data: dict[str, Any] = {
         "session": message.session,
         "attempt": message.attempt,

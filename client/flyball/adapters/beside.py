@@ -7,37 +7,39 @@ would otherwise be noticed when it is too late to wonder.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from flyball import limits
 from flyball.adapters.writers import schedulers
-from flyball.governor import Governor
 from flyball.optimizer import Conflict
 
 
-def look_beside(optimizer: Any, governor: Governor) -> Callable[[], None]:
-    """Tell the governor of a scheduler that goes on between two looks; returns what ends the looking."""
-    seen: list[tuple[weakref.ref[Any], Any]] = []
-    count = 0
+class Beside:
+    """Call `look` once a step until it is `over`."""
 
-    def look(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        # Where there is a scheduler, it has left this mark, or torch's warning about the order of steps.
-        if count == limits.BESIDE_STEPS[0] and any("initial_lr" in group for group in optimizer.param_groups):
-            seen.extend((weakref.ref(one), _epoch(one)) for one in schedulers(optimizer))
-        if count < limits.BESIDE_STEPS[0] or (count < limits.BESIDE_STEPS[1] and seen):
-            return
-        remove()
-        running = [one for one, then in ((ref(), then) for ref, then in seen) if _epoch(one) != then]
-        if running and not governor.status.conflicts:
-            name = type(running[0]).__name__
-            text = f"{name} runs beside the service: what it writes as the learning rate is replaced before each step"
-            governor.note(Conflict(f"beside: {name}", text))
+    def __init__(self, optimizer: Any) -> None:
+        self.over = False
+        self._optimizer = optimizer
+        self._steps = 0
+        self._seen: list[tuple[weakref.ref[Any], Any]] = []
 
-    remove: Callable[[], None] = optimizer.register_step_post_hook(look).remove
-    return remove
+    def look(self) -> Conflict | None:
+        """A scheduler that went on between the two looks, if there is one."""
+        self._steps += 1
+        first, second = limits.BESIDE_STEPS
+        # Schedulers leave a mark on the groups they work on: without one there is no need to search.
+        if self._steps == first and any("initial_lr" in group for group in self._optimizer.param_groups):
+            self._seen = [(weakref.ref(one), _epoch(one)) for one in schedulers(self._optimizer)]
+        if self._steps < first or (self._steps < second and self._seen):
+            return None
+        self.over = True
+        running = [one for ref, then in self._seen if (one := ref()) is not None and _epoch(one) != then]
+        self._seen = []
+        if not running:
+            return None
+        name = type(running[0]).__name__
+        text = f"{name} runs beside the service: what it writes as the learning rate is replaced before each step"
+        return Conflict(f"beside: {name}", text)
 
 
 def _epoch(scheduler: Any) -> Any:

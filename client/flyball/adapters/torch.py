@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flyball.adapters.around import behind, factor, finally_do
-from flyball.adapters.beside import look_beside
+from flyball.adapters.beside import Beside
 from flyball.adapters.from_device import FromDevice
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
@@ -141,6 +141,8 @@ class _Groups:
         self._reference = tuple(group.lr for group in declared)
         self._bounds: tuple[tuple[float, float], ...] = ((0.0, inf),)
         self._factors: tuple[Settings, list[float]] | None = None
+        #: In the first steps, where nobody else may write.
+        self._beside = None if multiplier else Beside(optimizer)
         self._writers = Writers(optimizer, tuple(group.name for group in declared))
         #: What stood in the groups when this looked last: after writing, and after the step. None: not looked at.
         self._stands: list[Stand] | None = None
@@ -159,9 +161,7 @@ class _Groups:
             self._optimizer.register_step_post_hook(lambda *_: governor.after_step()).remove,
             self._optimizer.register_load_state_dict_post_hook(self._loaded).remove,
         ]
-        if not self._multiplier:
-            self._ends.append(look_beside(self._optimizer, governor))
-        else:
+        if self._multiplier:
             # torch runs no post-hook where a step raises.
             self._ends.append(finally_do(self._optimizer, self._put_back))
 
@@ -196,6 +196,8 @@ class _Groups:
         groups = self._optimizer.param_groups
         same = settings is self._wanted and self._used is not None and untouched(groups, self._stands or ())
         conflict = None if same else self._write(settings, reference, groups)
+        if self._beside is not None:
+            conflict = conflict or self._look(self._beside)
         if noise_seed is not None and settings is not None and settings.noise_std is not None:
             add = functools.partial(self._add_noise, settings.noise_std, noise_seed)
             if self._closure is None:
@@ -203,6 +205,12 @@ class _Groups:
             else:
                 self._closure = behind(self._closure, add)
         return conflict
+
+    def _look(self, beside: Beside) -> Conflict | None:
+        found = beside.look()
+        if beside.over or self._writers.named:
+            self._beside = None
+        return None if self._writers.named else found
 
     def _add_noise(self, std: tuple[float, ...], seed: int) -> None:
         self._added = self._noise.add(std, seed)

@@ -29,10 +29,13 @@ _NO_HOLDERS = (
 
 
 class Writers:
-    """The others that work on one optimizer. loaded: whether its state was loaded since somebody last looked."""
+    """The others that work on one optimizer.
+
+    loaded: whether its state was loaded since somebody last looked. named: whether anybody was ever found to write.
+    """
 
     def __init__(self, optimizer: Any, groups: tuple[str, ...]) -> None:
-        self.loaded = False
+        self.loaded = self.named = False
         self._groups = groups
         self._optimizer = optimizer
         self._proven: list[weakref.ref[Any]] = []
@@ -44,6 +47,7 @@ class Writers:
         """What to say about these changes, if there are any. words: with {found} and {wanted} in it."""
         if not found:
             return None
+        self.named = True
         what, index, wanted, value = found[0]
         writer = self._name(what, index, value)
         group = self._groups[index] if index < len(self._groups) else f"group{index}"
