@@ -373,7 +373,7 @@ async def on_line(*parts):
     return run
 
 
-OWN = ("seq", "attempts", "attempt", "session", "from_step", "decided")
+OWN = ("seq", "attempts", "attempt", "session", "from_step", "decided", "steering")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from flyball_server import limits, records
 from flyball_server.checks import alternative, check_seed, spec_from
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
-from flyball_server.core.events import DirectiveAnswered, Event, Observed, Origin, Outcome, Spec
+from flyball_server.core.events import ASIDE, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group
 from flyball_server.guards import expanded
@@ -152,7 +152,7 @@ def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple
                 continue
             if not on_line:
                 event, outcome = _before(event, outcome, int(cutoff))
-        if not isinstance(event, DirectiveAnswered):
+        if not isinstance(event, ASIDE):
             yield event, outcome
 
 

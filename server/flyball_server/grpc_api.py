@@ -16,6 +16,7 @@ import grpc
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import limits
+from flyball_server.core.commands import Control
 from flyball_server.core.errors import Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
@@ -29,6 +30,7 @@ STATUS = {
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
     "not_found": grpc.StatusCode.NOT_FOUND,
     "conflict": grpc.StatusCode.ABORTED,
+    "stale": grpc.StatusCode.ABORTED,
     "denied": grpc.StatusCode.PERMISSION_DENIED,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "damaged": grpc.StatusCode.DATA_LOSS,
@@ -189,13 +191,18 @@ def read_report(m: pb.Report) -> Report:
             values[index] = None
         signals[column.name] = values
     receipts = tuple(_receipt(r) for r in m.receipts) if m.receipts else ()
-    answers = tuple(DirectiveAnswered(m.attempt, a.directive, a.outcome, a.note) for a in m.answers)
-    return Report(m.run, m.session, m.attempt, list(m.step), signals, receipts, answers, m.end)
+    answers = tuple(DirectiveAnswered(m.attempt, a.directive, a.outcome, a.note, a.step) for a in m.answers)
+    controls = tuple(Control(c.name, c.value, c.min, c.max) for c in m.controls) if m.controls else ()
+    return Report(m.run, m.session, m.attempt, list(m.step), signals, receipts, answers, m.end, controls)
 
 
 def _receipt(r: pb.Receipt) -> Receipt:
     settings = Settings(tuple(r.lr), tuple(r.momentum) or None, tuple(r.noise_std) or None)
-    return Receipt(r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks)
+    wanted = tuple(r.wanted_lr) or None
+    return Receipt(
+        r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks, r.confirms, dict(r.controls), wanted,
+        r.of_ranks,
+    )  # fmt: skip
 
 
 def write_changes(changes: Sequence[tuple[int, Settings]]) -> pb.Changes:
@@ -235,12 +242,14 @@ def write_attached(a: Attached) -> pb.Attached:
         reference=a.reference,
         seed=a.seed,
         guard_json=json.dumps(dict(a.guard)) if a.guard else "",
+        controls=a.controls,
+        confirm=a.confirm,
     )
 
 
 def write_advice(a: Advice) -> pb.Advice:
     """Message to protobuf."""
-    return pb.Advice(
+    out = pb.Advice(
         attempt=a.attempt,
         through=a.through,
         receipts_through=a.receipts_through,
@@ -251,6 +260,15 @@ def write_advice(a: Advice) -> pb.Advice:
         code=a.code,
         reason=a.reason,
     )
+    if a.confirm or a.directives or a.controls or a.guard or a.notices:  # most have none of it
+        out.directives.extend(
+            pb.Directive(id=d.id, kind=d.kind, args_json=json.dumps(dict(d.args))) for d in a.directives
+        )
+        out.confirm = a.confirm
+        out.controls.update(a.controls)
+        out.guard_json = json.dumps(dict(a.guard)) if a.guard else ""
+        out.notices.extend(a.notices)
+    return out
 
 
 def write_run(view: RunView) -> pb.RunStatus:

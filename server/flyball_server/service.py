@@ -22,7 +22,8 @@ from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFoun
 from flyball_server.core.events import Origin, Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
-from flyball_server.engine import Engine, LiveRun, Lost, next_attempt
+from flyball_server.engine import Engine, LiveRun, next_attempt
+from flyball_server.ledger import Lost
 from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.profiles import Profile
@@ -197,7 +198,7 @@ class Service:
         shadow: those of the run's shadow of this name. Raises NotFound where there is none.
         """
         live = await self._engine.find(run)
-        marked = queries.marked(live.spec, live.rules, shadow)
+        marked = queries.marked(live.spec, live.rules, live.run, shadow)
         if newest:
             return await self._query(run, lambda journal: queries.newest_decisions(journal, marked, limit))
         return await self._query(run, lambda journal: queries.decisions(journal, marked, after, limit))
@@ -262,7 +263,7 @@ class Service:
 
     async def tombstones(self, after: int, limit: int) -> dict[str, Any]:
         """The deleted runs, oldest first, in pages."""
-        return await queries.in_thread(deletion.tombstones, self._journal, after, limit)
+        return await queries.in_thread(deletion.tombstones, self._journal, after, limit, lambda _: True)
 
     def damaged(self) -> Mapping[str, str]:
         """The runs that are known to be damaged, and what each has."""

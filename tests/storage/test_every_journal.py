@@ -38,6 +38,7 @@ from flyball_server.storage.journal import (
     STORE,
     Deletion,
     Journal,
+    Note,
     Row,
     RunFilter,
     RunRecord,
@@ -196,6 +197,36 @@ def test_a_deletion_leaves_a_record_and_a_tombstone_and_the_name_is_not_used_aga
     assert [type(error) for error in errors] == [Conflict, Conflict]
     assert type(delete(deletion._replace(row=chain(STORE, [stone], after=stone)[0]))) is Conflict, "deleted once"
     assert list(journal.rows("b")) == b
+
+
+def test_a_note_follows_the_newest_row_of_the_stores_journal_and_changes_no_run(
+    opened: tuple[Journal, Results],
+) -> None:
+    journal, results = opened
+    kept = append("a", chain("a", observed(2, 2)))
+    assert keep(journal, results, kept) == [None]
+    first, second, third = chain(STORE, [row(f"kind {i}", meta={"i": i}) for i in range(3)])
+
+    def note(one: Row) -> Exception | None:
+        before = len(results.all)
+        journal.note(Note(one, one.seq))
+        return results.wait(before + 1)[-1]
+
+    assert note(first) is None
+    assert results.all[-1][0].token == 1
+    for late_or_early in (first, third):
+        assert type(note(late_or_early)) is Conflict
+    before = len(results.all)
+    journal.delete(Deletion(2, second, left_of(kept.record, second), None))
+    assert results.wait(before + 1)[-1] is None
+    assert note(third) is None
+    assert list(journal.rows(STORE)) == [first, second, third]
+    journal.compact(STORE)
+    assert list(journal.rows(STORE, after=1)) == [second, third]
+    (fourth,) = chain(STORE, [row("kind 4")], after=third)
+    assert note(fourth) is None
+    assert [one.seq for one in journal.rows(STORE)] == [1, 2, 3, 4]
+    assert journal.check() == []
 
 
 def test_a_damaged_run_may_be_deleted_whatever_is_left_of_it(opened: tuple[Journal, Results]) -> None:

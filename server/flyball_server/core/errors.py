@@ -4,6 +4,7 @@ SteeringError (never raised itself)
 ├── Invalid    the request is wrong: correct the named field
 ├── NotFound   no such run or policy: check the name
 ├── Conflict   somebody else moved first: read again, then decide
+│   └── Stale  the same, of a row number that was said to be the newest
 ├── Denied     not allowed: ask for the role
 ├── Busy       a stated limit is full: come back later
 └── Damaged    the stored record is not what was written: restore it
@@ -36,6 +37,12 @@ class Conflict(SteeringError):
     """The run is not in the state the caller believed; read it again and decide."""
 
     code = "conflict"
+
+
+class Stale(Conflict):
+    """The caller decided without knowing the run's newest command; the message names its row."""
+
+    code = "stale"
 
 
 class Denied(SteeringError):

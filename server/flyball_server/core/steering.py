@@ -15,6 +15,9 @@ from flyball_server.core.errors import Conflict
 from flyball_server.core.events import Applied, Commanded, CommandMoved, Declared, DirectiveAnswered, Judged, Proposed
 from flyball_server.core.types import Ask
 
+#: Who asks, where the run's own policy does.
+POLICY = "policy"
+
 
 def declared(steering: Steering, event: Declared) -> Steering:
     """Controls, the newest declaration of a name counting."""
@@ -105,17 +108,19 @@ def reported(steering: Steering, source: str, number: int) -> Steering:
     return steering._replace(reporters=counts)
 
 
-def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, policy: str) -> Steering:
-    """What the policy itself asks of the job; the same kind is not asked for twice at a time."""
-    for ask in asks:
-        if ask.kind in {command.kind for command in steering.commands}:
-            continue
-        # Several steps of one batch may ask for something, and share its row.
-        number = sum(command.id.startswith(f"a{seq}.") for command in steering.commands)
-        new = Command(f"a{seq}.{number}", ask.kind, seq, f"policy:{policy}", ask.reason, "accepted", ask.args)
-        restoring = steering.restoring or ask.kind == "restore"
-        steering = steering._replace(commands=(*steering.commands, new), restoring=restoring)
-    return steering
+def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, before: int) -> tuple[Steering, tuple[Ask, ...]]:
+    """What the policy itself asks of the job, each kind once, without what waits for an answer already. before: how
+    many it asked in this row already."""
+    waiting = {command.kind for command in steering.commands}
+    new = tuple([ask for kind, ask in {ask.kind: ask for ask in reversed(asks)}.items() if kind not in waiting])[::-1]
+    if not new:
+        return steering, ()
+    found = [
+        Command(f"a{seq}.{i}", ask.kind, seq, POLICY, ask.reason, "accepted", ask.args)
+        for i, ask in enumerate(new, before)
+    ]
+    restoring = steering.restoring or any(ask.kind == "restore" for ask in new)
+    return steering._replace(commands=(*steering.commands, *found), restoring=restoring), new
 
 
 def proposed(steering: Steering, event: Proposed, seq: int) -> Steering:

@@ -16,6 +16,7 @@ STATUS = {
     "invalid": (422, "The request is wrong"),
     "not_found": (404, "There is no such thing"),
     "conflict": (409, "Somebody else moved first"),
+    "stale": (412, "Somebody else moved first"),
     "denied": (403, "Not allowed"),
     "busy": (503, "A limit is full, come back later"),
     "damaged": (500, "The stored record is damaged"),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.messages import Advice, Attach, Attached, Fork, Report
@@ -79,6 +80,10 @@ class ReceiptBody(_Body):
     late: bool = False
     conflict: str = ""
     ranks: int = 1
+    confirms: int = 0
+    controls: dict[str, Number] = {}
+    wanted_lr: list[Number] | None = None
+    of_ranks: int = 0
 
 
 class AnswerBody(_Body):
@@ -87,6 +92,16 @@ class AnswerBody(_Body):
     directive: str
     outcome: Literal["done", "declined"]
     note: str = ""
+    step: int = 0
+
+
+class ControlBody(_Body):
+    """See Control in steering.proto."""
+
+    name: str
+    value: float
+    min: float
+    max: float
 
 
 class ReportBody(_Body):
@@ -99,6 +114,7 @@ class ReportBody(_Body):
     receipts: list[ReceiptBody] = []
     answers: list[AnswerBody] = []
     end: Literal["", "finished", "failed"] = ""
+    controls: list[ControlBody] = []
 
 
 class SignalsBody(_Body):
@@ -134,6 +150,16 @@ class AttachedBody(BaseModel):
     reference: list[float]
     seed: int
     guard: dict[str, Any]
+    controls: dict[str, float]
+    confirm: int
+
+
+class DirectiveBody(BaseModel):
+    """See Directive in steering.proto."""
+
+    id: str
+    kind: str
+    args: dict[str, Any]
 
 
 class AdviceBody(BaseModel):
@@ -148,7 +174,11 @@ class AdviceBody(BaseModel):
     phase: str
     code: str
     reason: str
-    directives: list[dict[str, Any]] = []
+    directives: list[DirectiveBody]
+    confirm: int
+    controls: dict[str, float]
+    guard: dict[str, Any]
+    notices: list[str]
 
 
 class SignalsReply(BaseModel):
@@ -172,9 +202,19 @@ def router(service: Service) -> APIRouter:
     @routes.post("/runs/{run}/report")
     async def report(run: str, body: ReportBody, request: Request) -> AdviceBody:
         """What the driver saw and did; the answer is the acknowledgement and the newest settings."""
-        answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note) for a in body.answers)
+        answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note, a.step) for a in body.answers)
         receipts = tuple(_receipt(r) for r in body.receipts)
-        message = Report(run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end)
+        message = Report(
+            run,
+            body.session,
+            body.attempt,
+            body.step,
+            body.signals,
+            receipts,
+            answers,
+            body.end,
+            tuple(Control(**dict(c)) for c in body.controls),
+        )
         return _advice(await service.report(message, actor_of(request)))
 
     @routes.post("/runs/{run}/signals")
@@ -196,7 +236,10 @@ def _receipt(r: ReceiptBody) -> Receipt:
         None if r.momentum is None else tuple(r.momentum),
         None if r.noise_std is None else tuple(r.noise_std),
     )
-    return Receipt(r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks)
+    wanted = None if r.wanted_lr is None else tuple(r.wanted_lr)
+    return Receipt(
+        r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks, r.confirms, r.controls, wanted, r.of_ranks
+    )
 
 
 def _changes(changes: Any) -> ChangesBody:
@@ -216,5 +259,6 @@ def _attached(a: Attached) -> AttachedBody:
 
 
 def _advice(a: Advice) -> AdviceBody:
-    fields = {name: getattr(a, name) for name in a._fields if name != "changes"}
-    return AdviceBody(**fields, changes=_changes(a.changes))
+    fields = {name: getattr(a, name) for name in a._fields if name not in ("changes", "directives")}
+    directives = [DirectiveBody(**d._asdict()) for d in a.directives]
+    return AdviceBody(**fields, directives=directives, changes=_changes(a.changes))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
-#: The store's own journal: rows of this id tell which runs were deleted, by whom and why. No run can be called so.
+#: The store's own journal: rows of this id tell what concerns no single run, such as which runs were deleted, by whom
+#: and why, or who was given access. No run can be called so.
 STORE = "#store"
 #: The status of what is left of a deleted run: its record, whose `seq` and `hash` are those of its row in STORE.
 DELETED = "deleted"
@@ -110,6 +111,17 @@ class Deletion(NamedTuple):
     token: Any
 
 
+class Note(NamedTuple):
+    """A row to add to STORE behind the row `row.seq - 1`, which changes no run."""
+
+    row: Row
+    token: Any
+
+
+#: What the journal is given to write.
+Work = Append | Deletion | Note
+
+
 class Usage(NamedTuple):
     """What a store takes and may take. bytes: pages in use and the write-ahead log; None: not on a disk.
 
@@ -138,7 +150,7 @@ class RunFilter(NamedTuple):
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
-Deliver = Callable[[Sequence[tuple[Append | Deletion, Exception | None]]], None]
+Deliver = Callable[[Sequence[tuple[Work, Exception | None]]], None]
 
 
 class Reading(Protocol):
@@ -170,6 +182,10 @@ class Journal(Reading, Protocol):
     def delete(self, deletion: Deletion) -> None:
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
+
+    def note(self, note: Note) -> None:
+        """Accept a row for STORE. Its result comes through `deliver`: Conflict where STORE has gone on meanwhile. It
+        may be written where appends are refused because the store is full."""
 
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         """Write a whole run at once, and wait until it is durable: all or nothing. The caller has proved its rows.

@@ -21,11 +21,13 @@ from flyball_server.storage.journal import (
     Block,
     Deletion,
     Deliver,
+    Note,
     Row,
     RunFilter,
     RunRecord,
     Snapshot,
     Usage,
+    Work,
 )
 from flyball_server.storage.series import row_blocks
 
@@ -39,7 +41,7 @@ class MemoryJournal:
     def __init__(self) -> None:
         self._deliver: Deliver | None = None
         self._lock = threading.RLock()
-        self._waiting: deque[Append | Deletion] = deque()
+        self._waiting: deque[Work] = deque()
         self._delivering = False
         self._stored: dict[str, list[Stored]] = {}
         self._records: dict[str, RunRecord] = {}
@@ -57,7 +59,10 @@ class MemoryJournal:
     def delete(self, deletion: Deletion) -> None:
         self._accept(deletion)
 
-    def _accept(self, item: Append | Deletion) -> None:
+    def note(self, note: Note) -> None:
+        self._accept(note)
+
+    def _accept(self, item: Work) -> None:
         if self._deliver is None:
             raise Busy("the journal is closed")
         self._waiting.append(item)
@@ -67,10 +72,22 @@ class MemoryJournal:
         try:
             while self._waiting and self._deliver is not None:
                 accepted = self._waiting.popleft()
-                error = self._add(accepted) if isinstance(accepted, Append) else self._remove(accepted)
-                self._deliver([(accepted, error)])
+                self._deliver([(accepted, self._written(accepted))])
         finally:
             self._delivering = False
+
+    def _written(self, item: Work) -> Exception | None:
+        if isinstance(item, Append):
+            return self._add(item)
+        return self._remove(item) if isinstance(item, Deletion) else self._set_down(item)
+
+    def _set_down(self, note: Note) -> Exception | None:
+        with self._lock:
+            rows = self._stored.setdefault(STORE, [])
+            if len(rows) != note.row.seq - 1:
+                return Conflict(f"{STORE!r} is at {len(rows)}, not at {note.row.seq - 1}")
+            rows.append(store(note.row))
+            return None
 
     def _add(self, append: Append) -> Exception | None:
         run = append.record.run

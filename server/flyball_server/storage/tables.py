@@ -88,7 +88,7 @@ def insert_or_update(table: sa.Table, dialect: str) -> sa.Insert:
 MOVE_RUN = (
     sa.update(runs)
     .where(runs.c.run == sa.bindparam("run"))
-    .values({name: sa.bindparam(name) for name in ("status", "attempt", "step", "updated_at", "seq", "hash")})
+    .values({name: sa.bindparam(name) for name in ("status", "policy", "attempt", "step", "updated_at", "seq", "hash")})
 )
 
 

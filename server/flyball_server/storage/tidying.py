@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Damaged
+from flyball_server.core.errors import Conflict, Damaged
 from flyball_server.storage import tables
 from flyball_server.storage.blocks import Stored, check_types, pack_segment, prove, store, unpack
 from flyball_server.storage.journal import GENESIS, STORE, Deletion
@@ -108,6 +108,19 @@ def superfluous(newest_first: Iterable[int]) -> list[int]:
     seqs = list(newest_first)
     oldest = {(seqs[0] - seq).bit_length(): seq for seq in seqs}
     return [seq for seq in seqs[SNAPSHOTS_KEPT:] if oldest[(seqs[0] - seq).bit_length()] != seq]
+
+
+def lock_store(connection: sa.Connection, seq: int) -> None:
+    """Take the database's write lock, and raise Conflict where the newest row of STORE is not row `seq`.
+
+    Of STORE nothing is remembered between two writes: other processes may add to it beside the one that owns the file.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    table = tables.journal.c
+    newest = connection.execute(sa.select(sa.func.max(table.last_seq)).where(table.run == STORE)).scalar() or 0
+    if newest != seq:
+        raise Conflict(f"{STORE!r} is at {newest}, not at {seq}")
 
 
 def remove(connection: sa.Connection, save_row: tables.Prepared, deletion: Deletion) -> None:
