@@ -26,6 +26,7 @@ from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
+from flyball_server.projects import NOWHERE, load_projects
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
@@ -46,14 +47,15 @@ def version() -> str:
 async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str], None]) -> None:
     """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses.
 
-    Raises OSError where an address is taken, Invalid for a wrong profile or an address of a store
+    Raises OSError where an address is taken, Invalid for a wrong profile or project or an address of a store
     that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
+    projects = load_projects(settings.projects) if settings.projects else NOWHERE
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
-    service = Service(engine, journal, profiles)
+    service = Service(engine, journal, profiles, projects)
     ready = threading.Event()
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
     try:
@@ -160,13 +162,22 @@ def running(
     grpc: str = "127.0.0.1:0",
     profiles: str = "",
     store_bytes_max: int | None = None,
+    projects: str = "",
 ) -> Running:
     """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
 
     By default it listens on free loopback ports and keeps its journal in memory.
     """
     return Running(
-        Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False, store_bytes_max=store_bytes_max)
+        Settings(
+            store=store,
+            http=http,
+            grpc=grpc,
+            profiles=profiles,
+            projects=projects,
+            insecure=False,
+            store_bytes_max=store_bytes_max,
+        )
     )
 
 

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
@@ -36,8 +36,8 @@ _log = logging.getLogger(__name__)
 class Projects(Protocol):
     """What a project says about commands."""
 
-    def capped(self, project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The limits as far as the project and the service let them go."""
+    def capped(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
+        """The limits as far as the project and the service let them go, for a run with these groups."""
 
     def approvals(self, project: str) -> int:
         """How many people a command takes."""
@@ -197,7 +197,7 @@ class Commanding:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command)
 
 
-def _uncapped(project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
+def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
     return guard
 
 

@@ -27,6 +27,7 @@ from flyball_server.ledger import Lost
 from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.profiles import Profile
+from flyball_server.projects import NOWHERE, Projects
 from flyball_server.proving import Undamaged
 from flyball_server.rules import rules_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
@@ -52,10 +53,17 @@ class RunView(NamedTuple):
 class Service:
     """The service over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        profiles: Mapping[str, Profile] | None = None,
+        projects: Projects = NOWHERE,
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self.profiles: Mapping[str, Profile] = profiles or {}
+        self._projects = projects
         self._what_ifs = 0
 
     async def attach(self, request: Attach, actor: str) -> Attached:
@@ -63,7 +71,7 @@ class Service:
 
         Raises Conflict where the run exists and the caller did not say that it resumes; Invalid, NotFound, Busy.
         """
-        spec = spec_from(request, self.profiles)
+        spec = spec_from(request, self.profiles, self._projects)
         check_resumption(request)
 
         async def once() -> Attached:
@@ -327,7 +335,9 @@ class Service:
                 raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends with step {end}")
         seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
         origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
-        spec, origin = branches.forked(request, parent.spec, left, origin, self.profiles)
+        spec, origin = branches.forked(
+            request, parent.spec, left, origin, profiles=self.profiles, projects=self._projects
+        )
         if await queries.in_thread(self._journal.record, spec.run) is not None:
             raise Conflict(f"run {spec.run!r} exists already: choose another name")
         return await self._engine.create(spec, actor, origin)

@@ -1,20 +1,20 @@
 """Policy `spike_guard`: another policy, with a playbook for spikes of the loss and of the gradient norm.
 
-Rule: an observation is suspect where its loss or gradient norm is unusable, or lies more than `deviations` mean absolute
-deviations above its running mean; `confirm` of them in a row are a spike. A spike takes the next rung of the playbook:
-cut the learning rate; cut it and ramp it back; ask the job to go back to a checkpoint and to skip batches; ask it to
-stop. A spike that goes on takes another rung after `cooldown_steps`; one that comes `memory_steps` after the one before,
-or later, begins at the first rung again. Cuts are a factor on top of the inner policy, which knows nothing of them; a
-cut that is not ramped back lasts.
+Rule: an observation is suspect where its loss or gradient norm is unusable, or lies more than `deviations` mean
+absolute deviations above its running mean; `confirm` of them in a row are a spike. A spike takes the next rung of the
+playbook: cut the learning rate; cut it and ramp it back; ask the job to go back to a checkpoint and to skip batches;
+ask it to stop. A spike that goes on takes another rung after `cooldown_steps`; one that comes `memory_steps` after the
+one before, or later, begins at the first rung again. Cuts are a factor on top of the inner policy, which knows nothing
+of them; a cut that is not ramped back lasts.
 
-The running mean and deviation are exponential averages of the loss, and of log(grad_norm), whose every update is clipped
-to `clip` deviations, the idea behind Huber's estimate of location (Huber 1964): one wild value moves them no further
-than an ordinary one could, while a level that stays is believed in the end, the sooner the nearer it is. A threshold in
-running deviations is that of ZClip (Kumar et al. 2025), going back before a spike and skipping batches the practice
-described for PaLM (Chowdhery et al. 2022, section 5.1).
+The running mean and deviation are exponential averages of the loss, and of log(grad_norm), whose every update is
+clipped to `clip` deviations, the idea behind Huber's estimate of location (Huber 1964): one wild value moves them no
+further than an ordinary one could, while a level that stays is believed in the end, the sooner the nearer it is. A
+threshold in running deviations is that of ZClip (Kumar et al. 2025); to go back before a spike and skip batches is the
+practice described for PaLM (Chowdhery et al. 2022).
 
-Going back takes the detector back with the rest of the state, to what it was at that checkpoint; its streak begins anew.
-How often the run has gone back is counted outside of that state, so that restoring again and again ends in a stop.
+Going back takes the detector back with the rest of the state, to what it was at that checkpoint; its streak begins
+anew. How often the run has gone back is counted outside of that state, so that restoring over and over ends in a stop.
 """
 
 from __future__ import annotations
@@ -75,18 +75,18 @@ class Config:
 
 
 class Detector(NamedTuple):
-    """mean, deviation: running. count: usable values so far, up to min_samples or FEW. streak: suspect ones in a row, up
-    to confirm, the first at the step since."""
+    """mean, deviation: running. samples: usable values so far, as far as that matters. streak: suspect ones in a row,
+    up to confirm, the first at the step since."""
 
     mean: float
     deviation: float
-    count: int
+    samples: int
     streak: int
     since: int
 
 
 class Spell(NamedTuple):
-    """Spikes that belong together. rung: rungs taken. last: the step of the newest spike. acted: that of the newest rung.
+    """Spikes that belong together. rung: rungs taken. last: the newest spike's step. acted: the newest rung's.
 
     low, high: a ramp's ends; began: the step its first value was decided at, -1 where there is none. rollbacks: how
     often the run had gone back.
@@ -166,26 +166,26 @@ def _scaled(lr: tuple[float, ...], factor: float, out: tuple[float, ...]) -> tup
 
 def _watched(config: Config, detector: tuple[Any, ...], value: float, unit: float, step: int) -> tuple[Any, ...]:
     """The detector after one more value. unit: what min_deviation is a part of."""
-    mean, deviation, count, streak, since = detector
+    mean, deviation, samples, streak, since = detector
     if bad(value):
-        return _new(Detector, (mean, deviation, count, min(streak + 1, config.confirm), since if streak else step))
+        return _new(Detector, (mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step))
     away = value - mean
     scale = max(deviation, config.min_deviation * unit, EPS)
-    suspect = count >= config.min_samples and away > config.deviations * scale
+    suspect = samples >= config.min_samples and away > config.deviations * scale
     gain = 1.0 - config.beta
-    if count >= FEW:
+    if samples >= FEW:
         most = config.clip * scale
         away = most if away > most else -most if away < -most else away
-    if count < config.min_samples or count < FEW:
-        count += 1
-        gain = max(gain, 1.0 / count)
-        if count == 1:
+    if samples < config.min_samples or samples < FEW:
+        samples += 1
+        gain = max(gain, 1.0 / samples)
+        if samples == 1:
             return _new(Detector, (value, 0.0, 1, 0, -1))
     mean += gain * away
     deviation += gain * (abs(away) - deviation)
     if not suspect:
-        return _new(Detector, (mean, deviation, count, 0, -1))
-    return _new(Detector, (mean, deviation, count, min(streak + 1, config.confirm), since if streak else step))
+        return _new(Detector, (mean, deviation, samples, 0, -1))
+    return _new(Detector, (mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step))
 
 
 def _playbook(
@@ -263,7 +263,7 @@ def _evidence(found: Detector, on_loss: bool, seen: Observation) -> dict[str, An
     mean = found.mean if on_loss else exp(found.mean)
     usable = None if value is None or bad(value) else value
     words = f"{signal} {'not measured' if value is None else format(value, '.4g')}"
-    if found.count:
+    if found.samples:
         words += f", running {mean:.4g}"
     return {
         "signal": signal, "value": usable, "mean": mean, "deviation": found.deviation, "since": found.since,
@@ -273,12 +273,13 @@ def _evidence(found: Detector, on_loss: bool, seen: Observation) -> dict[str, An
 
 _SENTENCES = {
     "spike_cut": "Spike since step {since} ({spike}): learning rate cut, to {factor:.4g} of the policy's.",
-    "spike_rewarm": "Spike since step {since} ({spike}): learning rate cut to {factor:.4g} of the policy's, and back to "
-    "{high:.4g} over {rewarm_steps} steps.",
-    "spike_restore": "Spike since step {since} ({spike}): the job is asked to go back to a checkpoint from before it and "
-    "to skip {skip_batches} batches (restore {restore} of {of}).",
+    "spike_rewarm": "Spike since step {since} ({spike}): learning rate cut to {factor:.4g} of the policy's, and back "
+    "to {high:.4g} over {rewarm_steps} steps.",
+    "spike_restore": "Spike since step {since} ({spike}): the job is asked to go back to a checkpoint from before it "
+    "and to skip {skip_batches} batches (restore {restore} of {of}).",
     "spike_stop": "Spike since step {since} ({spike}), and the playbook is at its end: the job is asked to stop.",
-    "spike_returned": "The run went back to before a spike (restore {restore} of {of}): another spike takes the next rung.",
+    "spike_returned": "The run went back to before a spike (restore {restore} of {of}): another one takes the next "
+    "rung.",
 }
 
 
