@@ -94,8 +94,8 @@ def _tightest(guards: list[tuple[str, Mapping[str, Any]]], path: str) -> tuple[d
     for low, high in (("min_lr", "max_lr"), ("min_factor", "max_factor")):
         if None not in (out.get(low), out.get(high)) and out[low] > out[high]:
             raise Invalid(
-                f"{path}.{low}: {out[low]!r} of {said[low]} is above {high} = {out[high]!r} of {said[high]}: one of the "
-                "two has to give way"
+                f"{path}.{low}: {out[low]!r} of {said[low]} is above {high} = {out[high]!r} of {said[high]}: one of "
+                "the two has to give way"
             )
     return out, said
 

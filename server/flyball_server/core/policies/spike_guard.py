@@ -24,7 +24,7 @@ from math import exp, log
 from typing import Any, ClassVar, NamedTuple
 
 from flyball_server.core.base import about, check
-from flyball_server.core.numbers import EPS, bad, emit
+from flyball_server.core.numbers import EPS, LARGEST_SIGNAL, bad, emit
 from flyball_server.core.types import ROLLBACKS, Ask, Decision, Group, Observation, Part, Policy
 
 #: A gradient norm of 0 counts as this.
@@ -113,7 +113,7 @@ class State(NamedTuple):
     spell: tuple[Any, ...]
 
 
-_NEW, _CALM = Detector(0.0, 0.0, 0, 0, -1), Spell(0, -1, -1, 1.0, 1.0, -1, 0)
+_NEW, _CALM = tuple(Detector(0.0, 0.0, 0, 0, -1)), tuple(Spell(0, -1, -1, 1.0, 1.0, -1, 0))
 #: Half the cost of calling the classes.
 _new = tuple.__new__
 
@@ -135,15 +135,14 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     inner, decision = part.step(inner, seen)
     value = seen.loss
     if value is not None:
-        loss = _watched(config, loss, value, abs(loss[0]), seen.step)
+        loss = _watched(config, loss, value, False, seen.step)
     value = seen.grad_norm
     if value is not None and not value < 0:
-        usable = not bad(value)
-        grad = _watched(config, grad, log(max(value, SMALLEST_NORM)) if usable else value, 1.0, seen.step)
-    confirm, lr = config.confirm, decision.lr
-    mark = ""
-    rung, began, rollbacks = spell[0], spell[5], spell[6]
-    if loss[3] >= confirm or grad[3] >= confirm or rung or began >= 0 or seen.rollbacks != rollbacks:
+        value = log(value) if SMALLEST_NORM < value <= LARGEST_SIGNAL else _log(value)
+        grad = _watched(config, grad, value, True, seen.step)
+    lr, mark = decision.lr, ""
+    rung, _, _, _, _, began, rollbacks = spell
+    if loss[3] or grad[3] or rung or began >= 0 or seen.rollbacks != rollbacks:
         old, spell = factor, Spell(*spell)
         if seen.rollbacks > spell.rollbacks:  # nothing of what was seen since the checkpoint is left
             loss, grad = (*loss[:3], 0, -1), (*grad[:3], 0, -1)
@@ -158,21 +157,31 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
     return after, _told(config, decision, out, mark, after, seen)
 
 
+def _log(norm: float) -> float:
+    """Of a gradient norm that is very small, or unusable and left as it is."""
+    return norm if bad(norm) else log(max(norm, SMALLEST_NORM))
+
+
 def _scaled(lr: tuple[float, ...], factor: float, out: tuple[float, ...]) -> tuple[float, ...]:
     """The learning rates times factor; the same object as before where nothing moves."""
     now = lr if factor == 1.0 else tuple([emit(one * factor) if one else 0.0 for one in lr])
     return out if now == out else now
 
 
-def _watched(config: Config, detector: tuple[Any, ...], value: float, unit: float, step: int) -> tuple[Any, ...]:
-    """The detector after one more value. unit: what min_deviation is a part of."""
+def _watched(config: Config, detector: tuple[Any, ...], value: float, is_log: bool, step: int) -> tuple[Any, ...]:
+    """The detector after one more value."""
     mean, deviation, samples, streak, since = detector
+    away, gain = value - mean, 1.0 - config.beta
+    if samples >= config.min_samples and samples >= FEW:
+        # Nearly always; what follows below would come to the same.
+        most = config.clip * deviation
+        if -most <= away <= most and away <= config.deviations * deviation:
+            mean += gain * away
+            return mean, deviation + gain * ((away if away > 0 else -away) - deviation), samples, 0, -1
     if bad(value):
-        return _new(Detector, (mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step))
-    away = value - mean
-    scale = max(deviation, config.min_deviation * unit, EPS)
+        return mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step
+    scale = max(deviation, config.min_deviation * (1.0 if is_log else abs(mean)), EPS)
     suspect = samples >= config.min_samples and away > config.deviations * scale
-    gain = 1.0 - config.beta
     if samples >= FEW:
         most = config.clip * scale
         away = most if away > most else -most if away < -most else away
@@ -180,12 +189,12 @@ def _watched(config: Config, detector: tuple[Any, ...], value: float, unit: floa
         samples += 1
         gain = max(gain, 1.0 / samples)
         if samples == 1:
-            return _new(Detector, (value, 0.0, 1, 0, -1))
+            return value, 0.0, 1, 0, -1
     mean += gain * away
     deviation += gain * (abs(away) - deviation)
     if not suspect:
-        return _new(Detector, (mean, deviation, samples, 0, -1))
-    return _new(Detector, (mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step))
+        return mean, deviation, samples, 0, -1
+    return mean, deviation, samples, min(streak + 1, config.confirm), since if streak else step
 
 
 def _playbook(
