@@ -19,6 +19,7 @@ from flyball_server import limits, queries
 from flyball_server.access import OPERATE, PROPOSE, VIEW, Caller
 from flyball_server.command_checks import Around, Checked, check_envelope, checked
 from flyball_server.command_log import CommandView, command_of, commands_of
+from flyball_server.conversation import overdue
 from flyball_server.core import commands
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
@@ -156,15 +157,7 @@ class Commanding:
 
     async def expire(self, live: LiveRun) -> None:
         """End what has come to its time. Call inside a turn."""
-        now, beside = self._engine.now_us(), live.run.steering
-        events: list[Event] = [
-            CommandMoved(one.id, "expired") for one in beside.commands if one.expires_at and one.expires_at <= now
-        ]
-        events += [
-            Judged(one.id, "expired", "service", "its time is over")
-            for one in beside.proposals
-            if one.expires_at and one.expires_at <= now
-        ]
+        events = overdue(live.run, self._engine.now_us())
         if events:
             await self._engine.commit(live, events, "service")
 
@@ -174,8 +167,7 @@ class Commanding:
             await asyncio.sleep(limits.EXPIRE_EVERY_S)
             now = self._engine.now_us()
             for live in self._engine.in_memory():
-                beside = live.run.steering
-                if any(one.expires_at and one.expires_at <= now for one in (*beside.commands, *beside.proposals)):
+                if overdue(live.run, now):
                     try:
                         async with self._engine.turn(live):
                             await self.expire(live)
@@ -204,16 +196,16 @@ def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> 
 def _events(
     run: Run, request: CommandRequest, found: Checked, actor: str, key: str, proposal: str = ""
 ) -> tuple[list[Event], int]:
-    """The command, behind the ends of those it supersedes or releases; and its place among them."""
+    """The command with the ends of those it supersedes or releases, and its place among them. What supersedes begins
+    from the settings in force, and so comes before what it supersedes goes."""
     beside = run.steering.commands
-    ended = [CommandMoved(one, "superseded") for one in commands.superseded(beside, request.kind, found.args)]
-    if request.kind == "release":
-        known = {one.id: one for one in beside}
-        ended = [
-            CommandMoved(one, "released" if known[one].held is not None else "withdrawn")
-            for one in commands.released(beside, found.args)
-        ]
     command = Commanded(request.kind, found.args, actor, request.reason, key, found.until, found.expires_at, proposal)
+    if request.kind != "release":
+        over = commands.superseded(beside, request.kind, found.args)
+        return [command, *(CommandMoved(one, "superseded") for one in over)], 0
+    lasting = {one.id for one in commands.lasting(beside)}
+    over = commands.released(beside, found.args)
+    ended = [CommandMoved(one, "released" if one in lasting else "withdrawn") for one in over]
     return [*ended, command], len(ended)
 
 

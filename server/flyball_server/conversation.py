@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from flyball_server.checks import check_room, checked_receipt
 from flyball_server.core import run as fold
 from flyball_server.core.commands import CONFIRMED, DIRECTIVES, RULING, Command, control_values
-from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Observed, Receipt
+from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Judged, Observed, Receipt
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import LiveRun
@@ -50,6 +50,16 @@ def moves(run: Run, receipts: Sequence[Receipt], through: int) -> list[CommandMo
         if command.until is not None and through + 1 >= command.until:
             found.append(CommandMoved(command.id, "expired", command.until))
     return found
+
+
+def overdue(run: Run, now: int) -> list[Event]:
+    """The ends of the commands and proposals whose time is over; now: microseconds since 1970 UTC."""
+    commands, proposals = run.steering.commands, run.steering.proposals
+    if not commands and not proposals:
+        return []
+    ended: list[Event] = [CommandMoved(c.id, "expired") for c in commands if c.expires_at and c.expires_at <= now]
+    over = [p.id for p in proposals if p.expires_at and p.expires_at <= now]
+    return [*ended, *(Judged(one, "expired", "service", "its time is over") for one in over)]
 
 
 def _awaits(command: Command) -> bool:

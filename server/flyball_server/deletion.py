@@ -21,11 +21,11 @@ KIND = "deleted"
 _KEPT = ("run", "project", "name", "policy", "created_at", "attempts", "step")
 
 
-def check_reason(reason: str) -> str:
+def check_reason(reason: str, wanted: str = "say why the run is deleted") -> str:
     """The reason without spaces around it. Raises Invalid where there is none, or too much of it."""
     reason = " ".join(reason.split())
     if not reason:
-        raise Invalid("reason is empty: say why the run is deleted; it stays in the store's journal")
+        raise Invalid(f"reason is empty: {wanted}; it stays in the store's journal")
     if len(reason) > limits.REASON_MAX:
         raise Invalid(f"reason has {len(reason)} characters: give at most {limits.REASON_MAX}")
     if any(0xD800 <= ord(character) <= 0xDFFF for character in reason):

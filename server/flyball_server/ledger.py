@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from flyball_server import limits
 from flyball_server.core.errors import Busy
 from flyball_server.proving import checked
 from flyball_server.storage.journal import GENESIS, STORE, Journal, Note, Row, chained
 
+T = TypeVar("T")
 #: Gives the journal something to write for whom it names, and waits until it has. Raises Lost where another process was
 #: faster.
 HandIn = Callable[[str, Callable[[asyncio.Future[None]], None]], Awaitable[None]]
@@ -24,6 +25,16 @@ HandIn = Callable[[str, Callable[[asyncio.Future[None]], None]], Awaitable[None]
 
 class Lost(Exception):
     """Another process appended first: read again and retry. No caller of the service sees it."""
+
+
+async def retried(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a use case again where another process was faster."""
+    for _ in range(limits.APPEND_TRIES):
+        try:
+            return await once()
+        except Lost:
+            continue
+    raise Busy("the run is written by several processes at once; try again", 1.0)
 
 
 class Ledger:

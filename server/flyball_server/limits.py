@@ -87,6 +87,22 @@ SCRUBBED_MAX = 100_000
 REASON_MAX = 500
 #: Times that a row of the store's journal is tried again: nothing spreads these writers, as runs do those of runs.
 LEDGER_TRIES = 64
+#: Tokens that may be valid at a time, projects of one, and the longest time that one may be said to live.
+TOKENS_MAX = 10_000
+TOKEN_PROJECTS_MAX = 64
+TOKEN_LIFE_MAX_S = 10 * 366 * 86400
+#: What another process wrote about tokens is known after this time.
+TOKENS_FRESH_S = 0.5
+#: Requests a second of one token, or of one address where nobody is asked for a token; as many may come at once.
+REQUESTS_PER_S = 5000.0
+#: Requests without a valid token that one address may send within this time before it is told to wait.
+FAILURES_MAX = 20
+FAILURES_WITHIN_S = 60.0
+#: Tokens or addresses whose rates are remembered.
+CALLERS_MAX = 10_000
+#: How often the same peer and reason come to the record of what was refused, and how many of them at a time.
+REFUSED_EVERY_S = 60.0
+REFUSED_PEERS_MAX = 64
 #: Rows of the store's journal that are read at a time.
 LEDGER_PAGE = 1000
 #: Tombstones in one page.

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from flyball_server import limits
 from flyball_server.core.errors import Busy
-from flyball_server.engine import Lost
+from flyball_server.ledger import Lost
 
 T = TypeVar("T")
 

@@ -1,5 +1,5 @@
-"""Goal: a spike takes the rungs of the playbook in order and no further than its limits, whatever becomes of what the job
-is asked for; and between spikes nobody notices that there is a playbook.
+"""Goal: a spike takes the rungs of the playbook in order and no further than its limits, whatever becomes of what the
+job is asked for; and between spikes nobody notices that there is a playbook.
 
 Method: another reading of the rule, in plain lists, beside the policy on traces of every kind; then whole lives of runs
 through the fold, with the answers and the rewinds of their jobs.

@@ -280,6 +280,8 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(status="active", stale_before=AT + 10), lambda i: i % 3 != 0 and i >= 10),
     (RunFilter(status="stale", stale_before=AT + 10), lambda i: i % 3 != 0 and i < 10),
     (RunFilter(status="stale"), lambda i: False),
+    (RunFilter(status="stale", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and 5 <= i < 10),
+    (RunFilter(status="lost", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and i < 5),
     (RunFilter(policy="plateau"), lambda i: i % 4 in (0, 1)),
     (RunFilter(policy="plateau@2"), lambda i: i % 4 == 1),
     (RunFilter(policy="plat"), lambda i: False),
@@ -290,6 +292,23 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(labels={}), lambda i: True),
     (RunFilter(project="p0", labels={"team": "t2"}, policy="plateau"), lambda i: i % 20 == 12),
 ]
+
+
+def test_a_sign_of_life_keeps_a_run_from_being_stale(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", [row("created")])
+    assert keep(journal, results, append("r", rows, status="active", updated_at=AT)) == [None]
+
+    def status() -> list[str]:
+        filters = (RunFilter(status=s, stale_before=AT + 10, lost_before=AT + 5) for s in ("active", "stale", "lost"))
+        return [str(f.status) for f in filters if journal.records(f, after=None, limit=9)]
+
+    assert status() == ["lost"]
+    for at, wanted in ((AT + 6, "stale"), (AT + 11, "active")):
+        journal.hear("r", at)
+        journal.compact("r")  # waits for the writer
+        assert journal.heard(["r", "other"]) == {"r": at}
+        assert status() == [wanted]
 
 
 def test_records_are_filtered_and_paged_newest_first(opened: tuple[Journal, Results]) -> None:

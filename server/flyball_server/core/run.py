@@ -355,6 +355,7 @@ def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
         verdict["carried"] = list(carried)
     fields = {"kind": event.kind, "command": f"c{seq}", "actor": event.actor, "reason": event.reason}
     words = {"carried": ", ".join(carried) or "everything", **event.args.get("words", {})}
+    words["clamped"] = ", clamped by the guard" if clamped else ""
     note = "guard_clamped" if clamped else ""
     code = f"command_{event.kind}"
     mark = Mark(run.through, run.decision.phase, code, note, before, now.lr, {**words, **fields})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
@@ -45,6 +45,7 @@ class MemoryJournal:
         self._delivering = False
         self._stored: dict[str, list[Stored]] = {}
         self._records: dict[str, RunRecord] = {}
+        self._heard: dict[str, int] = {}
         self._snapshots: dict[str, list[Snapshot]] = {}
 
     def start(self, deliver: Deliver) -> None:
@@ -61,6 +62,14 @@ class MemoryJournal:
 
     def note(self, note: Note) -> None:
         self._accept(note)
+
+    def hear(self, run: str, at: int) -> None:
+        with self._lock:
+            self._heard[run] = at
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        with self._lock:
+            return {run: self._heard[run] for run in runs if run in self._heard}
 
     def _accept(self, item: Work) -> None:
         if self._deliver is None:
@@ -115,6 +124,7 @@ class MemoryJournal:
             self._stored.setdefault(STORE, []).append(store(deletion.row))
             self._stored.pop(run, None)
             self._snapshots.pop(run, None)
+            self._heard.pop(run, None)
             self._records[run] = deletion.record
             return None
 
@@ -136,7 +146,7 @@ class MemoryJournal:
 
     def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
         with self._lock:
-            found = [record for record in self._records.values() if _matches(record, where)]
+            found = [record for record in self._records.values() if _matches(record, where, self._heard)]
         found.sort(key=attrgetter("created_at", "run"), reverse=True)
         return [r for r in found if after is None or (r.created_at, r.run) < after][:limit]
 
@@ -182,16 +192,19 @@ class MemoryJournal:
         """Nor is there a disk."""
 
 
-def _matches(record: RunRecord, where: RunFilter) -> bool:
-    status, stale_before = where.status, where.stale_before
-    if status == "stale" or (status == "active" and stale_before is not None):
-        stale = stale_before is not None and record.updated_at < stale_before
-        if record.status != "active" or stale != (status == "stale"):
+def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, int]) -> bool:
+    status, stale_before, lost_before = where.status, where.stale_before, where.lost_before
+    if status in ("stale", "lost") or (status == "active" and stale_before is not None):
+        news = max(record.updated_at, heard.get(record.run, 0))
+        lost = lost_before is not None and news < lost_before
+        stale = stale_before is not None and news < stale_before
+        if record.status != "active" or status != ("lost" if lost else "stale" if stale else "active"):
             return False
     elif record.status == DELETED if status is None else record.status != status:
         return False
     return (
         where.project in (None, record.project)
+        and (where.projects is None or record.project in where.projects)
         and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()

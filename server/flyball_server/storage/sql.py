@@ -8,7 +8,7 @@ rows merged that the page before found single; both forms say the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -118,6 +118,15 @@ class SqlJournal:
 
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
+
+    def hear(self, run: str, at: int) -> None:
+        self._open().hear(run, at)
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        table = tables.heard.c
+        with self._read() as connection:
+            query = sa.select(table.run, table.at).where(table.run.in_(runs))
+            return {run: at for run, at in connection.execute(query) if type(at) is int}
 
     def note(self, note: Note) -> None:
         if self._writer is None:

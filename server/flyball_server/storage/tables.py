@@ -7,6 +7,7 @@ journal    a run's rows, one table row each, or a segment of many (last_seq > se
 snapshots  cached folds (zstd), free to be dropped
 runs       the projection for listing, always of the newest row; `labels` as JSON text
 labels     the same labels once more, one per table row, for filtering
+heard      when a run's job was heard of without anything for the journal; no fold depends on it
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ runs = sa.Table(
     sa.Index("runs_by_age", "created_at", "run"),
     sa.Index("runs_of_project", "project", "created_at", "run"),
     sa.Index("runs_by_parent", "parent", "created_at", "run", sqlite_where=sa.text("parent <> ''")),
+)
+
+heard = sa.Table(
+    "heard",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
 )
 
 labels = sa.Table(

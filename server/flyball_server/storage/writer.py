@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Request(NamedTuple):
-    """Work for the writer's thread that somebody waits for."""
+    """Other work for the writer's thread; most of it somebody waits for."""
 
     work: Callable[[], None]
     done: Future[None]
@@ -91,6 +91,9 @@ class Writer:
 
     def note(self, note: Note) -> None:
         self._put(note)
+
+    def hear(self, run: str, at: int) -> None:
+        self._put(_Request(lambda: self._hear(run, at), Future()))
 
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._ask(lambda: self._insert(record, segments))
@@ -192,6 +195,12 @@ class Writer:
         with self._connection.begin():
             tidying.lock_store(self._connection, note.row.seq - 1)
             self._save_row.execute(self._connection, [{"run": STORE, **store(note.row)._asdict()}])
+
+    def _hear(self, run: str, at: int) -> None:
+        if not self._gone() and not self._gauge.full(self._driver):
+            save = tables.insert_or_update(tables.heard, self._connection.dialect.name)
+            with self._connection.begin():
+                self._connection.execute(save, [{"run": run, "at": at}])
 
     def _compact_all(self, run: str) -> None:
         try:
