@@ -17,6 +17,7 @@ from flyball_server.live import LiveRun
 from flyball_server.messages import Attach
 from flyball_server.names import project_of
 from flyball_server.profiles import Profile
+from flyball_server.projects import Projects
 from flyball_server.rules import spec_under
 from flyball_server.storage.journal import Journal
 
@@ -24,10 +25,11 @@ from flyball_server.storage.journal import Journal
 class Attempts:
     """Over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile]) -> None:
+    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile], projects: Projects) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles = profiles
+        self._projects = projects
 
     async def begin(self, request: Attach, spec: Spec, actor: str) -> LiveRun:
         """A run that is not known: from its first step, as a fork, or from a checkpoint taken elsewhere."""
@@ -61,7 +63,9 @@ class Attempts:
                 raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends with step {end}")
         seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
         origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
-        spec, origin = branches.forked(request, spec_under(parent.spec, left), left, origin, self._profiles)
+        spec, origin = branches.forked(
+            request, spec_under(parent.spec, left), left, origin, profiles=self._profiles, projects=self._projects
+        )
         if await queries.in_thread(self._journal.record, spec.run) is not None:
             raise Conflict(f"run {spec.run!r} exists already: choose another name")
         return await self._engine.create(spec, actor, origin)

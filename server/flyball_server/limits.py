@@ -29,6 +29,8 @@ WAIT_MAX_S = 60.0
 WAIT_POLL_S = 1.0
 #: How often commands that end at a time are looked for.
 EXPIRE_EVERY_S = 1.0
+#: People whose approval a project may demand for a proposed command.
+APPROVALS_MAX = 10
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.

@@ -31,6 +31,7 @@ from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, SideReport, WhatIfRequest
 from flyball_server.names import project_of
 from flyball_server.profiles import Profile
+from flyball_server.projects import NOWHERE, Projects
 from flyball_server.proving import Undamaged
 from flyball_server.rules import rules_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
@@ -56,11 +57,18 @@ class RunView(NamedTuple):
 class Service:
     """The service over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        profiles: Mapping[str, Profile] | None = None,
+        projects: Projects = NOWHERE,
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles: Mapping[str, Profile] = profiles or {}
-        self._attempts = Attempts(engine, journal, self._profiles)
+        self._projects = projects
+        self._attempts = Attempts(engine, journal, self._profiles, projects)
         self._what_ifs = 0
 
     async def attach(self, request: Attach, caller: Caller) -> Attached:
@@ -71,7 +79,7 @@ class Service:
         caller.check(DRIVE, request.project or "default")
         if request.fork is not None:
             caller.check_run(DRIVE, request.fork.run)
-        spec = spec_from(request, self._profiles)
+        spec = spec_from(request, self._profiles, self._projects)
         check_resumption(request)
 
         async def once() -> Attached:

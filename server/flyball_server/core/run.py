@@ -315,7 +315,7 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
 
 def _gone_back(rules: Rules, run: Run, restored: Run) -> Run:
     """The restored state under what was commanded since: commands are no part of training time."""
-    beside = run.steering._replace(rollbacks=run.steering.rollbacks + 1)
+    beside = steering.gone_back(run.steering)
     before = _plan(restored)
     restored = restored._replace(steering=beside)
     if _plan(restored) == before:
@@ -345,6 +345,8 @@ def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
         after = ruling(rules, run)
         run = _switched(rules, after, run, run.through)
         carried, rules = _carried(rules, after), after
+        if carried:
+            run = run._replace(steering=steering.other_policy(run.steering))
     run = _resettled(rules, run)
     if event.kind in ("note", *commands.DIRECTIVES):
         return run, Outcome((), (), verdict={"status": "accepted"})
