@@ -212,7 +212,7 @@ class Failing:
         errors.Limited,
         errors.SteeringError,
         RuntimeError,
-    ],  # fmt: skip
+    ],
 )
 def test_every_error_of_every_call_has_its_status(error):
     async def scenario():
