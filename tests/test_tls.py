@@ -1,7 +1,8 @@
 """TLS and certificates of clients on both ports, with real certificates made here and real connections.
 
 Goal: who has no certificate of the right authority says nothing and hears nothing. Method: an authority, a
-certificate for the service and one for a client, and every way in: REST SDK, both transports of a training job, and a training job.
+certificate for the service and one for a client, and every way in: REST SDK, both transports of a training
+job, and a training job.
 """
 
 import datetime
