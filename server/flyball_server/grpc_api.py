@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import ceil
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -130,7 +131,7 @@ class _Call:
     def __init__(self, door: Door, context: Any) -> None:
         peer = context.peer()
         self._door = door
-        self._peer = Peer(f"grpc:{peer}", peer.rpartition(":")[0])
+        self._peer = Peer(f"grpc:{peer}", _address(peer))
         found = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
         # Of several nobody knows which one counts.
         self._authorization = found[0] if len(found) == 1 and isinstance(found[0], str) else None
@@ -147,6 +148,12 @@ class _Call:
     def denied(self, why: str) -> None:
         if self._caller is not None:
             self._door.denied(self._caller, self._peer, why)
+
+
+def _address(peer: str) -> str:
+    """The address in what gRPC calls a peer, such as ipv4:127.0.0.1:5000, as HTTP has it."""
+    kind, _, rest = peer.partition(":")
+    return unquote(rest.rpartition(":")[0]).strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 def serve(
