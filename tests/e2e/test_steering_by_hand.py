@@ -1,6 +1,6 @@
 """People steer real trainings: what they ask for is applied at a step that the optimizer itself confirms, or declined.
 
-Goal: from the request to the value read back in the optimizer, over both transports, with the service killed in between.
+Goal: from the request to the value read back in the optimizer, over both transports, the service killed in between.
 Method: real torch jobs that run until they are told to stop, by a command; the record is folded again at the end.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from tests.e2e.processes import TRANSPORTS, Server, Trainer, story_of, wait_until
 
 LIVE = """
