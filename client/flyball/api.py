@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from flyball.connect import DEFAULT_SERVER
+from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
+from flyball.secure import checked_token
 from flyball.tables import Table
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class Client:
     """The routes of one service.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
-    token; default: FLYBALL_TOKEN. timeout_s: how long connecting and each wait for data may take. Proxies that the
-    environment names are not used, as they are not by a training job.
+    token; default: FLYBALL_TOKEN. For https:// FLYBALL_CA names who vouches for the service, FLYBALL_CERT and
+    FLYBALL_KEY what this process shows. timeout_s: how long connecting and each wait for data may take. Proxies that
+    the environment names are not used, as they are not by a training job.
 
     Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied) and LinkError
     where it cannot be reached or answers no sense. Making one raises FlyballError for an address that is none, and
@@ -51,15 +53,19 @@ class Client:
         except ImportError as error:
             raise FlyballError(f"httpx is not installed ({error}): pip install 'flyball[cli]'") from error
         self.server = rest_address(server)
-        token = token or os.environ.get("FLYBALL_TOKEN")
+        token = checked_token(token or os.environ.get("FLYBALL_TOKEN"))
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        context = certificates().context() if self.server.startswith("https:") else False
         self._unreachable = httpx.TransportError
         self._no_address = httpx.InvalidURL
         self._broken_off = httpx.RemoteProtocolError
         # With a transport of its own httpx asks the environment for no proxy, which would stand between this
         # machine and itself.
         self._http = httpx.Client(
-            base_url=self.server, headers=headers, timeout=timeout_s, transport=httpx.HTTPTransport(retries=1)
+            base_url=self.server,
+            headers=headers,
+            timeout=timeout_s,
+            transport=httpx.HTTPTransport(verify=context, retries=1),
         )
 
     def runs(
@@ -312,7 +318,7 @@ def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:
     if not isinstance(data, dict) or "code" not in data:
         raise LinkError(f"{server} answered with HTTP status {status}, and not as the service does: check the address")
     detail = str(data.get("detail") or data.get("title"))
-    if status >= 500:
+    if status == 429 or status >= 500:
         wait = answer.headers.get("Retry-After", "")
         raise LinkError(f"{server}: {detail}", float(wait) if wait.isdigit() else 0.0)
     raise Refused(str(data["code"]), f"{server}: {detail}")

@@ -41,12 +41,20 @@ _OPTIONS = (
 
 
 class GrpcTransport:
-    """Speaks to `target` (host:port), over TLS where `secure`, with a bearer token if there is one."""
+    """Speaks to `target` (host:port), with a bearer token if there is one. certificates: for TLS, the CA's, this
+    process's own and its key, each None where there is none."""
 
-    def __init__(self, target: str, secure: bool, token: str | None) -> None:
+    def __init__(
+        self,
+        target: str,
+        token: str | None,
+        certificates: tuple[bytes | None, bytes | None, bytes | None] | None = None,
+    ) -> None:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        if secure:
-            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        if certificates is not None:
+            ca, cert, key = certificates
+            credentials = grpc.ssl_channel_credentials(ca, key, cert)
+            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
         else:
             self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
@@ -75,7 +83,7 @@ class GrpcTransport:
             if not known.wait(limits.CONNECT_S):
                 raise LinkError(f"no connection within {limits.CONNECT_S:g} s")
             if state is not grpc.ChannelConnectivity.READY:
-                raise LinkError("cannot connect: is the service running there, and is that its gRPC port?")
+                raise LinkError("cannot connect: is the service running there, and is that its gRPC port, with TLS?")
         finally:
             self._channel.unsubscribe(changed)
 

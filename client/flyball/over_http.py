@@ -30,9 +30,9 @@ _REFUSALS = {
 
 
 class HttpTransport:
-    """Speaks to `url` (http:// or https://), with a bearer token if there is one."""
+    """Speaks to `url` (http:// or https://), with a bearer token if there is one. context: of TLS, for https://."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, context: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port
         self._path = parts.path.rstrip("/")
@@ -43,7 +43,7 @@ class HttpTransport:
             self._headers["Authorization"] = f"Bearer {token}"
         if parts.scheme == "https":
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=limits.CONNECT_S, context=ssl.create_default_context()
+                host, port, timeout=limits.CONNECT_S, context=context
             )
         else:
             self._connection = http.client.HTTPConnection(host, port, timeout=limits.CONNECT_S)

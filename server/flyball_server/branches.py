@@ -14,17 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from flyball_server import limits, records
+from flyball_server import limits, queries, records
+from flyball_server.access import Caller
 from flyball_server.checks import alternative, check_seed, spec_from
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
-from flyball_server.core.events import DirectiveAnswered, Event, Observed, Origin, Outcome, Spec
+from flyball_server.core.events import ASIDE, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group
 from flyball_server.guards import expanded
 from flyball_server.messages import Attach, Fork, WhatIfRequest
+from flyball_server.names import project_of
 from flyball_server.profiles import Profile
-from flyball_server.queries import cutoffs, steps_of
+from flyball_server.queries import cutoffs, in_thread, steps_of
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 
@@ -35,6 +37,24 @@ def unknown_token(run: str, seq: int, digest: str) -> Conflict:
         "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
         "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
     )
+
+
+async def check_session(journal: Journal, run: Run, request: Attach, run_id: str) -> None:
+    """Who drove an earlier attempt does not come back by itself: that is a message which was long on its way, or a
+    process that has not noticed yet. Raises Conflict."""
+    for number, (_, seq, _) in list(enumerate(run.attempts, 1))[-limits.ATTEMPTS_CHECKED :]:
+        found = await in_thread(queries.row, journal, run_id, seq)
+        if found is not None and found.meta["session"] == request.session:
+            raise Conflict(
+                f"run {run_id}: the session {request.session!r:.60} drove attempt {number}, and another process has "
+                "taken the run over since: attach under a new session to take it back"
+            )
+
+
+async def holds(journal: Journal, run_id: str, seq: int, digest: str) -> bool:
+    """Whether the run's journal holds the row that a checkpoint token names by its hash."""
+    found = await in_thread(queries.row, journal, run_id, seq)
+    return found is not None and found.hash.hex() == digest
 
 
 def check_fork(fork: Fork, run: Run) -> tuple[int, int]:
@@ -152,7 +172,7 @@ def line(journal: Journal, spec: Spec, run: Run, attempt: int) -> Iterator[tuple
                 continue
             if not on_line:
                 event, outcome = _before(event, outcome, int(cutoff))
-        if not isinstance(event, DirectiveAnswered):
+        if not isinstance(event, ASIDE):
             yield event, outcome
 
 
@@ -175,15 +195,16 @@ def line_end(journal: Journal, spec: Spec, run: Run, attempt: int) -> int:
     return int(max(steps, default=run.attempts[attempt - 1][0] - 1))
 
 
-def lineage(journal: Journal, spec: Spec, origin: Origin | None, run: Run) -> dict[str, Any]:
-    """The runs this one comes from (nearest first), those that left it, and its attempts."""
+def lineage(journal: Journal, spec: Spec, origin: Origin | None, run: Run, caller: Caller) -> dict[str, Any]:
+    """The runs this one comes from (nearest first), those that left it, and its attempts; without runs that the caller
+    does not reach, and whatever lies behind one of them."""
     ancestors: list[dict[str, Any]] = []
     at = origin
-    while at is not None and len(ancestors) < limits.PAGE_MAX:
+    while at is not None and caller.reaches(project_of(at.run)) and len(ancestors) < limits.PAGE_MAX:
         first = next(journal.rows(at.run, until=1), None) if at.kind == "fork" else None
         ancestors.append({**_origin_json(at), "known": first is not None})
         at = None if first is None else records.origin_of(first)
-    forks = journal.records(RunFilter(parent=spec.run), after=None, limit=limits.PAGE_MAX)
+    forks = journal.records(RunFilter(parent=spec.run, projects=caller.projects), after=None, limit=limits.PAGE_MAX)
     return {
         "run": spec.run,
         "ancestors": ancestors,

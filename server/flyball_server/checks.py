@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 from flyball_server import limits
+from flyball_server.core.commands import Control
 from flyball_server.core.errors import Invalid
 from flyball_server.core.events import Receipt, Spec
 from flyball_server.core.run import ANSWERS_KEPT, Run
@@ -35,6 +36,8 @@ def checked_receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
     for name, row in settings._asdict().items():
         if row is not None and len(row) != len(groups):
             raise Invalid(f"receipts: {name} has {len(row)} values, but the run has {len(groups)} groups")
+    if receipt.wanted is not None and len(receipt.wanted) != len(groups):
+        raise Invalid(f"receipts: wanted_lr has {len(receipt.wanted)} values, but the run has {len(groups)} groups")
     if settings.momentum is None:
         return receipt
     has = (g.momentum is not None or g.betas is not None for g in groups)
@@ -230,10 +233,13 @@ def check_report(request: Report) -> None:
     if any(a.number >= b.number for a, b in pairwise(request.receipts)):
         raise Invalid("receipts: their numbers must rise strictly")
     for receipt in request.receipts:
-        for name in ("number", "step", "decided", "ranks"):
+        for name in ("number", "step", "decided", "ranks", "confirms", "of_ranks"):
             value = getattr(receipt, name)
             if not -1 <= value <= limits.INTEGER_MAX:
                 raise Invalid(f"receipts: {name} is {value}; give 0 to {limits.INTEGER_MAX}")
+        if len(receipt.controls) > limits.CONTROLS_MAX:
+            raise Invalid(f"receipts: {len(receipt.controls)} controls are too many; at most {limits.CONTROLS_MAX}")
+    check_controls(request.controls)
     for answer in request.answers:
         if answer.outcome not in ("done", "declined"):
             raise Invalid(f"answers: outcome is {answer.outcome!r}: give 'done' or 'declined'")
@@ -252,6 +258,20 @@ def check_report(request: Report) -> None:
             raise Invalid(f"signals: {name} has {len(column)} values for {n} steps")
     if request.end not in ("", "finished", "failed"):
         raise Invalid(f"end is {request.end!r}: give 'finished' or 'failed', or leave it out")
+
+
+def check_controls(controls: Sequence[Control]) -> None:
+    """Raise Invalid for a control that cannot be."""
+    if len(controls) > limits.CONTROLS_MAX:
+        raise Invalid(f"controls: {len(controls)} are too many; at most {limits.CONTROLS_MAX}")
+    for name, value, low, high in controls:
+        check_signal_name(name)
+        if name in ("lr", "momentum", "noise_std"):
+            raise Invalid(f"controls: {name} is a setting of every run: choose another name")
+        if not (isfinite(low) and isfinite(high) and low <= value <= high):
+            raise Invalid(
+                f"controls: {name} is {value!r} within [{low!r}, {high!r}]: give finite numbers in this order"
+            )
 
 
 def check_signal_names(signals: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from flyball_server import app as application
-from flyball_server import cli_store
+from flyball_server import cli_store, cli_tokens
 from flyball_server.cli_output import errors
 from flyball_server.core.base import SCHEDULES
 from flyball_server.core.policies import POLICIES
@@ -58,26 +58,43 @@ def serve(
     signing_key: Annotated[
         str | None, typer.Option(help="File of the Ed25519 key that signs exports (PEM); default: beside the store.")
     ] = None,
+    auth: Annotated[
+        bool, typer.Option("--auth", help="Every request needs a bearer token: see `flyball-server token`.")
+    ] = False,
+    tls_cert: Annotated[str | None, typer.Option(help="File of the certificate chain (PEM), for both ports.")] = None,
+    tls_key: Annotated[
+        str | None, typer.Option(help="File of the certificate's key (PEM, without a password).")
+    ] = None,
+    tls_client_ca: Annotated[
+        str | None,
+        typer.Option(help="File of the CA (PEM) that clients' certificates must come from; then all need one."),
+    ] = None,
+    requests_per_s: Annotated[
+        float | None, typer.Option(help="Requests a second of one token, or of one address; default: 5000.")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses that other machines reach, without authentication.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
     """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES,
-    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY and FLYBALL_INSECURE.
+    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY, FLYBALL_AUTH, FLYBALL_TLS_CERT,
+    FLYBALL_TLS_KEY, FLYBALL_TLS_CLIENT_CA, FLYBALL_REQUESTS_PER_S and FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {
         "http": http, "grpc": grpc, "store": store, "profiles": profiles, "store_bytes_max": store_bytes_max,
-        "disk_free_min": disk_free_min, "signing_key": signing_key, "insecure": insecure or None,
+        "disk_free_min": disk_free_min, "signing_key": signing_key, "auth": auth or None, "tls_cert": tls_cert,
+        "tls_key": tls_key, "tls_client_ca": tls_client_ca, "requests_per_s": requests_per_s,
+        "insecure": insecure or None,
     }  # fmt: skip
     _log_in_utc()
     with errors():
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
 
-        def started(http_address: str, grpc_address: str) -> None:
-            addresses = {"http": f"http://{http_address}", "grpc": f"grpc://{grpc_address}", "store": settings.store}
+        def started(http: str, grpc: str, _: object) -> None:
+            addresses = {"http": http, "grpc": grpc, "store": settings.store}
             line = "flyball-server ready: " + ", ".join(f"{k} {v}" for k, v in addresses.items())
             print(json.dumps(addresses) if json_output else line, flush=True)
 
@@ -165,6 +182,7 @@ def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
 
 
 cli_store.add(cli)
+cli.add_typer(cli_tokens.cli, name="token")
 
 
 def main() -> None:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 from flyball_server.checks import check_room, checked_receipt
 from flyball_server.core import run as fold
-from flyball_server.core.events import Applied, Ended, Event, Observed
+from flyball_server.core.commands import CONFIRMED, DIRECTIVES, RULING, Command, control_values
+from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Judged, Observed, Receipt
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import LiveRun
-from flyball_server.messages import Advice, Attached, Report
+from flyball_server.messages import Advice, Attached, Directive, Report
+from flyball_server.rules import spec_under
 
 
 def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
@@ -27,9 +29,47 @@ def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event
     if observed is not None:
         events.append(observed)
     events += [answer for answer in request.answers if answer.directive not in run.answered]
+    declared = tuple(control for control in request.controls if control not in run.steering.controls)
+    if declared:
+        events.append(Declared(request.attempt, declared))
+    events += moves(run, receipts, run.through if observed is None else observed.steps[-1])
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
+
+
+def moves(run: Run, receipts: Sequence[Receipt], through: int) -> list[CommandMoved]:
+    """What receipts, and the steps up to `through`, make of the commands that are not over."""
+    found = []
+    for command in run.steering.commands:
+        confirming = next((r for r in receipts if command.seq <= r.confirms), None) if _awaits(command) else None
+        if confirming is not None:
+            ranks = confirming.ranks
+            of_ranks = confirming.of_ranks or ranks
+            found.append(CommandMoved(command.id, "applied", confirming.step, ranks, of_ranks, confirming.conflict))
+        if command.until is not None and through + 1 >= command.until:
+            found.append(CommandMoved(command.id, "expired", command.until))
+    return found
+
+
+def overdue(run: Run, now: int) -> list[Event]:
+    """The ends of the commands and proposals whose time is over; now: microseconds since 1970 UTC."""
+    commands, proposals = run.steering.commands, run.steering.proposals
+    if not commands and not proposals:
+        return []
+    ended: list[Event] = [CommandMoved(c.id, "expired") for c in commands if c.expires_at and c.expires_at <= now]
+    over = [p.id for p in proposals if p.expires_at and p.expires_at <= now]
+    return [*ended, *(Judged(one, "expired", "service", "its time is over") for one in over)]
+
+
+def _awaits(command: Command) -> bool:
+    return command.kind in CONFIRMED and command.status != "applied"
+
+
+def confirm(run: Run) -> int:
+    """The row up to which commands await a receipt; 0 where none does, or where the settings do not show them yet."""
+    waiting = [command.seq for command in run.steering.commands if _awaits(command)]
+    return 0 if run.steering.unsettled or run.attempt == 0 else max(waiting, default=0)
 
 
 def attached(live: LiveRun, earlier: Sequence[tuple[int, Settings]]) -> Attached:
@@ -43,7 +83,7 @@ def attached(live: LiveRun, earlier: Sequence[tuple[int, Settings]]) -> Attached
         receipts_through=run.receipts_through,
         seq=run.seq,
         digest=live.record.hash.hex(),
-        policy=live.rules.policy.tag,
+        policy=live.ruling.policy.tag,
         decided=run.through,
         settings=run.settings,
         phase=run.decision.phase,
@@ -51,9 +91,16 @@ def attached(live: LiveRun, earlier: Sequence[tuple[int, Settings]]) -> Attached
         reason=reason(live),
         reference=tuple(g.lr for g in live.spec.groups),
         seed=live.spec.seed,
-        guard=live.spec.guard,
+        guard=spec_under(live.spec, run).guard,
         earlier=earlier,
+        controls=values(run),
+        confirm=confirm(run),
     )
+
+
+def values(run: Run) -> dict[str, float]:
+    """The declared controls' values from the next step on."""
+    return control_values(run.steering.controls, run.steering.commands, run.through + 1)
 
 
 def advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
@@ -61,6 +108,7 @@ def advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
     run = live.run
     if run.lag is None or not changes:
         changes = [(run.through, run.settings)]
+    waiting = run.steering.commands
     return Advice(
         attempt=run.attempt,
         through=run.through,
@@ -71,10 +119,21 @@ def advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
         phase=run.decision.phase,
         code=run.decision.code,
         reason=reason(live),
+        directives=tuple(Directive(c.id, c.kind, c.args) for c in run.steering.commands if c.kind in DIRECTIVES),
+        confirm=confirm(run),
+        controls=values(run),
+        guard=spec_under(live.spec, run).guard if any(_awaits(c) and c.kind in RULING for c in waiting) else {},
+        notices=tuple(_notice(c) for c in waiting if _awaits(c) or c.kind in DIRECTIVES),
     )
+
+
+def _notice(command: Command) -> str:
+    clamped = " (clamped by the guard)" if command.status == "clamped" else ""
+    return f"{command.kind} {command.id} by {command.actor}{clamped}: {command.reason}"
 
 
 def reason(live: LiveRun) -> str:
     """The newest decision in words; only made where the decision has something to say."""
     decision = live.run.decision
-    return "" if decision.fields is None else live.rules.policy.explain(live.rules.config, decision)
+    rules = live.ruling
+    return "" if decision.fields is None else rules.policy.explain(rules.config, decision)

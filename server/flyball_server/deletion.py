@@ -6,35 +6,31 @@ being found; the record of the deleted run points at it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
-from flyball_server import limits, records
+from flyball_server import ledger, limits, records
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.proving import checked
-from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord, chained
+from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
 
+#: The kind of a tombstone among the rows of the store's journal.
+KIND = "deleted"
 #: What of a tombstone is the deleted run's record.
 _KEPT = ("run", "project", "name", "policy", "created_at", "attempts", "step")
 
 
-def check_reason(reason: str) -> str:
+def check_reason(reason: str, wanted: str = "say why the run is deleted") -> str:
     """The reason without spaces around it. Raises Invalid where there is none, or too much of it."""
     reason = " ".join(reason.split())
     if not reason:
-        raise Invalid("reason is empty: say why the run is deleted; it stays in the store's journal")
+        raise Invalid(f"reason is empty: {wanted}; it stays in the store's journal")
     if len(reason) > limits.REASON_MAX:
         raise Invalid(f"reason has {len(reason)} characters: give at most {limits.REASON_MAX}")
     if any(0xD800 <= ord(character) <= 0xDFFF for character in reason):
         raise Invalid("reason holds half of a surrogate pair, which is no text: send it as UTF-8")
     return reason
-
-
-def newest(journal: Journal) -> Row | None:
-    """The newest tombstone, with the chain before it proved. Raises Damaged."""
-    last = None
-    for row in checked(STORE, journal.rows(STORE), 0, GENESIS):
-        last = row
-    return last
 
 
 def bare_record(run: str) -> RunRecord:
@@ -60,9 +56,7 @@ def tombstone(
         "rows": record.seq,
         "digest": record.hash.hex(),
     }
-    seq, previous = (1, GENESIS) if last is None else (last.seq + 1, last.hash)
-    row = Row(seq, "deleted", 0, None, None, actor, now, meta, (), b"")
-    row = row._replace(hash=chained(previous, STORE, row))
+    row = ledger.behind(last, KIND, meta, actor, now)
     return row, left_by(row)
 
 
@@ -78,21 +72,25 @@ def described(row: Row) -> dict[str, Any]:
     return {"seq": row.seq, "at": records.utc(row.at), "actor": row.actor, **row.meta, "created_at": created_at}
 
 
-def tombstones(journal: Journal, after: int, limit: int) -> dict[str, Any]:
-    """A page of them, oldest first; `next` is the value of `after` for the page behind it, None at the end."""
+def tombstones(journal: Journal, after: int, limit: int, reaches: Callable[[str], bool]) -> dict[str, Any]:
+    """A page of those whose project `reaches` says yes to, oldest first; `next` is the value of `after` for the page
+    behind it, None at the end."""
     if not 1 <= limit <= limits.TOMBSTONES_MAX:
         raise Invalid(f"limit is {limit}: give 1 to {limits.TOMBSTONES_MAX}")
-    found = list(journal.rows(STORE, after=after, until=after + limit + 1))
+    rows = journal.rows(STORE, after=after)
+    found = list(islice((row for row in rows if row.kind == KIND and reaches(row.meta["project"])), limit + 1))
     page = found[:limit]
     following = page[-1].seq if len(found) > limit else None
     return {"tombstones": [described(row) for row in page], "next": following}
 
 
 def problems(journal: Journal) -> list[str]:
-    """What is wrong with the tombstones: their chain, and whether each is where the run's record says."""
+    """What is wrong with the store's journal: its chain, and whether each tombstone is where the run's record says."""
     out = []
     try:
         for row in checked(STORE, journal.rows(STORE), 0, GENESIS):
+            if row.kind != KIND:
+                continue
             run = str(row.meta.get("run"))
             if journal.record(run) != left_by(row):
                 out.append(f"run {run!r}: its tombstone is row {row.seq}, but its record does not say so")

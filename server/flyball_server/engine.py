@@ -24,6 +24,7 @@ from flyball_server.core.events import Attached, Created, Event, Observed, Origi
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
+from flyball_server.ledger import Ledger, Lost
 from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
@@ -34,14 +35,11 @@ from flyball_server.storage.journal import (
     Row,
     RunRecord,
     Snapshot,
+    Work,
     chained,
 )
 
 T = TypeVar("T")
-
-
-class Lost(Exception):
-    """Another process appended to the run first: fold again and retry. No caller of the service sees it."""
 
 
 class LiveRun:
@@ -56,9 +54,32 @@ class LiveRun:
         self.lock = asyncio.Lock()
         self.waiting = 0
         self.stale = False
+        #: When something last came from its job, by the event loop's clock; None: nothing since it was loaded.
+        self.heard: float | None = None
+        self._watchers: list[asyncio.Future[None]] = []
         self.snapshot_at = run.observations
         #: The newest batches' settings, for steps that a client sends again.
         self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
+
+    async def changed(self, within_s: float) -> None:
+        """Return when something was committed here, or the time is over."""
+        future = asyncio.get_running_loop().create_future()
+        self._watchers.append(future)
+        await asyncio.wait([future], timeout=within_s)
+        if future in self._watchers:
+            self._watchers.remove(future)
+
+    def tell(self) -> None:
+        """Wake whoever waits for a change."""
+        watchers, self._watchers = self._watchers, []
+        for future in watchers:
+            if not future.done():
+                future.set_result(None)
+
+    @property
+    def ruling(self) -> Rules:
+        """The rules in force, which a command may have changed."""
+        return fold.ruling(self.rules, self.run)
 
 
 class Turn:
@@ -113,8 +134,7 @@ class Engine:
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
         self._loading: dict[str, asyncio.Lock] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._deleting = asyncio.Lock()
-        self._tombstone: Row | None = None  # the newest one, where this process wrote it
+        self.ledger = Ledger(journal, self._hand_in, now_us)
         self.damage = Damage()
         self._scrub = Scrub(journal, self.found_damage)
 
@@ -132,6 +152,16 @@ class Engine:
         """Commit what is under way and close the journal."""
         await self._scrub.stop()
         await asyncio.to_thread(self._journal.close)
+
+    def in_memory(self) -> list[LiveRun]:
+        """The runs that are folded here."""
+        return list(self._live.values())
+
+    async def whole(self, run_id: str) -> LiveRun:
+        """The run, for whoever can make nothing of a part of it. Raises NotFound, and Damaged where it is."""
+        live = await self.find(run_id)
+        self.damage.check(run_id)
+        return live
 
     async def create(self, spec: Spec, actor: str, origin: Origin | None = None) -> LiveRun:
         """Begin a run. Raises Conflict where it exists (in any process)."""
@@ -182,8 +212,8 @@ class Engine:
         run_id = record.run
         expected = None if live is None or self.damage.words(run_id) else live.run.seq
         observations = None if live is None else live.run.observations
-        async with self._deleting:
-            last, self._tombstone = self._tombstone or await asyncio.to_thread(deletion.newest, self._journal), None
+
+        async def write(last: Row | None) -> Row:
             row, left = deletion.tombstone(record, observations, reason, actor, self.now_us(), last)
             try:
                 await self._hand_in(run_id, lambda token: self._journal.delete(Deletion(expected, row, left, token)))
@@ -191,7 +221,9 @@ class Engine:
                 if live is not None:
                     live.stale = True
                 self._live.pop(run_id, None)
-            self._tombstone = row
+            return row
+
+        row = await self.ledger.extend(write)
         self.damage.forget(run_id)
         return row
 
@@ -218,7 +250,8 @@ class Engine:
             head = chained(head, run_id, Row(seq, kind, attempt, first, last, actor, now, meta, columns, b""))
             rows.append(Row(seq, kind, attempt, first, last, actor, now, meta, columns, head))
         step = run.through if run.observations else None
-        of, project, name, _, policy, labels, _, _, created, _, _, _, parent = live.record
+        of, project, name, _, _, labels, _, _, created, _, _, _, parent = live.record
+        policy = fold.ruling(live.rules, run).policy.tag
         record = RunRecord(
             of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
         )
@@ -242,6 +275,7 @@ class Engine:
                 live.recent.clear()  # those decisions belong to the line that was left
             if isinstance(event, Observed) and run.lag is not None:
                 live.recent.append((event.steps[0], event.steps[-1], outcome.changes))
+        live.tell()
         return outcomes
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
@@ -299,12 +333,12 @@ class Engine:
         except Conflict as error:
             raise Lost(f"run {run_id}: another process appended first") from error
 
-    def _deliver(self, results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
+    def _deliver(self, results: Sequence[tuple[Work, Exception | None]]) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._resolve, results)
 
     @staticmethod
-    def _resolve(results: Sequence[tuple[Append | Deletion, Exception | None]]) -> None:
+    def _resolve(results: Sequence[tuple[Work, Exception | None]]) -> None:
         for item, error in results:
             future: asyncio.Future[None] = item.token
             if not future.done():

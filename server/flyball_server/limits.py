@@ -16,6 +16,19 @@ SHADOWS_MAX = 3
 WHAT_IF_OBSERVATIONS_MAX = 2_000_000
 #: What-ifs computed at the same time; more are asked to come again.
 WHAT_IFS_MAX = 1
+#: Controls that one run may declare.
+CONTROLS_MAX = 32
+#: Commands of one run that are not over, and proposals.
+COMMANDS_MAX = 32
+#: How far away the end of a command may be: ten years.
+EXPIRES_MAX_S = 3650 * 86400.0
+#: Bytes of a directive's arguments as JSON.
+DIRECTIVE_BYTES_MAX = 4096
+#: How long one request may wait for a command to be over, and how often a change by another replica is looked for.
+WAIT_MAX_S = 60.0
+WAIT_POLL_S = 1.0
+#: How often commands that end at a time are looked for.
+EXPIRE_EVERY_S = 1.0
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -70,6 +83,26 @@ SCRUB_SHARE = 0.2
 SCRUBBED_MAX = 100_000
 #: Characters in the reason for a deletion.
 REASON_MAX = 500
+#: Times that a row of the store's journal is tried again: nothing spreads these writers, as runs do those of runs.
+LEDGER_TRIES = 64
+#: Tokens that may be valid at a time, projects of one, and the longest time that one may be said to live.
+TOKENS_MAX = 10_000
+TOKEN_PROJECTS_MAX = 64
+TOKEN_LIFE_MAX_S = 10 * 366 * 86400
+#: What another process wrote about tokens is known after this time.
+TOKENS_FRESH_S = 0.5
+#: Requests a second of one token, or of one address where nobody is asked for a token; as many may come at once.
+REQUESTS_PER_S = 5000.0
+#: Requests without a valid token that one address may send within this time before it is told to wait.
+FAILURES_MAX = 20
+FAILURES_WITHIN_S = 60.0
+#: Tokens or addresses whose rates are remembered.
+CALLERS_MAX = 10_000
+#: How often the same peer and reason come to the record of what was refused, and how many of them at a time.
+REFUSED_EVERY_S = 60.0
+REFUSED_PEERS_MAX = 64
+#: Rows of the store's journal that are read at a time.
+LEDGER_PAGE = 1000
 #: Tombstones in one page.
 TOMBSTONES_MAX = 1000
 #: Rows, observations and bytes of rows in one part of an export; the last row may go beyond the latter two.

@@ -13,13 +13,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from flyball_server import limits, records
+from flyball_server import deletion, limits, records
+from flyball_server.access import unknown_run
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Damaged, NotFound
 from flyball_server.core.events import Observed, Origin, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
-from flyball_server.deletion import left_by
 from flyball_server.proving import check_row, checked, unread_problem
 from flyball_server.queries import cutoffs
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
@@ -58,7 +58,7 @@ def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
         if record is None:
             raise Damaged(f"run {run_id!r}: there are rows, but the run's record is missing")
     if record is None:
-        raise NotFound(f"run {run_id!r} is not known: `flyball runs` lists those that are")
+        raise unknown_run(run_id)
     first = next(journal.rows(run_id, until=1), None)
     if record.status == DELETED:
         raise _deleted(journal, record, first)
@@ -111,9 +111,10 @@ def projected(
 ) -> RunRecord:
     """The record that belongs to a fold."""
     step = run.through if run.observations else None
+    policy = fold.ruling(rules, run).policy.tag
     return RunRecord(
-        spec.run, spec.project, spec.name, run.status, rules.policy.tag, spec.labels, run.attempt, step, created_at,
-        updated_at, run.seq, head, parent_of(origin),
+        spec.run, spec.project, spec.name, run.status, policy, spec.labels, run.attempt, step, created_at, updated_at,
+        run.seq, head, parent_of(origin),
     )  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def _usable(journal: Journal, run_id: str, rules: Rules, seq: int) -> Run | None
 def _deleted(journal: Journal, record: RunRecord, first: Row | None) -> Exception:
     """The error that says what became of a deleted run."""
     row = next(journal.rows(STORE, after=record.seq - 1, until=record.seq), None) if record.seq > 0 else None
-    if first is not None or row is None or record != left_by(row):
+    if first is not None or row is None or row.kind != deletion.KIND or record != deletion.left_by(row):
         return Damaged(f"run {record.run!r}: its record says that it was deleted, but the store's journal does not")
     return Deleted(
         f"run {record.run!r} was deleted at {records.utc(row.at)} by {row.actor}: {row.meta['reason']}; "

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
 
@@ -81,6 +82,8 @@ class Attached(NamedTuple):
     guard: Mapping[str, Any]
     #: With a lag: what was decided on the line before, for steps whose own decisions lie before the attempt.
     earlier: Sequence[tuple[int, Settings]] = ()
+    controls: Mapping[str, float] = MappingProxyType({})
+    confirm: int = 0
 
 
 class Report(NamedTuple):
@@ -94,10 +97,23 @@ class Report(NamedTuple):
     receipts: tuple[Receipt, ...]
     answers: tuple[DirectiveAnswered, ...]
     end: str
+    controls: tuple[Control, ...] = ()
+
+
+class Directive(NamedTuple):
+    """What the service asks of the job besides settings."""
+
+    id: str
+    kind: str
+    args: Mapping[str, Any]
 
 
 class Advice(NamedTuple):
-    """The answer to a report, sent only once the journal has it: the acknowledgement and the newest settings."""
+    """The answer to a report, sent only once the journal has it: the acknowledgement and the newest settings.
+
+    confirm: a command up to this row awaits its receipt (0: none does). guard: the run's limits, where a command that
+    is not confirmed yet changed them. notices: lines for the job's log, until a receipt confirms them.
+    """
 
     attempt: int
     through: int
@@ -108,3 +124,23 @@ class Advice(NamedTuple):
     phase: str
     code: str
     reason: str
+    directives: tuple[Directive, ...] = ()
+    confirm: int = 0
+    controls: Mapping[str, float] = MappingProxyType({})
+    guard: Mapping[str, Any] = MappingProxyType({})
+    notices: tuple[str, ...] = ()
+
+
+class CommandRequest(NamedTuple):
+    """What somebody asks of a run. fields: what stands beside the kind (see `command_checks`). expected_seq: the newest
+    row the caller knew, None: whatever there is. key: of a request that may be repeated, or "". expires_in_s,
+    expires_at: when it ends by itself, in seconds from now or as an ISO 8601 time."""
+
+    run: str
+    kind: str
+    reason: str
+    fields: Mapping[str, Any]
+    expected_seq: int | None = None
+    key: str = ""
+    expires_in_s: float | None = None
+    expires_at: str | None = None

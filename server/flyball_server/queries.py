@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flyball_server import limits, records
+from flyball_server.core import commands
+from flyball_server.core import run as fold
 from flyball_server.core.errors import Invalid, NotFound
 from flyball_server.core.events import Spec
 from flyball_server.core.policies.aees import episode_log
@@ -104,6 +106,11 @@ class Marked(NamedTuple):
     spec: Spec
     rules: Rules
     shadow: str
+    run: Run
+
+    def rules_at(self, seq: int) -> Rules:
+        """The rules that a row was decided under."""
+        return self.rules if self.shadow else fold.ruling(self.rules, self.run, seq)
 
     def of(self, row: Row) -> Sequence[Any]:
         """The marks that a row holds of it."""
@@ -113,12 +120,12 @@ class Marked(NamedTuple):
         return found
 
 
-def marked(spec: Spec, rules: Rules, shadow: str) -> Marked:
+def marked(spec: Spec, rules: Rules, run: Run, shadow: str) -> Marked:
     """Raises NotFound where the run has no such shadow."""
     if not shadow:
-        return Marked(spec, rules, "")
+        return Marked(spec, rules, "", run)
     _check_shadow(spec, shadow)
-    return Marked(spec, rules.shadows[[*spec.shadows].index(shadow)], shadow)
+    return Marked(spec, rules.shadows[[*spec.shadows].index(shadow)], shadow, run)
 
 
 def _check_shadow(spec: Spec, shadow: str) -> None:
@@ -166,7 +173,7 @@ def _check_limit(limit: int) -> None:
 
 
 def _decisions(row: Row, marked: Marked) -> list[dict[str, Any]]:
-    names, rules = [g.name for g in marked.spec.groups], marked.rules
+    names, rules = [g.name for g in marked.spec.groups], marked.rules_at(row.seq)
     return [
         {
             "seq": row.seq,
@@ -176,13 +183,19 @@ def _decisions(row: Row, marked: Marked) -> list[dict[str, Any]]:
             "phase": phase,
             "decision": code,
             "guard": note,
-            "reason": rules.policy.explain(rules.config, Decision(tuple(now), None, None, phase, code, fields)),
+            "reason": _reason(rules, Decision(tuple(now), None, None, phase, code, fields)),
             "lr_before": dict(zip(names, before, strict=True)),
             "lr_after": dict(zip(names, now, strict=True)),
             "fields": fields,
         }
         for step, phase, code, note, before, now, fields in marked.of(row)
     ]
+
+
+def _reason(rules: Rules, decision: Decision) -> str:
+    if decision.code.startswith("command_") and decision.fields is not None:
+        return commands.explain(decision.fields)
+    return rules.policy.explain(rules.config, decision)
 
 
 _SETTINGS = ("lr", "momentum", "noise_std")
@@ -326,6 +339,16 @@ def _first_of_each(index: Ints, starts: Ints) -> Ints:
     """Of rising indices, the first one in each of the ranges that begin at `starts`."""
     which = np.searchsorted(starts, index, "right")
     return index[np.flatnonzero(np.diff(which, prepend=-1))]
+
+
+def parse_cursor(cursor: str | None) -> tuple[int, str] | None:
+    """The key that a listing's cursor stands for. Raises Invalid."""
+    if not cursor:
+        return None
+    created, _, run = cursor.partition("~")
+    if not (created.isascii() and created.isdecimal() and int(created) <= limits.INTEGER_MAX) or not run:
+        raise Invalid(f"cursor is {cursor!r}: give the one from the page before, unchanged")
+    return int(created), run
 
 
 def plain(value: float) -> float | str:

@@ -17,29 +17,35 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
+from flyball_server.core.commands import Control
 from flyball_server.core.events import (
     Applied,
     Attached,
+    Commanded,
+    CommandMoved,
     Created,
+    Declared,
     DirectiveAnswered,
     Ended,
     Event,
+    Judged,
     Mark,
     Observed,
     Origin,
     Outcome,
+    Proposed,
     Receipt,
     Reported,
     Spec,
 )
 from flyball_server.core.numbers import finite
 from flyball_server.core.run import NOTHING
-from flyball_server.core.types import Group, Settings
+from flyball_server.core.types import Ask, Group, Settings
 from flyball_server.storage.journal import Column, Row
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine trains models today
@@ -74,11 +80,16 @@ def to_entry(event: Event, outcome: Outcome, shadows: Iterable[str] = ()) -> Ent
         return Entry("created", 0, None, None, created, ())
     if isinstance(event, Reported):
         columns = [Column(name, "d", array("d", [event.signals[name]]).tobytes()) for name in sorted(event.signals)]
-        return Entry("reported", 0, event.step, event.step, {}, tuple(columns))
+        return Entry("reported", 0, event.step, event.step, _said(event, ("source", "number", "note")), tuple(columns))
+    if isinstance(event, Declared):
+        return Entry("declared", event.attempt, None, None, {"controls": [list(c) for c in event.controls]}, ())
     meta = event._asdict()
-    attempt = meta.pop("attempt")
-    if meta.get("claimed", ...) is None:  # as it was recorded before there was such a thing
+    attempt = meta.pop("attempt", 0)
+    # As it was recorded before there was such a thing.
+    if isinstance(event, Attached) and event.claimed is None:
         del meta["claimed"]
+    if isinstance(event, DirectiveAnswered) and not event.step:
+        del meta["step"]
     # Marks: what the policy had to say at the end.
     return Entry(_KINDS[type(event)], attempt, None, None, meta | _marks_json(outcome, shadows), ())
 
@@ -93,11 +104,16 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
         return Created(spec_of(row), origin_of(row)), NOTHING
     if row.kind == "reported":
         assert row.first_step is not None
-        return Reported(row.first_step, {c.name: _values(c)[0] for c in row.columns}), NOTHING
+        return Reported(row.first_step, {c.name: _values(c)[0] for c in row.columns}, **row.meta), NOTHING
+    if row.kind == "declared":
+        return Declared(row.attempt, tuple(Control(*one) for one in row.meta["controls"])), NOTHING
     meta = dict(row.meta)
     meta.pop("shadow_marks", None)
-    marks = tuple(_mark(m) for m in meta.pop("marks", ()))
-    return _CLASSES[row.kind](attempt=row.attempt, **meta), Outcome((), marks) if marks else NOTHING
+    marks, verdict = tuple(_mark(m) for m in meta.pop("marks", ())), meta.pop("verdict", None)
+    found = _CLASSES[row.kind]
+    if "attempt" in found._fields:
+        meta["attempt"] = row.attempt
+    return found(**meta), Outcome((), marks, verdict=verdict) if marks or verdict else NOTHING
 
 
 def spec_of(row: Row) -> Spec:
@@ -115,10 +131,19 @@ def origin_of(row: Row) -> Origin | None:
 
 _KINDS: dict[type[Any], str] = {
     Attached: "attached",
+    Commanded: "commanded",
+    CommandMoved: "command_moved",
     DirectiveAnswered: "directive_answered",
     Ended: "ended",
+    Judged: "judged",
+    Proposed: "proposed",
 }
-_CLASSES: dict[str, Callable[..., Event]] = {kind: cls for cls, kind in _KINDS.items()}
+_CLASSES: dict[str, type[Any]] = {kind: cls for cls, kind in _KINDS.items()}
+
+
+def _said(event: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those of an event's fields that say anything."""
+    return {name: getattr(event, name) for name in names if getattr(event, name)}
 
 
 def _spec_json(spec: Spec) -> dict[str, Any]:
@@ -147,12 +172,16 @@ def _observed_entry(event: Observed, outcome: Outcome, shadows: Iterable[str]) -
         own = _settings("=", [settings for _, settings in beside.changes])
         columns += [column._replace(name=f"{column.name}@{name}") for column in own]
     meta = _marks_json(outcome, shadows) if outcome.marks or outcome.shadows else {}
+    if outcome.asks:
+        meta["asks"] = [[ask.kind, finite(ask.args), ask.reason] for ask in outcome.asks]
     return Entry("observed", event.attempt, first, last, meta, tuple(columns))
 
 
 def _marks_json(outcome: Outcome, shadows: Iterable[str]) -> dict[str, Any]:
-    """The marks as a row's meta has them; nothing where there are none."""
+    """The marks, and what became of a command, as a row's meta has them; nothing where there is none."""
     meta: dict[str, Any] = {"marks": [_mark_json(mark) for mark in outcome.marks]} if outcome.marks else {}
+    if outcome.verdict is not None:
+        meta["verdict"] = outcome.verdict
     beside = zip(shadows, outcome.shadows, strict=False)
     marks = {name: [_mark_json(mark) for mark in one.marks] for name, one in beside if one.marks}
     return meta | {"shadow_marks": marks} if marks else meta
@@ -182,7 +211,8 @@ def _observed(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
         elif not name.startswith("="):
             signals[name] = values
     changes = tuple((steps[i], s) for i, s in zip(at, settings, strict=True))
-    return Observed(row.attempt, steps, signals), Outcome(changes, marks)
+    asks = tuple(Ask(*ask) for ask in row.meta.get("asks", ()))
+    return Observed(row.attempt, steps, signals), Outcome(changes, marks, asks=asks)
 
 
 def _applied_entry(event: Applied) -> Entry:
@@ -196,7 +226,15 @@ def _applied_entry(event: Applied) -> Entry:
     if late:
         columns.append(Column("late", "I", array("I", late).tobytes()))
     conflicts = {str(i): r.conflict for i, r in enumerate(receipts) if r.conflict}
-    meta = {"conflicts": conflicts} if conflicts else {}
+    meta: dict[str, Any] = {"conflicts": conflicts} if conflicts else {}
+    # What most receipts do not say takes no room.
+    for name in ("confirms", "of_ranks"):
+        if any(getattr(r, name) for r in receipts):
+            columns.append(Column(name, "q", array("q", [getattr(r, name) for r in receipts]).tobytes()))
+    for name in ("controls", "wanted"):
+        said = {str(i): getattr(r, name) for i, r in enumerate(receipts) if getattr(r, name)}
+        if said:
+            meta[name] = {i: _carried(value) for i, value in said.items()}
     return Entry("applied", event.attempt, receipts[0].step, receipts[-1].step, meta, tuple(columns))
 
 
@@ -205,14 +243,43 @@ def _applied(row: Row, groups: tuple[Group, ...]) -> Applied:
     late = set(columns.pop("late", ()))
     conflicts = row.meta.get("conflicts", {})
     numbers, steps, decided, ranks = (columns[name] for name in ("number", "step", "decided", "ranks"))
+    confirms, of_ranks = (columns.pop(name, [0] * len(numbers)) for name in ("confirms", "of_ranks"))
+    controls, wanted = (
+        {i: _uncarried(value) for i, value in row.meta.get(name, {}).items()} for name in ("controls", "wanted")
+    )
     settings = _read_settings("", columns, groups, len(numbers))
     return Applied(
         row.attempt,
         tuple(
-            Receipt(numbers[i], steps[i], decided[i], settings[i], i in late, conflicts.get(str(i), ""), ranks[i])
-            for i in range(len(numbers))
+            Receipt(
+                number,
+                steps[i],
+                decided[i],
+                settings[i],
+                i in late,
+                conflicts.get(str(i), ""),
+                ranks[i],
+                confirms[i],
+                controls.get(str(i), {}),
+                wanted.get(str(i)),
+                of_ranks[i],
+            )
+            for i, number in enumerate(numbers)
         ),
     )
+
+
+def _carried(value: Any) -> Any:
+    """Numbers that a job read back, which may be NaN, as text."""
+    if isinstance(value, Mapping):
+        return {name: repr(one) for name, one in value.items()}
+    return [repr(one) for one in value]
+
+
+def _uncarried(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: float(one) for name, one in value.items()}
+    return tuple([float(one) for one in value])
 
 
 def _signal(name: str, column: Sequence[float | None]) -> list[Column]:

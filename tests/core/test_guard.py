@@ -73,6 +73,7 @@ decisions = st.builds(
     phase=st.just("p"),
     code=st.just("c"),
     fields=st.none(),
+    asks=st.just(()),
 )
 
 

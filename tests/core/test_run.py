@@ -202,7 +202,7 @@ def test_a_rewound_run_equals_one_that_was_never_disturbed(rules, event, cut, lo
     run = begun(rules, rest.steps[0], 2, json.loads(text(before)), run)
     assert run.attempts == ((0, 2, 0), (rest.steps[0], 5, 1))
     run, _ = fold.apply(rules, run, rest._replace(attempt=2))
-    own = ("seq", "attempts", "attempt", "session", "from_step", "decided")
+    own = ("seq", "attempts", "attempt", "session", "from_step", "decided", "steering")
     assert text(run, *own) == text(undisturbed, *own)
 
 
@@ -215,7 +215,7 @@ def test_an_attempt_that_goes_on_behind_the_newest_step_changes_no_decision(rule
     undisturbed, _ = fold.apply(rules, before, rest)
     resumed = begun(rules, rest.steps[0], 2, None, before)
     resumed, _ = fold.apply(rules, resumed, rest._replace(attempt=2))
-    own = ("seq", "attempts", "attempt", "session", "from_step", "decided")
+    own = ("seq", "attempts", "attempt", "session", "from_step", "decided", "steering")
     assert text(resumed, *own) == text(undisturbed, *own)
 
 

@@ -38,6 +38,7 @@ from flyball_server.storage.journal import (
     STORE,
     Deletion,
     Journal,
+    Note,
     Row,
     RunFilter,
     RunRecord,
@@ -198,6 +199,36 @@ def test_a_deletion_leaves_a_record_and_a_tombstone_and_the_name_is_not_used_aga
     assert list(journal.rows("b")) == b
 
 
+def test_a_note_follows_the_newest_row_of_the_stores_journal_and_changes_no_run(
+    opened: tuple[Journal, Results],
+) -> None:
+    journal, results = opened
+    kept = append("a", chain("a", observed(2, 2)))
+    assert keep(journal, results, kept) == [None]
+    first, second, third = chain(STORE, [row(f"kind {i}", meta={"i": i}) for i in range(3)])
+
+    def note(one: Row) -> Exception | None:
+        before = len(results.all)
+        journal.note(Note(one, one.seq))
+        return results.wait(before + 1)[-1]
+
+    assert note(first) is None
+    assert results.all[-1][0].token == 1
+    for late_or_early in (first, third):
+        assert type(note(late_or_early)) is Conflict
+    before = len(results.all)
+    journal.delete(Deletion(2, second, left_of(kept.record, second), None))
+    assert results.wait(before + 1)[-1] is None
+    assert note(third) is None
+    assert list(journal.rows(STORE)) == [first, second, third]
+    journal.compact(STORE)
+    assert list(journal.rows(STORE, after=1)) == [second, third]
+    (fourth,) = chain(STORE, [row("kind 4")], after=third)
+    assert note(fourth) is None
+    assert [one.seq for one in journal.rows(STORE)] == [1, 2, 3, 4]
+    assert journal.check() == []
+
+
 def test_a_damaged_run_may_be_deleted_whatever_is_left_of_it(opened: tuple[Journal, Results]) -> None:
     journal, results = opened
     rows = chain("a", observed(3, 2))
@@ -249,6 +280,8 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(status="active", stale_before=AT + 10), lambda i: i % 3 != 0 and i >= 10),
     (RunFilter(status="stale", stale_before=AT + 10), lambda i: i % 3 != 0 and i < 10),
     (RunFilter(status="stale"), lambda i: False),
+    (RunFilter(status="stale", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and 5 <= i < 10),
+    (RunFilter(status="lost", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and i < 5),
     (RunFilter(policy="plateau"), lambda i: i % 4 in (0, 1)),
     (RunFilter(policy="plateau@2"), lambda i: i % 4 == 1),
     (RunFilter(policy="plat"), lambda i: False),
@@ -259,6 +292,23 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(labels={}), lambda i: True),
     (RunFilter(project="p0", labels={"team": "t2"}, policy="plateau"), lambda i: i % 20 == 12),
 ]
+
+
+def test_a_sign_of_life_keeps_a_run_from_being_stale(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", [row("created")])
+    assert keep(journal, results, append("r", rows, status="active", updated_at=AT)) == [None]
+
+    def status() -> list[str]:
+        filters = (RunFilter(status=s, stale_before=AT + 10, lost_before=AT + 5) for s in ("active", "stale", "lost"))
+        return [str(f.status) for f in filters if journal.records(f, after=None, limit=9)]
+
+    assert status() == ["lost"]
+    for at, wanted in ((AT + 6, "stale"), (AT + 11, "active")):
+        journal.hear("r", at)
+        journal.compact("r")  # waits for the writer
+        assert journal.heard(["r", "other"]) == {"r": at}
+        assert status() == [wanted]
 
 
 def test_records_are_filtered_and_paged_newest_first(opened: tuple[Journal, Results]) -> None:

@@ -254,7 +254,7 @@ _SENTENCES = {
     "override": "{actor} overrides {setting} of {groups}: {asked}{clamped}.",
     "hold": "{actor} holds all settings as they are.",
     "release": "{actor} releases {released}.",
-    "bounds": "{actor} sets the limits {guard}.",
+    "bounds": "{actor} sets the limits {guard}{clamped}.",
     "switch_policy": "{actor} switches the policy from {before} to {after}; carried over: {carried}.",
     "set_profile": "{actor} sets the profile {profile}, and with it {after} for {before}; carried over: {carried}.",
 }

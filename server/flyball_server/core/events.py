@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flyball_server.core.commands import Control
-from flyball_server.core.types import Group, Settings
+from flyball_server.core.types import Ask, Group, Settings
 
 
 class Spec(NamedTuple):
@@ -229,9 +229,11 @@ class Outcome(NamedTuple):
     """What folding an Observed brought: the settings by the step that decided them (the first entry is always
     the batch's first step, so that each journal row can be read alone), and the marks.
 
-    shadows: the same for each shadow of the run, in their order. verdict: what became of a command."""
+    shadows: the same for each shadow of the run, in their order. verdict: what became of a command. asks: what the
+    policy asked of the job."""
 
     changes: tuple[tuple[int, Settings], ...]
     marks: tuple[Mark, ...]
     shadows: tuple[Outcome, ...] = ()
     verdict: Mapping[str, Any] | None = None
+    asks: tuple[Ask, ...] = ()

@@ -67,7 +67,7 @@ from flyball_server.core.events import (
 )
 from flyball_server.core.numbers import finite
 from flyball_server.core.state import dump_state, load_state
-from flyball_server.core.types import APPLIED, ROLLBACKS, Decision, Group, Policy, Settings
+from flyball_server.core.types import APPLIED, ROLLBACKS, Ask, Decision, Group, Policy, Settings
 
 
 class Rules(NamedTuple):
@@ -202,8 +202,7 @@ def ruling(rules: Rules, run: Run, seq: int | None = None) -> Rules:
     plan = plans[-1][1] if seq is None else next((text for at, text in reversed(plans) if at <= seq), "")
     if not plan:
         return rules
-    assert rules.under is not None, "rules without `under` are of runs that get no commands"
-    return rules.under(plan)
+    return _under(rules, plan)
 
 
 def _beside(rules: Rules, run: Run, event: Event, place: int) -> tuple[Run, Outcome]:
@@ -318,8 +317,7 @@ def _gone_back(rules: Rules, run: Run, restored: Run) -> Run:
     restored = restored._replace(steering=beside)
     if _plan(restored) == before:
         return restored
-    was = rules if not before else _under(rules, before)
-    return _switched(was, rules, restored, restored.through)
+    return _switched(_under(rules, before), rules, restored, restored.through)
 
 
 def _plan(run: Run) -> str:
@@ -327,14 +325,15 @@ def _plan(run: Run) -> str:
 
 
 def _under(rules: Rules, plan: str) -> Rules:
-    assert rules.under is not None
-    return rules.under(plan)
+    """The rules under a plan ("": those of the specification). A shadow's have no `under`: it gets no commands."""
+    return rules if rules.under is None else rules.under(plan)._replace(shadows=rules.shadows)
 
 
 def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
     """A command, with what it changes and what the guard left of it."""
     seq, before = run.seq + 1, run.settings.lr
     held, clamped = _held(rules, run, event)
+    clamped = clamped or bool(event.args.get("clamped"))
     old = run.steering.plans
     beside = steering.commanded(run.steering, event, seq, held, clamped)
     run = run._replace(seq=seq, steering=beside)
@@ -354,6 +353,7 @@ def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
         verdict["carried"] = list(carried)
     fields = {"kind": event.kind, "command": f"c{seq}", "actor": event.actor, "reason": event.reason}
     words = {"carried": ", ".join(carried) or "everything", **event.args.get("words", {})}
+    words["clamped"] = ", clamped by the guard" if clamped else ""
     note = "guard_clamped" if clamped else ""
     code = f"command_{event.kind}"
     mark = Mark(run.through, run.decision.phase, code, note, before, now.lr, {**words, **fields})
@@ -474,6 +474,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     free = not steered and rules.base is None and guard.is_free(rules.limits)
     changes: list[tuple[int, Settings]] = []
     marks: list[Mark] = []
+    asks: list[Ask] = []
     receipts, applied = in_force(run.in_force, steps)
     reads = rules.policy.reads(config)
     rollbacks = beside.rollbacks if ROLLBACKS in reads else 0
@@ -483,7 +484,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
             seen = seen._replace(applied=seen.step - 1)  # nothing decided since then has changed the settings
         state, decision = policy_step(config, state, seen)
         if decision.asks:
-            beside = steering.asked(beside, decision.asks, run.seq + 1, rules.policy.tag)
+            beside, new_asks = steering.asked(beside, decision.asks, run.seq + 1, len(asks))
+            asks += new_asks
             decision = decision._replace(asks=(), milestone=True)
         # Identity first: a policy that did not move returns the same objects, and then there is nothing to do.
         if (
@@ -536,7 +538,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         run.shadows,
         beside._replace(unsettled=False) if beside.unsettled else beside,
     )
-    return run, Outcome(tuple(changes), tuple(marks))
+    return run, Outcome(tuple(changes), tuple(marks), asks=tuple(asks))
 
 
 def settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
@@ -584,8 +586,7 @@ def load(rules: Rules, data: Mapping[str, Any]) -> Run:
     """The run that `dump` wrote, after any trip through JSON."""
     lr, momentum, noise_std, phase, code, fields, milestone, *_ = data["decision"]
     beside = steering.load(data.get("steering"))
-    if beside.plans and beside.plans[-1][1]:
-        rules = _under(rules, beside.plans[-1][1])
+    rules = _under(rules, beside.plans[-1][1] if beside.plans else "")
     factors, changed, window, window_factors, note = data["guard_state"]
     return Run(
         **{

@@ -15,6 +15,9 @@ from flyball_server.core.errors import Conflict
 from flyball_server.core.events import Applied, Commanded, CommandMoved, Declared, DirectiveAnswered, Judged, Proposed
 from flyball_server.core.types import Ask
 
+#: Who asks, where the run's own policy does.
+POLICY = "policy"
+
 
 def declared(steering: Steering, event: Declared) -> Steering:
     """Controls, the newest declaration of a name counting."""
@@ -79,15 +82,16 @@ def reported(steering: Steering, source: str, number: int) -> Steering:
     return steering._replace(reporters=counts)
 
 
-def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, policy: str) -> Steering:
-    """What the policy itself asks of the job; the same kind is not asked for twice at a time."""
+def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, before: int) -> tuple[Steering, tuple[Ask, ...]]:
+    """What the policy itself asks of the job, without what waits for an answer already. before: how many it asked in
+    this row already."""
     waiting = {command.kind for command in steering.commands}
-    new = [
-        Command(f"a{seq}.{i}", ask.kind, seq, f"policy:{policy}", ask.reason, "accepted", ask.args)
-        for i, ask in enumerate(asks)
-        if ask.kind not in waiting
+    new = tuple([ask for ask in asks if ask.kind not in waiting])
+    found = [
+        Command(f"a{seq}.{i}", ask.kind, seq, POLICY, ask.reason, "accepted", ask.args)
+        for i, ask in enumerate(new, before)
     ]
-    return steering._replace(commands=(*steering.commands, *new)) if new else steering
+    return (steering._replace(commands=(*steering.commands, *found)) if found else steering), new
 
 
 def proposed(steering: Steering, event: Proposed, seq: int) -> Steering:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 
 from flyball_server import limits
+from flyball_server.auth import Door
+from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import branches, exports, problems, runs, steer, store
+from flyball_server.http_api import branches, commands, exports, problems, runs, steer, store
+from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
+from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
 from flyball_server.service import Service
+from flyball_server.tokens import Tokens
 
 
-def build(service: Service, version: str, is_ready: Callable[[], bool], exchange: Exchange) -> FastAPI:
-    """The FastAPI application over one service and its exchange. `is_ready`: false while starting and draining."""
-    app = FastAPI(
+class Parts(NamedTuple):
+    """The use cases that the routes call."""
+
+    service: Service
+    commanding: Commanding
+    exchange: Exchange
+    tokens: Tokens
+
+
+def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool]) -> FastAPI:
+    """The application over all use cases. door: who comes in. is_ready: false while starting and draining."""
+    app = Application(
         title="Flyball",
         version=version,
         summary="Steers and audits the learning rates of training jobs",
@@ -23,12 +39,16 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
         docs_url=None,
         redoc_url=None,
     )
-    problems.install(app)
-    app.include_router(steer.router(service))
-    app.include_router(runs.router(service))
-    app.include_router(branches.router(service))
-    app.include_router(store.router(service))
-    app.include_router(exports.router(exchange))
+
+    def denied(request: Request, why: str) -> None:
+        door.denied(caller_of(request), peer_of(request.scope), why)
+
+    problems.install(app, denied)
+    routers = [part.router(parts.service) for part in (steer, runs, branches, store)]
+    routers += [commands.router(parts.commanding), exports.router(parts.exchange), tokens_api.router(parts.tokens)]
+    for routes in routers:
+        # The door has looked at the token already; this only tells readers of the schema that there is one.
+        app.include_router(routes, responses=problems.ANSWERS, dependencies=[Depends(HTTPBearer(auto_error=False))])
 
     @app.get("/healthz", tags=["probes"])
     async def healthz() -> dict[str, str]:
@@ -41,8 +61,9 @@ def build(service: Service, version: str, is_ready: Callable[[], bool], exchange
         if not is_ready():
             response.status_code = 503
             return {"status": "not ready"}
-        return await service.ready()
+        return await parts.service.ready()
 
     others = {exports.IMPORT_PATH: limits.IMPORT_BYTES_MAX}
     app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX, others=others)
+    app.add_middleware(Guarded, door=door)  # outside of all: of who is not let in, no body is read
     return app

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from flyball_server import limits, records
 from flyball_server.core.base import SCHEDULES
+from flyball_server.core.commands import Command, control_values
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
 from flyball_server.guards import json_schema as guard_schema
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.policy_files import json_schema, summary
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.queries import SeriesRequest, plain
+from flyball_server.rules import spec_under
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
@@ -66,8 +69,51 @@ class ShadowDetail(BaseModel):
     lr: dict[str, float]
 
 
+class OpenCommand(BaseModel):
+    """A command that is not over: see `GET /v1/runs/RUN/commands/ID` for what happened to it so far."""
+
+    id: str
+    kind: str
+    status: str
+    actor: str
+    reason: str
+    until_step: int | None
+    expires_at: str | None
+
+
+class OpenProposal(BaseModel):
+    """A command that waits to be approved: by `needed` people, of whom `approved` have."""
+
+    id: str
+    kind: str
+    actor: str
+    reason: str
+    needed: int
+    approved: list[str]
+
+
+class ControlDetail(BaseModel):
+    """A scalar that the job declared: decided for the next step, and as of the last receipt."""
+
+    control: str
+    value: float
+    applied: float | str | None
+    declared: float
+    min: float
+    max: float
+
+
+class Foreign(BaseModel):
+    """Somebody else wrote a setting: who and what, in words, and at which step of which attempt it was noticed."""
+
+    words: str
+    step: int
+    attempt: int
+
+
 class RunDetail(RunSummary):
-    """A run with its folded state. signals: the newest measured value of each."""
+    """A run with its folded state. signals: the newest measured value of each. The policy, base and guard are those in
+    force, whatever the run was begun with. command_seq: the row of the newest command: `If-Match` must not be older."""
 
     mode: str
     seed: int
@@ -85,6 +131,11 @@ class RunDetail(RunSummary):
     base: dict[str, Any] | None
     guard: dict[str, Any]
     shadows: dict[str, ShadowDetail]
+    commands: list[OpenCommand]
+    proposals: list[OpenProposal]
+    command_seq: int
+    controls: list[ControlDetail]
+    conflicts: list[Foreign]
 
 
 class RunPage(BaseModel):
@@ -100,6 +151,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/runs")
     async def list_runs(
+        request: Request,
         project: str | None = None,
         status: str | None = None,
         policy: str | None = None,
@@ -110,17 +162,21 @@ def router(service: Service) -> APIRouter:
         """Runs, newest first; deleted ones only by their status. status: created, active, stale, finished, failed,
         deleted; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
-        views, following = await service.list_runs(where, cursor, limit)
+        views, following = await service.list_runs(where, cursor, limit, caller_of(request))
         return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)
 
     @routes.get("/runs/{run}")
-    async def get_run(run: str) -> RunDetail:
-        """One run: status, attempt, step, settings now, newest signals, policy, staleness."""
-        return detail(await service.get_run(run))
+    async def get_run(run: str, request: Request, response: Response) -> RunDetail:
+        """One run: status, attempt, step, settings now, newest signals, policy, staleness, commands, conflicts. Its
+        ETag is what a command's If-Match takes."""
+        found = detail(await service.get_run(run, caller_of(request)))
+        response.headers["ETag"] = f'"{found.seq}"'
+        return found
 
     @routes.get("/runs/{run}/series")
     async def series(
         run: str,
+        request: Request,
         signals: Annotated[str, Query(description="comma-separated: loss, lr:GROUP, decided_lr:GROUP ...")] = "loss",
         points: Count = 2000,
         from_step: Annotated[Count | None, Query(alias="from")] = None,
@@ -129,26 +185,28 @@ def router(service: Service) -> APIRouter:
     ) -> dict[str, Any]:
         """Signals and settings over the steps, thinned to the smallest and largest of equal step ranges."""
         names = [name.strip() for name in signals.split(",") if name.strip()]
-        return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
+        asked = SeriesRequest(names, points, from_step, to_step, attempt)
+        return await service.series(run, asked, caller_of(request))
 
     @routes.get("/runs/{run}/decisions")
     async def decisions(
-        run: str, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
+        run: str, request: Request, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
     ) -> dict[str, Any]:
         """The decisions that moved something, with code, reason and numbers, in journal order.
 
         `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead. `shadow`: those
         of the run's shadow policy of this name.
         """
-        return await service.decisions(run, after=after, limit=limit, newest=newest, shadow=shadow)
+        caller = caller_of(request)
+        return await service.decisions(run, caller, after=after, limit=limit, newest=newest, shadow=shadow)
 
     @routes.get("/runs/{run}/episodes")
-    async def episodes(run: str) -> dict[str, Any]:
+    async def episodes(run: str, request: Request) -> dict[str, Any]:
         """Of a run under `aees`: arms, rewards, losses and steps of its closed episodes, one list each."""
-        return await service.episodes(run)
+        return await service.episodes(run, caller_of(request))
 
     @routes.get("/policies")
-    async def policies() -> dict[str, Any]:
+    async def policies(request: Request) -> dict[str, Any]:
         """Every policy and base schedule with the JSON Schema of its parameters; presets, guards and profiles."""
         return {
             "policies": [
@@ -163,7 +221,7 @@ def router(service: Service) -> APIRouter:
             "guard_schema": guard_schema(),
             "profiles": [
                 {"name": p.name, "summary": p.about, "policy": p.policy, "guard": p.guard}
-                for p in service.profiles.values()
+                for p in service.profiles(caller_of(request)).values()
             ],
         }
 
@@ -196,8 +254,10 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 def detail(view: RunView) -> RunDetail:
     """A run with its folded state."""
-    run, spec = view.run, view.spec
-    assert run is not None and spec is not None
+    assert view.run is not None and view.spec is not None
+    run, spec = view.run, spec_under(view.spec, view.run)
+    beside = run.steering
+    values = control_values(beside.controls, beside.commands, run.through + 1)
     now, applied = run.settings, run.applied
     settings = [
         GroupSettings(
@@ -237,4 +297,25 @@ def detail(view: RunView) -> RunDetail:
             )
             for (name, beside), state in zip(spec.shadows.items(), run.shadows, strict=True)
         },
+        commands=[_command(one) for one in beside.commands],
+        proposals=[OpenProposal(**{n: getattr(one, n) for n in OpenProposal.model_fields}) for one in beside.proposals],
+        command_seq=beside.newest,
+        controls=[
+            ControlDetail(
+                control=one.name,
+                value=values[one.name],
+                applied=plain(beside.applied_controls[one.name]) if one.name in beside.applied_controls else None,
+                declared=one.value,
+                min=one.min,
+                max=one.max,
+            )
+            for one in beside.controls
+        ],
+        conflicts=[Foreign(words=words, step=step, attempt=attempt) for words, step, attempt in beside.conflicts],
     )
+
+
+def _command(one: Command) -> OpenCommand:
+    expires_at = None if one.expires_at is None else records.utc(one.expires_at)
+    fields = {name: getattr(one, name) for name in ("id", "kind", "status", "actor", "reason")}
+    return OpenCommand(**fields, until_step=one.until, expires_at=expires_at)

@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.messages import Advice, Attach, Attached, Fork, Report
 from flyball_server.service import Service
 
@@ -79,6 +81,10 @@ class ReceiptBody(_Body):
     late: bool = False
     conflict: str = ""
     ranks: int = 1
+    confirms: int = 0
+    controls: dict[str, Number] = {}
+    wanted_lr: list[Number] | None = None
+    of_ranks: int = 0
 
 
 class AnswerBody(_Body):
@@ -87,6 +93,16 @@ class AnswerBody(_Body):
     directive: str
     outcome: Literal["done", "declined"]
     note: str = ""
+    step: int = 0
+
+
+class ControlBody(_Body):
+    """See Control in steering.proto."""
+
+    name: str
+    value: float
+    min: float
+    max: float
 
 
 class ReportBody(_Body):
@@ -99,6 +115,7 @@ class ReportBody(_Body):
     receipts: list[ReceiptBody] = []
     answers: list[AnswerBody] = []
     end: Literal["", "finished", "failed"] = ""
+    controls: list[ControlBody] = []
 
 
 class SignalsBody(_Body):
@@ -134,6 +151,16 @@ class AttachedBody(BaseModel):
     reference: list[float]
     seed: int
     guard: dict[str, Any]
+    controls: dict[str, float]
+    confirm: int
+
+
+class DirectiveBody(BaseModel):
+    """See Directive in steering.proto."""
+
+    id: str
+    kind: str
+    args: dict[str, Any]
 
 
 class AdviceBody(BaseModel):
@@ -148,7 +175,11 @@ class AdviceBody(BaseModel):
     phase: str
     code: str
     reason: str
-    directives: list[dict[str, Any]] = []
+    directives: list[DirectiveBody]
+    confirm: int
+    controls: dict[str, float]
+    guard: dict[str, Any]
+    notices: list[str]
 
 
 class SignalsReply(BaseModel):
@@ -167,27 +198,32 @@ def router(service: Service) -> APIRouter:
         groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
         fork = None if body.fork is None else Fork(**dict(body.fork))
         fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups, "fork": fork}
-        return _attached(await service.attach(Attach(**fields), actor_of(request)))
+        return _attached(await service.attach(Attach(**fields), caller_of(request)))
 
     @routes.post("/runs/{run}/report")
     async def report(run: str, body: ReportBody, request: Request) -> AdviceBody:
         """What the driver saw and did; the answer is the acknowledgement and the newest settings."""
-        answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note) for a in body.answers)
+        answers = tuple(DirectiveAnswered(body.attempt, a.directive, a.outcome, a.note, a.step) for a in body.answers)
         receipts = tuple(_receipt(r) for r in body.receipts)
-        message = Report(run, body.session, body.attempt, body.step, body.signals, receipts, answers, body.end)
-        return _advice(await service.report(message, actor_of(request)))
+        message = Report(
+            run,
+            body.session,
+            body.attempt,
+            body.step,
+            body.signals,
+            receipts,
+            answers,
+            body.end,
+            tuple(Control(**dict(c)) for c in body.controls),
+        )
+        return _advice(await service.report(message, caller_of(request)))
 
     @routes.post("/runs/{run}/signals")
     async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
         """Signals from another process, such as an evaluation job; the policy sees them with the next step."""
-        return SignalsReply(seq=await service.add_signals(run, body.signals, actor_of(request)))
+        return SignalsReply(seq=await service.add_signals(run, body.signals, caller_of(request)))
 
     return routes
-
-
-def actor_of(request: Request) -> str:
-    """Who asks, for the record."""
-    return f"http:{request.client.host}" if request.client else "http:"
 
 
 def _receipt(r: ReceiptBody) -> Receipt:
@@ -196,7 +232,10 @@ def _receipt(r: ReceiptBody) -> Receipt:
         None if r.momentum is None else tuple(r.momentum),
         None if r.noise_std is None else tuple(r.noise_std),
     )
-    return Receipt(r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks)
+    wanted = None if r.wanted_lr is None else tuple(r.wanted_lr)
+    return Receipt(
+        r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks, r.confirms, r.controls, wanted, r.of_ranks
+    )
 
 
 def _changes(changes: Any) -> ChangesBody:
@@ -216,5 +255,6 @@ def _attached(a: Attached) -> AttachedBody:
 
 
 def _advice(a: Advice) -> AdviceBody:
-    fields = {name: getattr(a, name) for name in a._fields if name != "changes"}
-    return AdviceBody(**fields, changes=_changes(a.changes))
+    fields = {name: getattr(a, name) for name in a._fields if name not in ("changes", "directives")}
+    directives = [DirectiveBody(**d._asdict()) for d in a.directives]
+    return AdviceBody(**fields, directives=directives, changes=_changes(a.changes))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
-#: The store's own journal: rows of this id tell which runs were deleted, by whom and why. No run can be called so.
+#: The store's own journal: rows of this id tell what concerns no single run, such as which runs were deleted, by whom
+#: and why, or who was given access. No run can be called so.
 STORE = "#store"
 #: The status of what is left of a deleted run: its record, whose `seq` and `hash` are those of its row in STORE.
 DELETED = "deleted"
@@ -110,6 +111,17 @@ class Deletion(NamedTuple):
     token: Any
 
 
+class Note(NamedTuple):
+    """A row to add to STORE behind the row `row.seq - 1`, which changes no run."""
+
+    row: Row
+    token: Any
+
+
+#: What the journal is given to write.
+Work = Append | Deletion | Note
+
+
 class Usage(NamedTuple):
     """What a store takes and may take. bytes: pages in use and the write-ahead log; None: not on a disk.
 
@@ -126,19 +138,22 @@ class Usage(NamedTuple):
 
 class RunFilter(NamedTuple):
     """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
-    `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time.
-    `parent`: the forks of this run."""
+    `stale_before`, `lost_before` (with status "active", "stale" or "lost"): an active run is stale when its newest row
+    and the newest sign of life of its job (`Journal.hear`) are older than the one time, and lost when older than the
+    other. `parent`: the forks of this run. `projects`: of any of these only."""
 
     project: str | None = None
     status: str | None = None
     policy: str | None = None
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
+    lost_before: int | None = None
     parent: str | None = None
+    projects: frozenset[str] | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
-Deliver = Callable[[Sequence[tuple[Append | Deletion, Exception | None]]], None]
+Deliver = Callable[[Sequence[tuple[Work, Exception | None]]], None]
 
 
 class Reading(Protocol):
@@ -170,6 +185,17 @@ class Journal(Reading, Protocol):
     def delete(self, deletion: Deletion) -> None:
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
+
+    def hear(self, run: str, at: int) -> None:
+        """Remember that the run's job said at this time (microseconds since 1970 UTC) that it lives, though it had
+        nothing to add to the journal. Returns at once, and may be lost: no fold depends on it."""
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        """Those of the runs whose jobs were heard of, and when last."""
+
+    def note(self, note: Note) -> None:
+        """Accept a row for STORE. Its result comes through `deliver`: Conflict where STORE has gone on meanwhile. It
+        may be written where appends are refused because the store is full."""
 
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         """Write a whole run at once, and wait until it is durable: all or nothing. The caller has proved its rows.

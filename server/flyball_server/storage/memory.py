@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
@@ -21,11 +21,13 @@ from flyball_server.storage.journal import (
     Block,
     Deletion,
     Deliver,
+    Note,
     Row,
     RunFilter,
     RunRecord,
     Snapshot,
     Usage,
+    Work,
 )
 from flyball_server.storage.series import row_blocks
 
@@ -39,10 +41,11 @@ class MemoryJournal:
     def __init__(self) -> None:
         self._deliver: Deliver | None = None
         self._lock = threading.RLock()
-        self._waiting: deque[Append | Deletion] = deque()
+        self._waiting: deque[Work] = deque()
         self._delivering = False
         self._stored: dict[str, list[Stored]] = {}
         self._records: dict[str, RunRecord] = {}
+        self._heard: dict[str, int] = {}
         self._snapshots: dict[str, list[Snapshot]] = {}
 
     def start(self, deliver: Deliver) -> None:
@@ -57,7 +60,18 @@ class MemoryJournal:
     def delete(self, deletion: Deletion) -> None:
         self._accept(deletion)
 
-    def _accept(self, item: Append | Deletion) -> None:
+    def note(self, note: Note) -> None:
+        self._accept(note)
+
+    def hear(self, run: str, at: int) -> None:
+        with self._lock:
+            self._heard[run] = at
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        with self._lock:
+            return {run: self._heard[run] for run in runs if run in self._heard}
+
+    def _accept(self, item: Work) -> None:
         if self._deliver is None:
             raise Busy("the journal is closed")
         self._waiting.append(item)
@@ -67,10 +81,22 @@ class MemoryJournal:
         try:
             while self._waiting and self._deliver is not None:
                 accepted = self._waiting.popleft()
-                error = self._add(accepted) if isinstance(accepted, Append) else self._remove(accepted)
-                self._deliver([(accepted, error)])
+                self._deliver([(accepted, self._written(accepted))])
         finally:
             self._delivering = False
+
+    def _written(self, item: Work) -> Exception | None:
+        if isinstance(item, Append):
+            return self._add(item)
+        return self._remove(item) if isinstance(item, Deletion) else self._set_down(item)
+
+    def _set_down(self, note: Note) -> Exception | None:
+        with self._lock:
+            rows = self._stored.setdefault(STORE, [])
+            if len(rows) != note.row.seq - 1:
+                return Conflict(f"{STORE!r} is at {len(rows)}, not at {note.row.seq - 1}")
+            rows.append(store(note.row))
+            return None
 
     def _add(self, append: Append) -> Exception | None:
         run = append.record.run
@@ -98,6 +124,7 @@ class MemoryJournal:
             self._stored.setdefault(STORE, []).append(store(deletion.row))
             self._stored.pop(run, None)
             self._snapshots.pop(run, None)
+            self._heard.pop(run, None)
             self._records[run] = deletion.record
             return None
 
@@ -119,7 +146,7 @@ class MemoryJournal:
 
     def records(self, where: RunFilter, *, after: tuple[int, str] | None, limit: int) -> list[RunRecord]:
         with self._lock:
-            found = [record for record in self._records.values() if _matches(record, where)]
+            found = [record for record in self._records.values() if _matches(record, where, self._heard)]
         found.sort(key=attrgetter("created_at", "run"), reverse=True)
         return [r for r in found if after is None or (r.created_at, r.run) < after][:limit]
 
@@ -165,16 +192,19 @@ class MemoryJournal:
         """Nor is there a disk."""
 
 
-def _matches(record: RunRecord, where: RunFilter) -> bool:
-    status, stale_before = where.status, where.stale_before
-    if status == "stale" or (status == "active" and stale_before is not None):
-        stale = stale_before is not None and record.updated_at < stale_before
-        if record.status != "active" or stale != (status == "stale"):
+def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, int]) -> bool:
+    status, stale_before, lost_before = where.status, where.stale_before, where.lost_before
+    if status in ("stale", "lost") or (status == "active" and stale_before is not None):
+        news = max(record.updated_at, heard.get(record.run, 0))
+        lost = lost_before is not None and news < lost_before
+        stale = stale_before is not None and news < stale_before
+        if record.status != "active" or status != ("lost" if lost else "stale" if stale else "active"):
             return False
     elif record.status == DELETED if status is None else record.status != status:
         return False
     return (
         where.project in (None, record.project)
+        and (where.projects is None or record.project in where.projects)
         and where.parent in (None, record.parent)
         and (where.policy is None or where.policy in (record.policy, record.policy.partition("@")[0]))
         and (where.labels or {}).items() <= record.labels.items()

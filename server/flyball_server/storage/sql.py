@@ -8,7 +8,7 @@ rows merged that the page before found single; both forms say the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ from flyball_server.storage.journal import (
     Block,
     Deletion,
     Deliver,
+    Note,
     Row,
     RunFilter,
     RunRecord,
@@ -54,13 +55,15 @@ LOG_BYTES_MAX = 64 << 20
 
 
 class SqlJournal:
-    """See `journal.Journal`. url: sqlite:///FILE. read_only: open it beside whoever writes it, and take nothing."""
+    """See `journal.Journal`. url: sqlite:///FILE. read_only: open it beside whoever writes it, and take nothing.
+    beside: the same, but notes are taken."""
 
     def __init__(
         self,
         url: str,
         *,
         read_only: bool = False,
+        beside: bool = False,
         bytes_max: int | None = None,
         disk_free_min: int = limits.DISK_FREE_MIN_BYTES,
     ) -> None:
@@ -74,24 +77,30 @@ class SqlJournal:
         self._engines: list[sa.Engine] = []
         self._identity = (0, 0)
         self._read_only = read_only
+        self._beside = beside
         self._gauge = Gauge(self._path, bytes_max, disk_free_min)
 
     def start(self, deliver: Deliver) -> None:
         """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
-        if self._read_only:
+        if self._read_only or self._beside:
             self._start_reading()
+            if self._beside:
+                self._start_writing(self._engine(pool_size=1, max_overflow=0), deliver)
             return
         self._lock = _lock(os.path.realpath(self._path))  # two names of one file are one file
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
             self._prepare(writing)
-            found = os.stat(self._path)
-            self._identity = (found.st_dev, found.st_ino)
             self._reading = self._engine(read_only=True, pool_size=READERS_MAX, max_overflow=0)
-            self._writer = Writer(writing, deliver, self._gone, self._gauge)
+            self._start_writing(writing, deliver)
         except BaseException:
             self.close()
             raise
+
+    def _start_writing(self, engine: sa.Engine, deliver: Deliver) -> None:
+        found = os.stat(self._path)
+        self._identity = (found.st_dev, found.st_ino)
+        self._writer = Writer(engine, deliver, self._gone, self._gauge)
 
     def close(self) -> None:
         if self._writer:
@@ -109,6 +118,20 @@ class SqlJournal:
 
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
+
+    def hear(self, run: str, at: int) -> None:
+        self._open().hear(run, at)
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        table = tables.heard.c
+        with self._read() as connection:
+            query = sa.select(table.run, table.at).where(table.run.in_(runs))
+            return {run: at for run, at in connection.execute(query) if type(at) is int}
+
+    def note(self, note: Note) -> None:
+        if self._writer is None:
+            raise _not_for_writing()
+        self._writer.note(note)
 
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._open().insert(record, segments)
@@ -136,8 +159,8 @@ class SqlJournal:
         return ""
 
     def _open(self) -> Writer:
-        if self._writer is None:
-            raise Busy("the journal is not started, or was opened to be read only")
+        if self._writer is None or self._beside:
+            raise _not_for_writing()
         return self._writer
 
     # -- opening ---------------------------------------------------------------------------------------------
@@ -333,6 +356,10 @@ class SqlJournal:
                 return
             yield page
             after = page[-1].last_seq
+
+
+def _not_for_writing() -> Busy:
+    return Busy("the journal is not started, or was opened beside the service that writes it")
 
 
 def _lock(path: str) -> IO[str]:

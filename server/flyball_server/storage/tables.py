@@ -7,6 +7,7 @@ journal    a run's rows, one table row each, or a segment of many (last_seq > se
 snapshots  cached folds (zstd), free to be dropped
 runs       the projection for listing, always of the newest row; `labels` as JSON text
 labels     the same labels once more, one per table row, for filtering
+heard      when a run's job was heard of without anything for the journal; no fold depends on it
 """
 
 from __future__ import annotations
@@ -66,6 +67,13 @@ runs = sa.Table(
     sa.Index("runs_by_parent", "parent", "created_at", "run", sqlite_where=sa.text("parent <> ''")),
 )
 
+heard = sa.Table(
+    "heard",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+)
+
 labels = sa.Table(
     "labels",
     metadata,
@@ -88,7 +96,7 @@ def insert_or_update(table: sa.Table, dialect: str) -> sa.Insert:
 MOVE_RUN = (
     sa.update(runs)
     .where(runs.c.run == sa.bindparam("run"))
-    .values({name: sa.bindparam(name) for name in ("status", "attempt", "step", "updated_at", "seq", "hash")})
+    .values({name: sa.bindparam(name) for name in ("status", "policy", "attempt", "step", "updated_at", "seq", "hash")})
 )
 
 

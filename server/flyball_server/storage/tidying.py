@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Damaged
+from flyball_server.core.errors import Conflict, Damaged
 from flyball_server.storage import tables
 from flyball_server.storage.blocks import Stored, check_types, pack_segment, prove, store, unpack
 from flyball_server.storage.journal import GENESIS, STORE, Deletion
@@ -110,10 +110,23 @@ def superfluous(newest_first: Iterable[int]) -> list[int]:
     return [seq for seq in seqs[SNAPSHOTS_KEPT:] if oldest[(seqs[0] - seq).bit_length()] != seq]
 
 
+def lock_store(connection: sa.Connection, seq: int) -> None:
+    """Take the database's write lock, and raise Conflict where the newest row of STORE is not row `seq`.
+
+    Of STORE nothing is remembered between two writes: other processes may add to it beside the one that owns the file.
+    """
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    table = tables.journal.c
+    newest = connection.execute(sa.select(sa.func.max(table.last_seq)).where(table.run == STORE)).scalar() or 0
+    if newest != seq:
+        raise Conflict(f"{STORE!r} is at {newest}, not at {seq}")
+
+
 def remove(connection: sa.Connection, save_row: tables.Prepared, deletion: Deletion) -> None:
     """Take a run away and write its tombstone."""
     run = deletion.record.run
-    for table in (tables.journal, tables.snapshots, tables.labels):
+    for table in (tables.journal, tables.snapshots, tables.labels, tables.heard):
         connection.execute(sa.delete(table).where(table.c.run == run))
     save_run = tables.insert_or_update(tables.runs, connection.dialect.name)
     connection.execute(save_run, [{**deletion.record._asdict(), "labels": json.dumps(dict(deletion.record.labels))}])

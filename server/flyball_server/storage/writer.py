@@ -32,7 +32,7 @@ from flyball_server.storage import tables, tidying
 from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.heads import Head, load_head
-from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, RunRecord
+from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, Note, RunRecord, Work
 from flyball_server.storage.packing import seal
 from flyball_server.storage.tidying import SNAPSHOTS_KEPT, observations
 
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Request(NamedTuple):
-    """Work for the writer's thread that somebody waits for."""
+    """Other work for the writer's thread; most of it somebody waits for."""
 
     work: Callable[[], None]
     done: Future[None]
@@ -64,7 +64,7 @@ class Writer:
         self._deliver = deliver
         self._gauge = gauge
         self._gone = gone  # why nothing may be written now: a deleted file takes every write, and keeps none
-        self._queue: queue.SimpleQueue[Append | Deletion | _Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Work | _Request | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         self._heads: OrderedDict[str, Head] = OrderedDict()
@@ -89,6 +89,12 @@ class Writer:
     def delete(self, deletion: Deletion) -> None:
         self._put(deletion)
 
+    def note(self, note: Note) -> None:
+        self._put(note)
+
+    def hear(self, run: str, at: int) -> None:
+        self._put(_Request(lambda: self._hear(run, at), Future()))
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._ask(lambda: self._insert(record, segments))
 
@@ -111,7 +117,7 @@ class Writer:
                 self._queue.put(None)
         self._thread.join()
 
-    def _put(self, item: Append | Deletion | _Request) -> None:
+    def _put(self, item: Work | _Request) -> None:
         with self._closing:  # nothing may come behind the None that ends the thread
             if self._closed:
                 raise Busy("the journal is closed")
@@ -131,10 +137,10 @@ class Writer:
                 if open_:
                     self._tidy()
 
-    def _take(self) -> tuple[list[Append], list[Deletion | _Request], bool]:
+    def _take(self) -> tuple[list[Append], list[Deletion | Note | _Request], bool]:
         """What waits, at most one group. Blocks while there is nothing to do."""
         appends: list[Append] = []
-        requests: list[Deletion | _Request] = []
+        requests: list[Deletion | Note | _Request] = []
         block = not self._due and not self._overdue
         while len(appends) < GROUP_MAX:
             try:
@@ -150,11 +156,13 @@ class Writer:
                 requests.append(item)
         return appends, requests, True
 
-    def _answer(self, item: Deletion | _Request) -> None:
+    def _answer(self, item: Deletion | Note | _Request) -> None:
         error: Exception | None = None
         try:
             if isinstance(item, Deletion):
                 self._delete(item)
+            elif isinstance(item, Note):
+                self._set_down(item)
             else:
                 item.work()
         except Exception as found:
@@ -167,20 +175,32 @@ class Writer:
         try:
             self._deliver([(item, error)])
         except Exception:
-            _log.exception("delivering a deletion failed")
+            _log.exception("delivering what the store's journal was given failed")
 
     def _delete(self, deletion: Deletion) -> None:
         run, expected = deletion.record.run, deletion.expected_seq
         if why := self._gone():
             raise Busy(why)
         with self._connection.begin():
-            for name, at in ((run, expected), (STORE, deletion.row.seq - 1)):
-                head = self._head(name)
-                if head.deleted or (at is not None and head.seq != at):
-                    raise Conflict(f"{name!r} is at {head.seq}, not at {at}")
+            tidying.lock_store(self._connection, deletion.row.seq - 1)
+            head = self._head(run)
+            if head.deleted or (expected is not None and head.seq != expected):
+                raise Conflict(f"{run!r} is at {head.seq}, not at {expected}")
             tidying.remove(self._connection, self._save_row, deletion)
-        for name in (run, STORE):
-            self._heads.pop(name, None)
+        self._heads.pop(run, None)
+
+    def _set_down(self, note: Note) -> None:
+        if why := self._gone():
+            raise Busy(why)
+        with self._connection.begin():
+            tidying.lock_store(self._connection, note.row.seq - 1)
+            self._save_row.execute(self._connection, [{"run": STORE, **store(note.row)._asdict()}])
+
+    def _hear(self, run: str, at: int) -> None:
+        if not self._gone() and not self._gauge.full(self._driver):
+            save = tables.insert_or_update(tables.heard, self._connection.dialect.name)
+            with self._connection.begin():
+                self._connection.execute(save, [{"run": run, "at": at}])
 
     def _compact_all(self, run: str) -> None:
         try:

@@ -220,7 +220,7 @@ def step(config: Config, state: State, seen: Observation) -> tuple[State, Decisi
         "lr_ctrl": lr[plan[2]],
     }  # fmt: skip
     after = (lr, out, momentum, loss_ema, reward_ema, window, ssi, cd, turn, period, damp, cosf, bad_run, plan)
-    decision = (out, momentum, None, "cooldown" if cd > 0 else "track", code, numbers, False)
+    decision = (out, momentum, None, "cooldown" if cd > 0 else "track", code, numbers, False, ())
     return _new(State, after), _new(Decision, decision)
 
 

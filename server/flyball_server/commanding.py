@@ -1,0 +1,251 @@
+"""The use cases of commands: give one, propose, approve, look, wait, and let what is over end.
+
+Rule of this module: whatever happens to a command is an event of its run, committed before anybody hears of it.
+
+A command of somebody who may only propose becomes a proposal; so does anybody's where the project wants more than one
+person. A proposal is checked twice: when it is made, and again, against the run as it is then, when it is approved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from flyball_server import limits, queries
+from flyball_server.access import OPERATE, PROPOSE, VIEW, Caller
+from flyball_server.command_checks import Around, Checked, check_envelope, checked
+from flyball_server.command_log import CommandView, command_of, commands_of
+from flyball_server.conversation import overdue
+from flyball_server.core import commands
+from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
+from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
+from flyball_server.core.run import Run
+from flyball_server.engine import Engine, LiveRun
+from flyball_server.messages import CommandRequest
+from flyball_server.profiles import Profile
+from flyball_server.retrying import retried
+from flyball_server.rules import spec_under
+from flyball_server.storage.journal import Journal
+
+_log = logging.getLogger(__name__)
+
+
+class Projects(Protocol):
+    """What a project says about commands."""
+
+    def capped(self, project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The limits as far as the project and the service let them go."""
+
+    def approvals(self, project: str) -> int:
+        """How many people a command takes."""
+
+
+class Given(NamedTuple):
+    """A command as it stands after the request, and whether it is the very one of an earlier request."""
+
+    view: CommandView
+    repeated: bool
+
+
+class Commanding:
+    """The use cases over one engine and its journal."""
+
+    def __init__(
+        self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile], projects: Projects | None = None
+    ) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._profiles = profiles
+        self._projects = projects
+
+    async def give(self, request: CommandRequest, caller: Caller) -> Given:
+        """Give a run a command, or propose it. The answer comes when the journal has it.
+
+        Raises NotFound, Denied, Invalid, Stale where somebody gave a command that the caller did not know of, Conflict
+        where the run has ended, Busy.
+        """
+        request = check_envelope(request)
+
+        async def once() -> Given:
+            live = await self._reached(request.run, caller, OPERATE if request.kind == "note" else PROPOSE)
+            async with self._engine.turn(live):
+                key = _key(request, caller)
+                known = _known(live.run, key, request)
+                if known:
+                    return Given(await self._view(live, known), repeated=True)
+                await self.expire(live)
+                _check_expected(live.run, request)
+                found = checked(request, self._around(live), self._engine.now_us())
+                needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
+                alone = caller.may(OPERATE) and (needed <= 1 or request.kind == "note")
+                seq = live.run.seq + 1
+                if alone:
+                    events, at = _events(live.run, request, found, caller.actor, key)
+                    await self._engine.commit(live, events, caller.actor)
+                    return Given(await self._view(live, f"c{seq + at}"), repeated=False)
+                asked = Proposed(
+                    request.kind, dict(request.fields), caller.actor, request.reason, needed, key, found.until,
+                    found.expires_at,
+                )  # fmt: skip
+                own = Judged(f"p{seq}", "approved", caller.actor, request.reason)
+                await self._engine.commit(live, [asked, own] if caller.may(OPERATE) else [asked], caller.actor)
+                return Given(await self._view(live, f"p{seq}"), repeated=False)
+
+        return await retried(once)
+
+    async def judge(self, run: str, proposal: str, verdict: str, reason: str, caller: Caller) -> CommandView:
+        """Approve or reject a proposal ("approved", "rejected"), or take back one's own ("withdrawn"). With the last
+        approval that it takes it becomes a command. Raises as `give` does; Denied for one's own proposal."""
+        if verdict not in ("approved", "rejected", "withdrawn"):
+            raise Invalid(f"verdict is {verdict!r:.40}: give approved, rejected or withdrawn")
+        reason = check_envelope(CommandRequest(run, "note", reason, {})).reason
+
+        async def once() -> CommandView:
+            live = await self._reached(run, caller, PROPOSE if verdict == "withdrawn" else OPERATE)
+            async with self._engine.turn(live):
+                await self.expire(live)
+                known = next((one for one in live.run.steering.proposals if one.id == proposal), None)
+                if known is None:
+                    raise NotFound(f"run {run}: proposal {proposal!r:.40} is over already, or was never made")
+                if verdict == "withdrawn" and caller.actor != known.actor:
+                    raise Denied(f"proposal {proposal} is {known.actor}'s: only they may take it back")
+                if verdict == "approved" and caller.actor == known.actor:
+                    raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
+                events: list[Event] = [Judged(proposal, verdict, caller.actor, reason)]
+                following = f"{proposal}"
+                if verdict == "approved" and len(known.approved) + 1 >= known.needed:
+                    request = CommandRequest(run, known.kind, known.reason, known.args)
+                    found = checked(request, self._around(live), self._engine.now_us())
+                    found = found._replace(expires_at=known.expires_at)
+                    more, at = _events(live.run, request, found, known.actor, "", proposal)
+                    following = f"c{live.run.seq + 2 + at}"
+                    events += more
+                await self._engine.commit(live, events, caller.actor)
+                return await self._view(live, following)
+
+        return await retried(once)
+
+    async def get(self, run: str, command: str, caller: Caller, wait_s: float = 0.0) -> CommandView:
+        """One command or proposal; with `wait_s` as soon as it is applied or over, or the time is. Raises NotFound."""
+        if not 0 <= wait_s <= limits.WAIT_MAX_S:
+            raise Invalid(f"wait_s is {wait_s}: give 0 to {limits.WAIT_MAX_S:.0f} seconds")
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        while True:
+            live = await self._reached(run, caller, VIEW)
+            view = await self._view(live, command)
+            left = until - loop.time()
+            if left <= 0 or view.settled:
+                return view
+            await live.changed(min(left, limits.WAIT_POLL_S))
+
+    async def list(self, run: str, caller: Caller, *, after: int, limit: int, open_only: bool) -> dict[str, Any]:
+        """The commands and proposals of a run, oldest first, in pages; `next` is the value of `after` for the page
+        behind this one, None at the end."""
+        if not 1 <= limit <= limits.PAGE_MAX:
+            raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
+        live = await self._reached(run, caller, VIEW)
+        rows = (self._journal, live.spec.run)
+        found = await queries.in_thread(commands_of, *rows)
+        views = [view for view in found if view.seq > after and not (open_only and view.over)]
+        following = views[limit - 1].seq if len(views) > limit else None
+        return {"run": run, "commands": views[:limit], "next": following}
+
+    async def expire(self, live: LiveRun) -> None:
+        """End what has come to its time. Call inside a turn."""
+        events = overdue(live.run, self._engine.now_us())
+        if events:
+            await self._engine.commit(live, events, "service")
+
+    async def sweep(self) -> None:
+        """End what has come to its time in runs that nobody asks about; for as long as the service runs."""
+        while True:
+            await asyncio.sleep(limits.EXPIRE_EVERY_S)
+            now = self._engine.now_us()
+            for live in self._engine.in_memory():
+                if overdue(live.run, now):
+                    try:
+                        async with self._engine.turn(live):
+                            await self.expire(live)
+                    except Exception as error:
+                        if not isinstance(error, SteeringError):
+                            _log.exception("ending the commands of run %s failed", live.spec.run)
+
+    async def _reached(self, run: str, caller: Caller, right: str) -> LiveRun:
+        live = await self._engine.whole(run)
+        caller.check(right, live.spec.project, run)
+        return live
+
+    def _around(self, live: LiveRun) -> Around:
+        spec = spec_under(live.spec, live.run)
+        capped = _uncapped if self._projects is None else self._projects.capped
+        return Around(spec, live.run, self._profiles, capped)
+
+    async def _view(self, live: LiveRun, command: str) -> CommandView:
+        return await queries.in_thread(command_of, self._journal, live.spec.run, command)
+
+
+def _uncapped(project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
+    return guard
+
+
+def _events(
+    run: Run, request: CommandRequest, found: Checked, actor: str, key: str, proposal: str = ""
+) -> tuple[list[Event], int]:
+    """The command with the ends of those it supersedes or releases, and its place among them. What supersedes begins
+    from the settings in force, and so comes before what it supersedes goes."""
+    beside = run.steering.commands
+    command = Commanded(request.kind, found.args, actor, request.reason, key, found.until, found.expires_at, proposal)
+    if request.kind != "release":
+        over = commands.superseded(beside, request.kind, found.args)
+        return [command, *(CommandMoved(one, "superseded") for one in over)], 0
+    lasting = {one.id for one in commands.lasting(beside)}
+    over = commands.released(beside, found.args)
+    ended = [CommandMoved(one, "released" if one in lasting else "withdrawn") for one in over]
+    return [*ended, command], len(ended)
+
+
+def _check_expected(run: Run, request: CommandRequest) -> None:
+    expected, newest = request.expected_seq, run.steering.newest
+    if expected is None:
+        return
+    if not 0 <= expected <= run.seq:
+        raise Stale(f"run {request.run}: row {expected} is expected to be known, but the newest is row {run.seq}")
+    if newest > expected:
+        command = next((one for one in run.steering.commands if one.seq == newest), None)
+        who = f" by {command.actor} ({command.reason})" if command is not None else ""
+        raise Stale(
+            f"run {request.run}: you knew row {expected}, but a command{who} came since, in row {newest}: look at it, "
+            f"then say If-Match: {run.seq}"
+        )
+
+
+def _key(request: CommandRequest, caller: Caller) -> str:
+    """An idempotency key together with whose it is and what was asked."""
+    if not request.key:
+        return ""
+    whose = hashlib.sha256(f"{caller.actor}\n{request.key}".encode()).hexdigest()[:24]
+    return f"{whose}:{_content(request)}"
+
+
+def _content(request: CommandRequest) -> str:
+    asked = [request.kind, request.reason, dict(request.fields)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _known(run: Run, key: str, request: CommandRequest) -> str:
+    """The command that an earlier request with the same key gave; "" where there is none. Raises Conflict where that
+    was another command."""
+    if not key:
+        return ""
+    for other, command in run.steering.keys:
+        if other.partition(":")[0] == key.partition(":")[0]:
+            if other == key:
+                return command
+            raise Conflict(f"run {request.run}: this Idempotency-Key was used for another command, {command}: take a "
+                           "new one")  # fmt: skip
+    return ""
