@@ -32,6 +32,7 @@ from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
+from flyball_server.projects import NOWHERE, load_projects
 from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
@@ -56,16 +57,17 @@ def version() -> str:
 async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str, Tokens], None]) -> None:
     """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses, with schemes.
 
-    Raises OSError where an address is taken, Invalid for a wrong profile or an address of a store
+    Raises OSError where an address is taken, Invalid for a wrong profile or project or an address of a store
     that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
+    projects = load_projects(settings.projects) if settings.projects else NOWHERE
     tls = open_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = _engine(journal)
-    service = Service(engine, journal, profiles)
-    commanding = Commanding(engine, journal, profiles)
+    service = Service(engine, journal, profiles, projects)
+    commanding = Commanding(engine, journal, profiles, projects)
     tokens, refusals = Tokens(engine.ledger, engine.now_us, os.urandom), Refusals(engine.ledger)
     door = _door(settings, tokens, refusals)
     ready = threading.Event()

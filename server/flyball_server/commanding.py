@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
@@ -24,10 +24,11 @@ from flyball_server.core import commands
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
+from flyball_server.ledger import retried
+from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest
 from flyball_server.profiles import Profile
-from flyball_server.retrying import retried
 from flyball_server.rules import spec_under
 from flyball_server.storage.journal import Journal
 
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 class Projects(Protocol):
     """What a project says about commands."""
 
-    def capped(self, project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The limits as far as the project and the service let them go."""
+    def capped(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
+        """The limits as far as the project and the service let them go, for a run with these groups."""
 
     def approvals(self, project: str) -> int:
         """How many people a command takes."""
@@ -189,7 +190,7 @@ class Commanding:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command)
 
 
-def _uncapped(project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
+def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
     return guard
 
 

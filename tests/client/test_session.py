@@ -97,9 +97,8 @@ class TheService:
     def report(self, message):
         receipts = tuple(Receipt(*r)._replace(settings=types.Settings(*r.settings)) for r in message.receipts)
         answers = tuple(DirectiveAnswered(message.attempt, *a) for a in message.answers)
-        found = self._run(
-            self._service.report(messages.Report(*message)._replace(receipts=receipts, answers=answers), ANYBODY)
-        )
+        told = messages.Report(*message)._replace(receipts=receipts, answers=answers)
+        found = self._run(self._service.report(told, ANYBODY))
         changes = tuple((step, wire.Settings(*s)) for step, s in found.changes)
         return wire.Advice(**{**found._asdict(), "changes": changes, "directives": ()})
 

@@ -222,7 +222,10 @@ def test_any_batching_gives_the_decisions_of_one_by_one(policy, config, kind):
             )
             marks += outcome.marks
             start += size
-        runs.append((repr(run._replace(seq=0)), repr(changes), repr(marks)))
+        # What a policy asked for is called after its row, and how many steps ride in a row is what differs here.
+        asks = tuple(command._replace(id="", seq=0) for command in run.steering.commands)
+        run = run._replace(seq=0, steering=run.steering._replace(commands=asks))
+        runs.append((repr(run), repr(changes), repr(marks)))
     assert runs[0] == runs[1] == runs[2]
 
 

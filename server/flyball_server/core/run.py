@@ -173,8 +173,11 @@ def create(rules: Rules, origin: Origin | None = None) -> Run:
         return run
     # The rules it goes on under are those of its own specification, whatever they were changed from there.
     left = load(rules._replace(shadows=()), {name: v for name, v in origin.state.items() if name != "steering"})
+    settings = left.settings
+    if "steering" in origin.state:  # what was commanded there is not commanded here
+        settings = _settled(rules, commands.NONE, left.guard_state, left.decision, through)
     return run._replace(
-        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=left.settings
+        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=settings
     )
 
 
@@ -312,7 +315,7 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
 
 def _gone_back(rules: Rules, run: Run, restored: Run) -> Run:
     """The restored state under what was commanded since: commands are no part of training time."""
-    beside = run.steering._replace(rollbacks=run.steering.rollbacks + 1)
+    beside = steering.gone_back(run.steering)
     before = _plan(restored)
     restored = restored._replace(steering=beside)
     if _plan(restored) == before:
@@ -342,6 +345,8 @@ def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
         after = ruling(rules, run)
         run = _switched(rules, after, run, run.through)
         carried, rules = _carried(rules, after), after
+        if carried:
+            run = run._replace(steering=steering.other_policy(run.steering))
     run = _resettled(rules, run)
     if event.kind in ("note", *commands.DIRECTIVES):
         return run, Outcome((), (), verdict={"status": "accepted"})
