@@ -242,7 +242,7 @@ def _receipt_json(receipt: Receipt) -> dict[str, Any]:
     if receipt.wanted_lr is not None:
         data["wanted_lr"] = [_plain(value) for value in receipt.wanted_lr]
     if receipt.controls:
-        data["controls"] = dict(receipt.controls)
+        data["controls"] = {name: _plain(value) for name, value in receipt.controls.items()}
     for name, row in settings._asdict().items():
         data[name] = None if row is None else [_plain(value) for value in row]
     return data

@@ -13,6 +13,8 @@ import torch
 
 import flyball
 import flyball_server
+from flyball import wire
+from flyball.adapters.torch import _Groups
 
 names = count()
 S = torch.optim.lr_scheduler
@@ -321,3 +323,24 @@ def test_the_search_for_a_writer_is_taken_a_few_times_at_most_and_keeps_nobody_a
 
 def optimizer_writers(governor):
     return governor._optimizer._writers
+
+
+def test_a_learning_rate_on_a_device_is_watched_without_asking_the_device():
+    """A meta tensor has no value at all: whoever reads it fails."""
+    lr = torch.tensor(0.1, device="meta")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device="meta"))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    steered = _Groups(optimizer, (wire.Group("default", 0.1),), False)
+    wanted = wire.Settings((0.05,))
+    for _ in range(2):
+        assert steered.write(wanted, (0.1,), ((0.0, 1.0),), None) is None
+        used, conflict = steered.read_back()
+        assert (used.lr, conflict) == ((0.05,), None)
+    lr.mul_(2)
+    before = steered.write(wanted, (0.1,), ((0.0, 1.0),), None)
+    assert "before the step: a value on its device was found where 0.05 stood" in before.text
+    lr.mul_(2)
+    used, within = steered.read_back()
+    assert "the step used a value on its device instead of 0.05" in within.text
+    assert (str(used.lr), within.wanted_lr) == ("(nan,)", (0.05,))
+    assert optimizer.param_groups[0]["lr"] is lr

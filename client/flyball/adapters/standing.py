@@ -57,7 +57,7 @@ def changes(
     out = []
     for i, (group, stand) in enumerate(zip(groups, stands, strict=False)):
         now = group["lr"]
-        if now is not stand.lr or version_of(now) != stand.version:
+        if is_other(now, stand):
             found = None if on_device(now) else plain(now)
             if found is None or not _same(now, found, stand.value):
                 out.append(Change("learning rate", i, stand.value, found))
@@ -66,6 +66,11 @@ def changes(
             if before != after:
                 out.append(Change("momentum", i, before, after))
     return out
+
+
+def is_other(value: Any, stand: Stand) -> bool:
+    """Whether this is another object than stood there, or was written in place since."""
+    return value is not stand.lr or version_of(value) != stand.version
 
 
 def version_of(value: Any) -> int | None:

@@ -19,7 +19,7 @@ from flyball.adapters.beside import Beside
 from flyball.adapters.from_device import FromDevice
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
-from flyball.adapters.standing import Stand, changes, on_device, plain, standing, untouched
+from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
 from flyball.adapters.writers import Writers
 from flyball.connect import connect
 from flyball.governor import Governor
@@ -300,8 +300,9 @@ class _Groups:
     def _read(self, index: int, value: Any) -> float:
         if on_device(value):
             # Reading it would wait for the device; what was filled in is what the step uses.
-            known = None if self._wanted is None else self._spread(self._wanted.lr, self._optimizer.param_groups)
-            return float("nan") if known is None else known[index]
+            stands = self._stands or ()
+            ours = index < len(stands) and not is_other(value, stands[index])
+            return stands[index].value if ours else float("nan")
         return plain(value)
 
     def _spread(self, lr: tuple[float, ...], groups: list[dict[str, Any]]) -> tuple[float, ...]:
