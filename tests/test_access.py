@@ -21,6 +21,8 @@ from starlette.routing import Route
 from tests.callers import Open
 
 import flyball_server
+from flyball.api import Client
+from flyball.errors import Refused
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import http_api, limits
@@ -347,6 +349,22 @@ def test_an_admin_gives_no_more_than_they_have(world):
     assert world.ask(world.admin, "DELETE", f"/v1/tokens/{both['id']}?reason=why").json()["status"] == "revoked"
     again = world.ask(world.admin, "DELETE", f"/v1/tokens/{both['id']}?reason=why")
     assert (again.status_code, again.json()["code"]) == (409, "conflict")
+
+
+def test_the_sdk_makes_lists_and_revokes_tokens(world):
+    with Client(world.service.http, world.admin) as client:
+        made = client.create_token("sdk", "viewer", projects=["ours"], expires_in_s=3600)
+        world.secrets.append(made["secret"])
+        with Client(world.service.http, made["secret"]) as other:
+            assert list(other.runs(project="ours"))
+            with pytest.raises(Refused, match="is viewer and may not administer") as caught:
+                other.tokens()
+            assert caught.value.code == "denied"
+            assert client.revoke_token(made["id"], reason="done")["reason"] == "done"
+            with pytest.raises(Refused, match="no valid token") as caught:
+                list(other.runs())
+            assert caught.value.code == "unauthenticated"
+        assert made["id"] in [token["id"] for token in client.tokens() if token["status"] == "revoked"]
 
 
 def test_a_stream_ends_when_its_token_is_revoked(world):

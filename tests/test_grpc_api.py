@@ -359,3 +359,10 @@ def test_other_processes_add_signals_and_read_over_grpc(stub, http):
     with pytest.raises(grpc.RpcError) as caught:
         stub.ListRuns(pb.ListRunsRequest(cursor="x"))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_message_beyond_the_limit_is_refused(service):
+    with grpc.insecure_channel(service.grpc.removeprefix("grpc://")) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            pb_grpc.SteeringStub(channel).GetRun(pb.GetRunRequest(run="r" * limits.BODY_BYTES_MAX), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -42,9 +42,9 @@ class Client:
     FLYBALL_KEY what this process shows. timeout_s: how long connecting and each wait for data may take. Proxies that
     the environment names are not used, as they are not by a training job.
 
-    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied) and LinkError
-    where it cannot be reached or answers no sense. Making one raises FlyballError for an address that is none, and
-    where httpx is missing.
+    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied,
+    unauthenticated) and LinkError where it cannot be reached, has no time, or answers no sense. Making one raises
+    FlyballError for an address, a token or a certificate that is none, and where httpx is missing.
     """
 
     def __init__(self, server: str | None = None, token: str | None = None, timeout_s: float = 10.0) -> None:
@@ -228,6 +228,22 @@ class Client:
     def signing_key(self) -> dict[str, Any]:
         """{"public_key": PEM, "fingerprint"} of the key that the service signs exports with."""
         return self._get("/v1/signing-key")
+
+    def create_token(
+        self, name: str, role: str, *, projects: Iterable[str] | None, expires_in_s: int | None = None
+    ) -> dict[str, Any]:
+        """Make a token, which reaches these projects (None: all). Its `secret` is in this answer and never again."""
+        reach = None if projects is None else list(projects)
+        body = {"name": name, "role": role, "projects": reach, "expires_in_s": expires_in_s}
+        return self._answer("POST", "/v1/tokens", body=body)
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens, oldest first, expired and revoked ones included; never a secret."""
+        return list(self._get("/v1/tokens")["tokens"])
+
+    def revoke_token(self, token: str, *, reason: str) -> dict[str, Any]:
+        """Revoke a token (its id) for good: within a second it opens nothing any more."""
+        return self._answer("DELETE", f"/v1/tokens/{quote(token, safe='')}", parameters={"reason": reason})
 
     def close(self) -> None:
         """Let go of the connection."""

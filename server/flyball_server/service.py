@@ -302,7 +302,6 @@ class Service:
         """
         caller.check_run(ADMIN, run)
         reason = deletion.check_reason(reason)
-        actor = caller.actor
 
         async def once() -> dict[str, Any]:
             live: LiveRun | None = None
@@ -312,13 +311,13 @@ class Service:
                 record = await queries.in_thread(self._journal.record, run)
             if live is None or self._engine.damage.words(run):
                 left = live.record if live is not None else record or deletion.bare_record(run)
-                return deletion.described(await self._engine.delete(left, live, reason, actor))
+                return deletion.described(await self._engine.delete(left, live, reason, caller.actor))
             async with self._engine.turn(live):
                 view = self._view(live.record, live)
                 if view.status == "active":
                     wait_s = limits.STALE_AFTER_S - view.stale_s
                     raise Conflict(f"run {run}: it is {view.status}: let it end, or wait {wait_s:.0f} s without news")
-                return deletion.described(await self._engine.delete(live.record, live, reason, actor))
+                return deletion.described(await self._engine.delete(live.record, live, reason, caller.actor))
 
         return await retried(once)
 
