@@ -1,7 +1,7 @@
 """Goal: what a platform team caps, for all or for a project, no job and no command exceeds, and everybody is told.
 
-Method: properties of the strictest of several guards; files with mistakes; real services over files, and jobs and people
-that ask for more over REST.
+Method: properties of the strictest of several guards; files with mistakes; real services over files, and jobs and
+people that ask for more over REST.
 """
 
 import json
