@@ -246,9 +246,13 @@ def floor(n):
     return (time.process_time() - begun) / n
 
 
-@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.parts])
-def test_a_step_costs_no_more_than_a_few_floors(name):
-    policy, config, _ = resolve({"type": name})
+ALONE = [{"type": name} for name, policy in POLICIES.items() if not policy.parts]
+WATCHING = [{"type": name, "policy": "constant"} for name in ("gradient_aware", "spike_guard")]
+
+
+@pytest.mark.parametrize("spec", ALONE + WATCHING, ids=lambda spec: spec["type"])
+def test_a_step_costs_no_more_than_a_few_floors(spec):
+    policy, config, _ = resolve(spec)
     trace, ratios = list(observations("noisy", 2000)), []
     for _ in range(7):  # the floor is measured beside every round, so that a busy machine slows both
         state, _ = begin(policy, config)

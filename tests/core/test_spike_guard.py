@@ -7,8 +7,6 @@ through the fold, with the answers and the rewinds of their jobs.
 
 import json
 import math
-import time
-from statistics import median
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +17,7 @@ from flyball_server.core.errors import Invalid
 from flyball_server.core.events import Attached, Commanded, DirectiveAnswered, Observed, Spec
 from flyball_server.core.policies import POLICIES
 from flyball_server.core.policies.spike_guard import Config
-from flyball_server.core.types import ROLLBACKS, Decision, Group, Observation
+from flyball_server.core.types import ROLLBACKS, Group, Observation
 from flyball_server.policy_files import resolve
 from flyball_server.rules import plan_of, rules_of
 
@@ -240,30 +238,6 @@ def test_between_spikes_the_inner_decision_comes_through_as_it_is():
         alone, same = inner.step(own, alone, seen)
         assert decision == same
     assert policy.reads(config) == {ROLLBACKS}
-
-
-def test_watching_costs_little():
-    """Against the least that a fold can do, measured beside it."""
-    policy, config, _ = resolve({"type": "spike_guard", "policy": "constant"})
-    trace = [Observation(step, level(step), grad_norm=1.0 + step % 3) for step in range(4000)]
-
-    def seconds(work):
-        begun = time.process_time()
-        work()
-        return time.process_time() - begun
-
-    def guarded():
-        state, _ = policy.init(config, GROUPS, 0)
-        for seen in trace:
-            state, _ = policy.step(config, state, seen)
-
-    def least():
-        state = (1.0, 2, 3, 4, 5)
-        for seen in trace:
-            state = (*state[:4], seen)
-            Decision((1e-3,), None, None, "phase", "code", {"a": 1.0})
-
-    assert median(seconds(guarded) / seconds(least) for _ in range(7)) < 8
 
 
 @pytest.mark.parametrize(

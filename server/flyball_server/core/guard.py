@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, ClassVar, NamedTuple
 
+from flyball_server.core.numbers import LARGEST_FLOAT
 from flyball_server.core.types import Decision, Group, Settings
 
 
@@ -271,8 +272,8 @@ def _common(values: Sequence[float], ranges: Sequence[tuple[float | None, float 
     for value, (low, high) in zip(values, ranges, strict=True):
         if value > 0:
             least = least if low is None else max(least, low / value)
-            most = most if high is None else min(most, high / value)
-    return min(max(1.0, least), most) if least <= most else 1.0
+            most = min(most, (LARGEST_FLOAT if high is None else high) / value)
+    return min(max(1.0, least), most) if least <= most and least < inf else 1.0
 
 
 def _bounded(
