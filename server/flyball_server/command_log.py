@@ -78,6 +78,10 @@ def _followed(run: str, rows: Iterator[Row]) -> dict[str, CommandView]:
         if row.kind == "commanded":
             view = _begun(run, row)
             found[view.id] = view
+            for one in (view.verdict or {}).get("superseded", ()):
+                if one in found:
+                    entry = _entry(row, "superseded", by=view.id)
+                    found[one] = found[one]._replace(status="superseded", history=(*found[one].history, entry))
             if view.proposal in found:
                 found[view.proposal] = found[view.proposal]._replace(command=view.id)
         elif row.kind == "proposed":

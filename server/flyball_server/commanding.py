@@ -197,13 +197,11 @@ def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> 
 def _events(
     run: Run, request: CommandRequest, found: Checked, actor: str, key: str, proposal: str = ""
 ) -> tuple[list[Event], int]:
-    """The command with the ends of those it supersedes or releases, and its place among them. What supersedes begins
-    from the settings in force, and so comes before what it supersedes goes."""
+    """The command, behind the ends of those it releases; and its place among them."""
     beside = run.steering.commands
     command = Commanded(request.kind, found.args, actor, request.reason, key, found.until, found.expires_at, proposal)
     if request.kind != "release":
-        over = commands.superseded(beside, request.kind, found.args)
-        return [command, *(CommandMoved(one, "superseded") for one in over)], 0
+        return [command], 0
     lasting = {one.id for one in commands.lasting(beside)}
     over = commands.released(beside, found.args)
     ended = [CommandMoved(one, "released" if one in lasting else "withdrawn") for one in over]

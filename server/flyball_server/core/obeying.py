@@ -22,7 +22,7 @@ def commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
     seq, before = run.seq + 1, run.settings.lr
     held, clamped = _held(rules, run, event)
     clamped = clamped or bool(event.args.get("clamped"))
-    old = run.steering.plans
+    old, over = run.steering.plans, commands.superseded(run.steering.commands, event.kind, event.args)
     beside = steering.commanded(run.steering, event, seq, held, clamped)
     run = run._replace(seq=seq, steering=beside)
     carried: tuple[str, ...] = ()
@@ -39,6 +39,8 @@ def commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
     verdict: dict[str, Any] = {"status": "clamped" if clamped else "accepted", "lr": list(now.lr)}
     if held is not None:
         verdict["held"] = {n: v for n, v in finite(held._asdict()).items() if v not in (None, {}, False)}
+    if over:
+        verdict["superseded"] = over
     if carried:
         verdict["carried"] = list(carried)
     fields = {"kind": event.kind, "command": f"c{seq}", "actor": event.actor, "reason": event.reason}

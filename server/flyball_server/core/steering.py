@@ -26,12 +26,14 @@ def declared(steering: Steering, event: Declared) -> Steering:
 
 
 def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None, clamped: bool) -> Steering:
-    """A command is accepted; what it supersedes or releases was told by events of their own."""
+    """A command is accepted, in the place of those it supersedes; what it releases was told by events of their own."""
     command = Command(
         f"c{seq}", event.kind, seq, event.actor, event.reason, "clamped" if clamped else "accepted", event.args,
         event.until, event.expires_at, held,
     )  # fmt: skip
-    open_ = steering.commands if event.kind == "note" else (*steering.commands, command)
+    over = commands.superseded(steering.commands, event.kind, event.args)
+    kept = tuple([one for one in steering.commands if one.id not in over]) if over else steering.commands
+    open_ = kept if event.kind == "note" else (*kept, command)
     keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
     plans = steering.plans
     if event.kind in commands.RULING:
