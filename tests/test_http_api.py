@@ -153,7 +153,9 @@ class Failing:
 
 
 def built(service, *, is_ready=True):
-    return http_api.build(service, None, None, door=Open(), version="1", is_ready=lambda: is_ready)
+    return http_api.build(
+        http_api.Parts(service, None, None, None), door=Open(), version="1", is_ready=lambda: is_ready
+    )
 
 
 def kinds():
@@ -170,6 +172,7 @@ def test_the_table_of_statuses_covers_every_kind_of_error():
         "invalid": 422,
         "not_found": 404,
         "conflict": 409,
+        "stale": 412,
         "unauthenticated": 401,
         "denied": 403,
         "busy": 503,

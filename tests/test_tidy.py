@@ -51,6 +51,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli": set(),
     "flyball.cli_branches": set(),
     "flyball.cli_output": {"typer", "rich"},
+    "flyball.adapters.from_device": {"torch"},
     "flyball.adapters.gradient_noise": {"torch"},
     "flyball.parquet": {"pyarrow"},
 }

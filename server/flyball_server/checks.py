@@ -18,7 +18,7 @@ from flyball_server.core.events import Receipt, Spec
 from flyball_server.core.run import ANSWERS_KEPT, Run
 from flyball_server.core.types import Group
 from flyball_server.guards import expanded, joined, limits_of
-from flyball_server.messages import Attach, Report
+from flyball_server.messages import Attach, Report, SideReport
 from flyball_server.names import NAME, check_signal_name, run_id
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile, use_profile
@@ -265,6 +265,26 @@ def check_report(request: Report) -> None:
             raise Invalid(f"signals: {name} has {len(column)} values for {n} steps")
     if request.end not in ("", "finished", "failed"):
         raise Invalid(f"end is {request.end!r}: give 'finished' or 'failed', or leave it out")
+
+
+def check_side_report(said: SideReport) -> None:
+    """Raise Invalid for a report from beside the driver that says nothing, or cannot be."""
+    if not said.signals and not said.note:
+        raise Invalid("signals is empty: name at least one, such as val_loss, or give a note")
+    check_signal_names(said.signals)
+    if len(said.note) > limits.REASON_MAX:
+        raise Invalid(f"note has {len(said.note)} characters: give at most {limits.REASON_MAX}")
+    if said.source and (len(said.source) > limits.NAME_MAX or not NAME.fullmatch(said.source)):
+        raise Invalid(f"source is {said.source!r:.60}: use letters, digits, '.', '_' or '-'")
+    if bool(said.source) != bool(said.number) or not 0 <= said.number <= limits.INTEGER_MAX:
+        raise Invalid(f"number is {said.number} and source {said.source!r:.60}: give both, counting from 1, or neither")
+    check_text("note", said.note)
+
+
+def check_text(field: str, text: str) -> None:
+    """Half a surrogate pair could be stored, and never be told to anybody: raise Invalid."""
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+        raise Invalid(f"{field} holds half of a surrogate pair, which is no text: send it as UTF-8")
 
 
 def check_controls(controls: Sequence[Control]) -> None:

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from flyball_server import limits
-from flyball_server.checks import alternative
+from flyball_server.checks import alternative, check_text
 from flyball_server.core import commands
 from flyball_server.core.base import nearest
 from flyball_server.core.errors import Conflict, Invalid, NotFound
@@ -75,8 +75,7 @@ def check_envelope(request: CommandRequest) -> CommandRequest:
     if len(request.key) > limits.NAME_MAX:
         raise Invalid(f"Idempotency-Key has {len(request.key)} characters: give at most {limits.NAME_MAX}")
     for name, text in (("reason", reason), ("fields", json.dumps(dict(request.fields), ensure_ascii=False))):
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
-            raise Invalid(f"{name} holds half of a surrogate pair, which is no text: send it as UTF-8")
+        check_text(name, text)
     return request._replace(reason=reason)
 
 

@@ -24,10 +24,11 @@ from flyball_server.core import commands
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
+from flyball_server.ledger import retried
+from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest
 from flyball_server.profiles import Profile
-from flyball_server.retrying import retried
 from flyball_server.rules import spec_under
 from flyball_server.storage.journal import Journal
 

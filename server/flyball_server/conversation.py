@@ -13,7 +13,7 @@ from flyball_server.core.commands import CONFIRMED, DIRECTIVES, RULING, Command,
 from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Judged, Observed, Receipt
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
-from flyball_server.engine import LiveRun
+from flyball_server.live import LiveRun
 from flyball_server.messages import Advice, Attached, Directive, Report
 from flyball_server.rules import spec_under
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,10 +21,11 @@ from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
-from flyball_server.core.run import Rules, Run
+from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
 from flyball_server.ledger import Ledger, Lost
+from flyball_server.live import LiveRun
 from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
@@ -40,46 +41,6 @@ from flyball_server.storage.journal import (
 )
 
 T = TypeVar("T")
-
-
-class LiveRun:
-    """One run in memory: its newest durable state and the place its next row goes to."""
-
-    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
-        self.spec = spec
-        self.origin = origin
-        self.rules = rules
-        self.run = run
-        self.record = record
-        self.lock = asyncio.Lock()
-        self.waiting = 0
-        self.stale = False
-        #: When something last came from its job, by the event loop's clock; None: nothing since it was loaded.
-        self.heard: float | None = None
-        self._watchers: list[asyncio.Future[None]] = []
-        self.snapshot_at = run.observations
-        #: The newest batches' settings, for steps that a client sends again.
-        self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
-
-    async def changed(self, within_s: float) -> None:
-        """Return when something was committed here, or the time is over."""
-        future = asyncio.get_running_loop().create_future()
-        self._watchers.append(future)
-        await asyncio.wait([future], timeout=within_s)
-        if future in self._watchers:
-            self._watchers.remove(future)
-
-    def tell(self) -> None:
-        """Wake whoever waits for a change."""
-        watchers, self._watchers = self._watchers, []
-        for future in watchers:
-            if not future.done():
-                future.set_result(None)
-
-    @property
-    def ruling(self) -> Rules:
-        """The rules in force, which a command may have changed."""
-        return fold.ruling(self.rules, self.run)
 
 
 class Turn:

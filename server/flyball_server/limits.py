@@ -59,8 +59,11 @@ DECISIONS_MAX = 10_000
 POINTS_MAX = 20_000
 #: Series in one request.
 SERIES_MAX = 32
-#: A run without news for so long is called stale.
+#: A run without news for so long is called stale, and lost; its job goes on as if nothing had been, when it comes back.
 STALE_AFTER_S = 60.0
+LOST_AFTER_S = 900.0
+#: How often the store is told of a job that lives and has nothing to add to the journal.
+HEARD_EVERY_S = 20.0
 #: Streams at a time; each is one training job.
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.

@@ -173,8 +173,11 @@ def create(rules: Rules, origin: Origin | None = None) -> Run:
         return run
     # The rules it goes on under are those of its own specification, whatever they were changed from there.
     left = load(rules._replace(shadows=()), {name: v for name, v in origin.state.items() if name != "steering"})
+    settings = left.settings
+    if "steering" in origin.state:  # what was commanded there is not commanded here
+        settings = _settled(rules, commands.NONE, left.guard_state, left.decision, through)
     return run._replace(
-        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=left.settings
+        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=settings
     )
 
 
