@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from tests.e2e.processes import TRANSPORTS, Server, Trainer, story_of, wait_until
 
 LIVE = """
