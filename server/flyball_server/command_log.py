@@ -15,7 +15,7 @@ from flyball_server.core.steering import POLICY
 from flyball_server.storage.journal import Journal, Row
 
 #: The kinds of rows that a command's history is made of.
-ROWS = ("commanded", "command_moved", "proposed", "judged", "directive_answered", "observed")
+ROWS = ("commanded", "command_moved", "proposed", "judged", "directive_answered", "observed", "attached")
 
 
 class CommandView(NamedTuple):
@@ -75,6 +75,8 @@ def command_of(journal: Journal, run: str, command: str) -> CommandView:
 def _followed(run: str, rows: Iterator[Row]) -> dict[str, CommandView]:
     found: dict[str, CommandView] = {}
     for row in rows:
+        if _leaves_asks(row):
+            found |= {one: _moot(view, row) for one, view in found.items() if view.actor == POLICY and not view.over}
         if row.kind == "commanded":
             view = _begun(run, row)
             found[view.id] = view
@@ -96,6 +98,17 @@ def _followed(run: str, rows: Iterator[Row]) -> dict[str, CommandView]:
         elif row.kind == "judged" and row.meta["proposal"] in found:
             found[row.meta["proposal"]] = _judged(found[row.meta["proposal"]], row)
     return found
+
+
+def _leaves_asks(row: Row) -> bool:
+    """Whether what the policy asked for before this row is done with: the run goes back, or has another policy."""
+    if row.kind == "attached":
+        return row.meta["restored"] is not None
+    return row.kind == "commanded" and "carried" in (row.meta.get("verdict") or {})
+
+
+def _moot(view: CommandView, row: Row) -> CommandView:
+    return view._replace(status="superseded", history=(*view.history, _entry(row, "superseded")))
 
 
 def _begun(run: str, row: Row) -> CommandView:

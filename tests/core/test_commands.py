@@ -78,6 +78,23 @@ lasting = st.one_of(
 )
 
 
+class Open(str):
+    """The id of a command that is not over, with what was asked."""
+
+    event: Commanded
+
+
+def beside(open_, event, seq):
+    """The open commands once `event` is given in row `seq`: those it supersedes are over."""
+    known = [
+        commands.Command(one, one.event.kind, 0, "", "", "", one.event.args, held=commands.Held()) for one in open_
+    ]
+    over = commands.superseded(known, event.kind, event.args)
+    new = Open(f"c{seq}")
+    new.event = event
+    return [*(one for one in open_ if one not in over), new]
+
+
 @st.composite
 def lives(draw):
     """Rules, and batches of observations with lasting commands between them; each command may be released later."""
@@ -95,7 +112,7 @@ def lives(draw):
             one = draw(lasting)
             events.append(one._replace(until=draw(st.none() | st.integers(step + 1, step + 20))))
             seq += 1
-            open_.append(f"c{seq}")
+            open_ = beside(open_, one, seq)
     events += [CommandMoved(one, "released") for one in open_]
     events.append(observed(range(step, step + 5)))
     return rules, lag, events
@@ -148,7 +165,7 @@ def _place(ended, events, moved):
         if isinstance(event, CommandMoved):
             open_.remove(event.command)
         elif isinstance(event, Commanded):
-            open_.append(f"c{seq}")
+            open_ = beside(open_, event, seq)
     raise AssertionError
 
 
