@@ -122,9 +122,9 @@ spiky = st.lists(
     st.tuples(
         usual | st.sampled_from([math.nan, math.inf, 50.0, 60.0, 1e99, 1e300]) | st.none(),
         usual | st.sampled_from([math.nan, math.inf, -1.0, 0.0, 900.0]) | st.none(),
-        st.integers(1, 4),
+        st.sampled_from([1, 2, 3, 4, 20]),
     ),
-    max_size=60,
+    max_size=40,
 )
 
 
@@ -135,10 +135,13 @@ spiky = st.lists(
     confirm=st.integers(1, 3),
     beta=st.sampled_from([0.0, 0.9, 0.99]),
     cooldown=st.integers(0, 12),
+    memory=st.integers(1, 20),
+    least=st.sampled_from([0.0, 0.01, 0.4]),
 )
-def test_the_policy_is_the_rule_read_another_way(trace, limits, confirm, beta, cooldown):
+def test_the_policy_is_the_rule_read_another_way(trace, limits, confirm, beta, cooldown, memory, least):
     names = dict(zip(("max_cuts", "max_rewarms", "max_restores"), limits, strict=True))
     spec = {**QUICK, **names, "confirm": confirm, "beta": beta, "cooldown_steps": cooldown, "min_factor": 0.2}
+    spec |= {"memory_steps": cooldown + memory, "min_deviation": least}
     policy, config, _ = resolve(spec)
     state, _ = policy.init(config, (Group("a", 1.0),), 0)
     reading, step = Reading(config), 0
@@ -164,6 +167,8 @@ def test_a_spike_that_goes_on_takes_every_rung_and_then_there_is_nothing_left_to
     assert [decision.fields["rung"] for decision in taken] == [1, 2, 3, 4, 5]
     assert [[ask.kind for ask in decision.asks] for decision in taken] == [[], [], ["restore"], ["restore"], ["stop"]]
     assert taken[2].asks[0].args == {"skip_batches": 7, "before_step": 20}
+    assert taken[4].asks[0].args == {}
+    assert "the job is asked to stop" in taken[4].asks[0].reason
     assert [decision.lr[0] for decision in decisions[20:33]] == [
         1.0, *[0.5] * 5, 0.25, 0.3125, 0.375, 0.4375, *[0.5] * 3
     ]  # fmt: skip
@@ -238,6 +243,59 @@ def test_between_spikes_the_inner_decision_comes_through_as_it_is():
         alone, same = inner.step(own, alone, seen)
         assert decision == same
     assert policy.reads(config) == {ROLLBACKS}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"type": "adaptive", "use_reward": True},
+        {"type": "aees", "episode_length": 4, "lr_candidates": [0.5, 1], "noise_candidates": [0.1, 0.2]},
+    ],
+    ids=lambda inner: inner["type"],
+)
+def test_a_rung_changes_the_learning_rates_and_nothing_else_of_the_inner_decision(inner):
+    policy, config, _ = resolve({**QUICK, "policy": inner})
+    part = config.policy
+    state, _ = policy.init(config, GROUPS, 3)
+    alone, _ = part.policy.init(part.config, GROUPS, 3)
+    factor = 1.0
+    for step, loss in enumerate([*calm(20), *[math.nan] * 30, *calm(20)]):
+        seen = Observation(step, loss, reward=math.sin(step))
+        state, decision = policy.step(config, state, seen)
+        alone, own = part.step(alone, seen)
+        assert decision[1:4] == own[1:4]
+        factor = state.factor
+        assert decision.lr == (own.lr if factor == 1.0 else pytest.approx([lr * factor for lr in own.lr], rel=1e-12))
+        assert decision.code.partition("+spike_")[0] == own.code
+        assert policy.explain(config, decision).startswith(part.explain(own))
+    assert factor < 1.0
+    assert policy.finish(config, state) == part.finish(alone)
+
+
+def test_what_a_spike_is_seen_by_stands_in_the_fields():
+    losses = calm(60, 40, 41, height=7.0)
+    cut = decided({**QUICK, "beta": 0.5}, losses)[41]
+    own = {name: value for name, value in cut.fields.items() if name in ("signal", "value", "since", "rung", "factor")}
+    assert own == {"signal": "loss", "value": 7.0, "since": 40, "rung": 1, "factor": 0.5}
+    assert (2.0 < cut.fields["mean"] < 3.0, 0.0 < cut.fields["deviation"] < 1.0) == (True, True)
+    assert cut.fields["spike"] == f"loss 7, running {cut.fields['mean']:.4g}"
+    norms = [1.0] * 40 + [math.inf, math.nan]
+    cut = decided(QUICK, calm(42), grad_norm=norms)[41]
+    assert (cut.fields["value"], cut.fields["mean"], cut.fields["spike"]) == (None, 1.0, "grad_norm nan, running 1")
+    first = decided(QUICK, [math.nan, math.nan])[1]
+    assert first.fields["spike"] == "loss nan"
+
+
+def test_a_fork_has_gone_back_less_often_than_the_run_it_left():
+    policy, config, _ = resolve(QUICK)
+    state, _ = policy.init(config, GROUPS, 0)
+    marks = []
+    for step, rollbacks in enumerate([0, 2, 2, 0, 0, 1]):
+        state, decision = policy.step(config, state, Observation(step, 2.0, rollbacks=rollbacks))
+        marks.append(decision.fields and (decision.fields["restore"], decision.fields["of"]))
+        assert ("spike_returned" in decision.code) == (marks[-1] is not None)
+    # Two at once are two of the job's attempts.
+    assert marks == [None, (2, 2), None, None, None, (2, 2)]
 
 
 @pytest.mark.parametrize(
