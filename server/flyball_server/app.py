@@ -22,9 +22,12 @@ from types import TracebackType
 import uvicorn
 
 from flyball_server import grpc_api, http_api
+from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
+from flyball_server.fleet import Fleet
+from flyball_server.freezing import Freezing
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.rules import rules_of
@@ -32,6 +35,7 @@ from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
+from flyball_server.tail import Tail
 
 log = logging.getLogger("flyball_server")
 
@@ -54,15 +58,20 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
-    service = Service(engine, journal, profiles)
-    commanding = Commanding(engine, journal, profiles)
+    tail = Tail(engine.ledger)
+    freezing = Freezing(engine, journal, tail)
+    service = Service(engine, journal, profiles, freezing)
+    commanding = Commanding(engine, journal, profiles, freezing=freezing)
+    fleet = Fleet(engine, journal, commanding, tail)
+    canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
     ready = threading.Event()
     grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
     try:
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
         exchange = Exchange(engine, journal, signer_of(settings), version())
-        app = http_api.build(service, commanding, version(), ready.is_set, exchange)
+        many = http_api.Many(fleet, freezing, canaries)
+        app = http_api.build(service, commanding, many, version=version(), is_ready=ready.is_set, exchange=exchange)
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
         # Training steps may be a minute apart; a client that finds its connection closed has to come again.
         config.timeout_keep_alive = KEEP_ALIVE_S
@@ -72,7 +81,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
-        sweeping = asyncio.create_task(commanding.sweep())
+        await tail.refresh_if_possible()  # before anybody is heard: who asks for a run may not see it unfrozen
+        watching = [asyncio.create_task(work) for work in (commanding.sweep(), tail.watch(), canaries.watch())]
         ready.set()
         started(_address(settings.http, sock.getsockname()[1]), _address(settings.grpc, grpc_port))
         stopping = asyncio.create_task(stop.wait())
@@ -83,7 +93,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        sweeping.cancel()
+        for work in watching:
+            work.cancel()
         await http_task
     finally:
         await engine.close()

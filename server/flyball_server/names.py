@@ -21,6 +21,12 @@ def run_id(project: str, name: str) -> str:
     return name if project == "default" else f"{project}:{name}"
 
 
+def project_of(run: str) -> str:
+    """The project that a run of this id belongs to, whether or not there is such a run."""
+    project, sep, _ = run.partition(":")
+    return project if sep else "default"
+
+
 @lru_cache(4096)
 def is_signal_name(name: str) -> bool:
     """Whether a signal can have this name (`=` and `?` mark a row's own columns)."""

@@ -5,7 +5,7 @@ Rule of this module: check who asks and what is asked for, then leave the work t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flyball_server import branches, deletion, limits, proving, queries
@@ -23,11 +23,12 @@ from flyball_server.core.events import Origin, Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine, LiveRun, next_attempt
-from flyball_server.ledger import Lost
+from flyball_server.freezing import Freezing
 from flyball_server.loading import Deleted
 from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
 from flyball_server.profiles import Profile
 from flyball_server.proving import Undamaged
+from flyball_server.retrying import retried
 from flyball_server.rules import rules_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
@@ -52,9 +53,16 @@ class RunView(NamedTuple):
 class Service:
     """The service over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        profiles: Mapping[str, Profile] | None = None,
+        freezing: Freezing | None = None,
+    ) -> None:
         self._engine = engine
         self._journal = journal
+        self._freezing = freezing
         self.profiles: Mapping[str, Profile] = profiles or {}
         self._what_ifs = 0
 
@@ -65,6 +73,8 @@ class Service:
         """
         spec = spec_from(request, self.profiles)
         check_resumption(request)
+        if self._freezing is not None:
+            await self._freezing.look_if_possible()
 
         async def once() -> Attached:
             try:
@@ -76,9 +86,11 @@ class Service:
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._open(live, request, spec, actor)
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 return attached(live, await self._engine.earlier(live))
 
-        return await _retried(once)
+        return await retried(once)
 
     async def fork(self, request: Attach, actor: str) -> RunView:
         """Begin a run that leaves another one (`request.fork`) at a step; its job attaches later, with resume.
@@ -90,7 +102,7 @@ class Service:
             live = await self._forked(request, actor, beyond=False)
             return self._view(live.record, live)
 
-        return await _retried(once)
+        return await retried(once)
 
     async def lineage(self, run: str) -> dict[str, Any]:
         """Where a run comes from, what left it, and its attempts: see `branches.lineage`."""
@@ -131,6 +143,8 @@ class Service:
             async with self._engine.turn(live):
                 if over := overdue(live.run, self._engine.now_us()):
                     await self._engine.commit(live, over, "service")
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 run = live.run
                 if request.attempt != run.attempt:
                     raise Conflict(
@@ -152,7 +166,7 @@ class Service:
                     changes = [*resent, *(c for outcome in outcomes for c in outcome.changes)]
                 return advice(live, changes)
 
-        return await _retried(once)
+        return await retried(once)
 
     async def add_signals(self, run: str, signals: Mapping[str, float], actor: str) -> int:
         """Signals from another process; the policy sees them with the next observation. Returns the journal seq."""
@@ -168,7 +182,7 @@ class Service:
                 await self._engine.commit(live, [Reported(max(live.run.through, 0), dict(signals))], actor)
                 return live.run.seq
 
-        return await _retried(once)
+        return await retried(once)
 
     async def get_run(self, run: str) -> RunView:
         """One run with its folded state."""
@@ -261,7 +275,7 @@ class Service:
                     raise Conflict(f"run {run}: it is {view.status}: let it end, or wait {wait_s:.0f} s without news")
                 return deletion.described(await self._engine.delete(live.record, live, reason, actor))
 
-        return await _retried(once)
+        return await retried(once)
 
     async def tombstones(self, after: int, limit: int) -> dict[str, Any]:
         """The deleted runs, oldest first, in pages."""
@@ -381,16 +395,6 @@ class Service:
         """Whether the run's journal holds the row that a checkpoint token names by its hash."""
         row = await queries.in_thread(queries.row, self._journal, live.spec.run, seq)
         return row is not None and row.hash.hex() == digest
-
-
-async def _retried(once: Callable[[], Awaitable[T]]) -> T:
-    """Run a use case again where another replica was faster."""
-    for _ in range(limits.APPEND_TRIES):
-        try:
-            return await once()
-        except Lost:
-            continue
-    raise Busy("the run is written by several processes at once; try again", 1.0)
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

@@ -226,9 +226,12 @@ def hold(now: Settings, groups: tuple[Group, ...], values: Mapping[str, float]) 
 
 
 def superseded(commands: Sequence[Command], kind: str, args: Mapping[str, Any]) -> list[str]:
-    """The lasting commands that a new one leaves nothing of: for the same setting, and for each of their groups."""
+    """The lasting commands that a new one leaves nothing of: for the same setting, and for each of their groups.
+
+    The hold of a freeze ends with the freeze alone, and what it covers goes on then.
+    """
     if kind == "hold":
-        return [command.id for command in commands if command.held is not None]
+        return [command.id for command in commands if command.held is not None and "frozen" not in command.args]
     if kind != "override":
         return []
     out = []

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fastapi import FastAPI, Response
 
 from flyball_server import limits
+from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import branches, commands, exports, problems, runs, steer, store
+from flyball_server.fleet import Fleet
+from flyball_server.freezing import Freezing
+from flyball_server.http_api import branches, commands, exports, fleet, problems, runs, steer, store
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.service import Service
 
 
+class Many(NamedTuple):
+    """The use cases over many runs."""
+
+    fleet: Fleet
+    freezing: Freezing
+    canaries: Canaries
+
+
 def build(
-    service: Service, commanding: Commanding, version: str, is_ready: Callable[[], bool], exchange: Exchange
-) -> FastAPI:
-    """The FastAPI application over one service, its commands and its exchange. `is_ready`: false while starting and
-    draining."""
+    service: Service, commanding: Commanding, many: Many, *, version: str, is_ready: Callable[[], bool],
+    exchange: Exchange,
+) -> FastAPI:  # fmt: skip
+    """The FastAPI application over one service, its commands, those of many runs, and its exchange. `is_ready`: false
+    while starting and draining."""
     app = FastAPI(
         title="Flyball",
         version=version,
@@ -32,6 +45,7 @@ def build(
     app.include_router(runs.router(service))
     app.include_router(branches.router(service))
     app.include_router(commands.router(commanding))
+    app.include_router(fleet.router(*many))
     app.include_router(store.router(service))
     app.include_router(exports.router(exchange))
 
