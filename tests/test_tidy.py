@@ -50,9 +50,13 @@ CLIENT_LIBRARIES = {
     "flyball.api": {"httpx"},
     "flyball.cli": set(),
     "flyball.cli_branches": set(),
+    "flyball.cli_commands": set(),
+    "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
+    "flyball.cli_values": set(),
     "flyball.adapters.gradient_noise": {"torch"},
     "flyball.parquet": {"pyarrow"},
+    "flyball.yaml": {"yaml"},
 }
 
 #: Where one layer of the server must not look, and what to do instead. The first matching importer decides.

@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from math import isfinite
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
+from flyball.api_commands import Commands
+from flyball.api_commands import run_path as _path
 from flyball.connect import DEFAULT_SERVER
 from flyball.errors import FlyballError, LinkError, Refused
 from flyball.tables import Table
@@ -33,8 +35,8 @@ DECISIONS_PAGE = 1000
 EXCHANGE_S = 600.0
 
 
-class Client:
-    """The routes of one service.
+class Client(Commands):
+    """The routes of one service; those about commands stand in `api_commands`.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
     token; default: FLYBALL_TOKEN. timeout_s: how long connecting and each wait for data may take. Proxies that the
@@ -235,6 +237,12 @@ class Client:
     ) -> None:
         self.close()
 
+    def _is_lost(self, error: LinkError) -> bool:
+        return isinstance(error.__cause__, self._unreachable)
+
+    def _new_key(self) -> str:
+        return os.urandom(16).hex()
+
     def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         asked = {name: value for name, value in (parameters or {}).items() if value is not None}
         return self._answer("GET", path, parameters=asked)
@@ -291,13 +299,6 @@ def rest_address(server: str | None) -> str:
 
 def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return {"type": policy} if isinstance(policy, str) else policy
-
-
-def _path(run: str, what: str = "") -> str:
-    """A run's path; its id may hold a ':', and whatever else somebody types."""
-    if not run:
-        raise FlyballError("the run is '': give its id, as `flyball runs` shows it")
-    return f"/v1/runs/{quote(run, safe='')}" + (f"/{what}" if what else "")
 
 
 def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:

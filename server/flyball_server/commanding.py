@@ -123,14 +123,17 @@ class Commanding:
             _check_expected(run, request)
             found = checked(request, self._around(live)._replace(run=run), now)
             _, alone = self._needed(request.kind, live, caller)
-            before, verdict, ended = run.settings.lr, {"status": "accepted"}, []
+            # Without a lag a command shows in the settings at once.
+            run, verdict, ended = run._replace(lag=None), {"status": "accepted"}, []
+            before = run.settings.lr
             for event in _events(run, request, found, caller.actor, "")[0]:
                 run, outcome = fold.apply(live.rules, run, event)
                 verdict = {**verdict, **(outcome.verdict or {})}
                 ended += [event.command] if isinstance(event, CommandMoved) else []
         names = [group.name for group in live.spec.groups]
-        after = dict(zip(names, verdict.pop("lr", before), strict=True))
-        would = {"before": dict(zip(names, before, strict=True)), "after": after, **verdict}
+        verdict.pop("lr", None)
+        settings = {"before": before, "after": run.settings.lr}
+        would = {**{when: dict(zip(names, lr, strict=True)) for when, lr in settings.items()}, **verdict}
         would["status"] = verdict["status"] if alone else "proposed"
         return {**would, "releases" if request.kind == "release" else "supersedes": ended}
 

@@ -345,7 +345,10 @@ def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
     run = _resettled(rules, run)
     if event.kind in ("note", *commands.DIRECTIVES):
         return run, Outcome((), (), verdict={"status": "accepted"})
-    now = _settled(rules, run.steering, run.guard_state, run.decision, run.through)
+    # What it supersedes goes with events of its own, just behind this one.
+    over = commands.superseded(beside.commands[:-1], event.kind, event.args)
+    left = beside._replace(commands=tuple([one for one in beside.commands if one.id not in over]))
+    now = _settled(rules, left, run.guard_state, run.decision, run.through)
     verdict: dict[str, Any] = {"status": "clamped" if clamped else "accepted", "lr": list(now.lr)}
     if held is not None:
         verdict["held"] = {n: v for n, v in finite(held._asdict()).items() if v not in (None, {}, False)}
