@@ -54,6 +54,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
     "flyball.cli_values": set(),
+    "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from flyball import cli_branches, cli_commands, cli_fleet
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
+from flyball.cli_words import print_steering
 from flyball.errors import FlyballError
 from flyball.exporting import TEXT_FORMATS, Format, export_run
 
@@ -103,7 +104,7 @@ def show(run: RunId, json_output: Json = False, server: Server = None, token: To
         ("group", "lr decided", "lr applied", "lr at attach", "momentum", "noise_std"),
         [[group["group"], *(short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
     )
-    cli_commands.print_steering(found)
+    print_steering(found)
     section("signals", ("signal", "newest"), [(n, short(value)) for n, value in sorted(found["signals"].items())])
     section(
         "newest decisions",

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 from flyball.api import Client
-from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, section, short, table, typer
+from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
+from flyball.cli_words import approved, asked, stage
 from flyball.errors import FlyballError, Refused
 
 Reason = Annotated[str, typer.Option(help="Why; it stays in the run's journal, and in the job's log.")]
@@ -237,7 +238,7 @@ def commands(
         print_json(found)
         return
     header = ("id", "command", "status", "by", "at", "reason")
-    table(header, [(c["id"], _asked(c), _stage(c, c["history"][-1]), c["actor"], c["at"], c["reason"]) for c in found])
+    table(header, [(c["id"], asked(c), stage(c, c["history"][-1]), c["actor"], c["at"], c["reason"]) for c in found])
 
 
 def proposals(run: RunId, json_output: Json = False, server: Server = None, token: Token = None) -> None:
@@ -248,7 +249,7 @@ def proposals(run: RunId, json_output: Json = False, server: Server = None, toke
         print_json(found)
         return
     header = ("id", "command", "by", "approved", "at", "reason")
-    rows = [(c["id"], _asked(c), c["actor"], _approved(c), c["at"], c["reason"]) for c in found]
+    rows = [(c["id"], asked(c), c["actor"], approved(c), c["at"], c["reason"]) for c in found]
     table(header, rows)
 
 
@@ -283,19 +284,6 @@ def withdraw(
     _give(common, lambda client: client.withdraw(run, proposal, reason=reason))
 
 
-def print_steering(run: Mapping[str, Any]) -> None:
-    """What of a run people and programs have a hand in: open commands, proposals, controls, and who else wrote."""
-    given = [(c["id"], c["kind"], c["status"], c["actor"], _until(c), c["reason"]) for c in run["commands"]]
-    section("commands", ("id", "command", "status", "by", "until", "reason"), given)
-    open_ = [(p["id"], p["kind"], p["actor"], _approved(p), p["reason"]) for p in run["proposals"]]
-    section("proposals (flyball approve)", ("id", "command", "by", "approved", "reason"), open_)
-    numbers = ("value", "applied", "declared", "min", "max")
-    controls = [(c["control"], *(short(_number(c[name])) for name in numbers)) for c in run["controls"]]
-    section("controls", ("control", *numbers), controls)
-    conflicts = [(c["step"], c["attempt"], c["words"]) for c in run["conflicts"]]
-    section("conflicts", ("step", "attempt", "who wrote what"), conflicts)
-
-
 # Leaves
 
 
@@ -312,7 +300,7 @@ def _give(common: Common, call: Callable[[Client], dict[str, Any]]) -> None:
         if common.json_output:
             print_json(view)
         else:
-            print(f"{view['id']} {_asked(view)}: {_stage(view, view['history'][-1], _groups(client, view))}")
+            print(f"{view['id']} {asked(view)}: {stage(view, view['history'][-1], _groups(client, view))}")
     if not common.wait or view["applied"] is not None or view["status"] == "done":
         return
     if view["over"]:
@@ -345,7 +333,7 @@ class _Teller:
             mark = (view["id"], entry["seq"], entry["status"])
             if mark not in self._told:
                 self._told.add(mark)
-                words = _stage(view, entry, _groups(self._client, view))
+                words = stage(view, entry, _groups(self._client, view))
                 print(f"{view['id']} {words}", file=sys.stderr, flush=True)
 
 
@@ -354,50 +342,3 @@ def _groups(client: Client, view: Mapping[str, Any]) -> list[str]:
     if view["history"][-1]["status"] not in ("accepted", "clamped") or not (view["verdict"] or {}).get("lr"):
         return []
     return [group["group"] for group in client.run(view["run"])["settings"]]
-
-
-def _stage(view: Mapping[str, Any], entry: Mapping[str, Any], groups: list[str] | None = None) -> str:
-    """One line of a command's history in words."""
-    status, note = entry["status"], entry.get("note")
-    told = f": {note}" if note else ""
-    if status in ("accepted", "clamped"):
-        lr = (view["verdict"] or {}).get("lr") or []
-        settings = ", ".join(f"{name} {short(one)}" for name, one in zip(groups or [], lr, strict=False))
-        words = f"; lr: {settings}" if settings else ""
-        return f"clamped by the guard{words}" if status == "clamped" else f"accepted{words}"
-    if status == "applied":
-        return f"applied at step {entry['step']} on {entry['ranks']}/{entry['of_ranks']} ranks{told}"
-    if status == "proposed":
-        return f"proposed, approved by {_approved(view)}"
-    if status in ("rejected", "approved", "withdrawn", "expired") and entry.get("reason"):
-        return f"{status} by {entry['actor']}: {entry['reason']}"
-    return f"{status} at step {entry['step']}{told}" if "step" in entry else f"{status}{told}"
-
-
-def _asked(view: Mapping[str, Any]) -> str:
-    """The command in a few words."""
-    args, kind = view["args"], str(view["kind"])
-    if kind == "override":
-        what = f"x {short(args['factor'])}" if "factor" in args else short(args.get("value"))
-        groups = args.get("groups")
-        return f"override {args.get('setting', 'lr')} {what}" + (f" of {', '.join(groups)}" if groups else "")
-    if kind == "bounds":
-        return "bounds " + " ".join(
-            f"{name}={'none' if value is None else value}" for name, value in args.get("guard", {}).items()
-        )
-    return kind
-
-
-def _approved(view: Mapping[str, Any]) -> str:
-    by = view.get("approvals", view.get("approved", []))
-    return f"{len(by)} of {view['needed']}" + (f" ({', '.join(by)})" if by else "")
-
-
-def _until(command: Mapping[str, Any]) -> str:
-    ends = [f"step {command['until_step']}"] if command["until_step"] is not None else []
-    lasts = "released" if command["kind"] in ("override", "hold") else "-"
-    return ", ".join([*ends, command["expires_at"]] if command["expires_at"] else ends) or lasts
-
-
-def _number(value: float | str | None) -> float | None:
-    return float(value) if isinstance(value, str) else value
