@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from flyball.api_commands import Commands
+from flyball.api_commands import run_path as _path
 from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
 from flyball.secure import checked_token
@@ -34,8 +36,8 @@ DECISIONS_PAGE = 1000
 EXCHANGE_S = 600.0
 
 
-class Client:
-    """The routes of one service.
+class Client(Commands):
+    """The routes of one service; those about commands stand in `api_commands`.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
     token; default: FLYBALL_TOKEN. For https:// FLYBALL_CA names who vouches for the service, FLYBALL_CERT and
@@ -257,6 +259,12 @@ class Client:
     ) -> None:
         self.close()
 
+    def _is_lost(self, error: LinkError) -> bool:
+        return isinstance(error.__cause__, self._unreachable)
+
+    def _new_key(self) -> str:
+        return os.urandom(16).hex()
+
     def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         asked = {name: value for name, value in (parameters or {}).items() if value is not None}
         return self._answer("GET", path, parameters=asked)
@@ -313,13 +321,6 @@ def rest_address(server: str | None) -> str:
 
 def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return {"type": policy} if isinstance(policy, str) else policy
-
-
-def _path(run: str, what: str = "") -> str:
-    """A run's path; its id may hold a ':', and whatever else somebody types."""
-    if not run:
-        raise FlyballError("the run is '': give its id, as `flyball runs` shows it")
-    return f"/v1/runs/{quote(run, safe='')}" + (f"/{what}" if what else "")
 
 
 def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:

@@ -26,10 +26,13 @@ import uvicorn
 from flyball_server import grpc_api, http_api
 from flyball_server.access import Caller
 from flyball_server.auth import Door, OpenDoor, TokenDoor
+from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
+from flyball_server.fleet import Fleet
+from flyball_server.freezing import Freezing
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.projects import NOWHERE, load_projects
@@ -40,6 +43,7 @@ from flyball_server.settings import Settings, split_address
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
+from flyball_server.tail import Tail
 from flyball_server.tls import open_tls
 from flyball_server.tokens import Tokens
 
@@ -66,8 +70,12 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     engine = _engine(journal)
-    service = Service(engine, journal, profiles, projects)
-    commanding = Commanding(engine, journal, profiles, projects)
+    tail = Tail(engine.ledger)
+    freezing = Freezing(engine, journal, tail)
+    service = Service(engine, journal, profiles, projects, freezing)
+    commanding = Commanding(engine, journal, profiles, projects, freezing=freezing)
+    fleet = Fleet(engine, journal, commanding, tail)
+    canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
     tokens, refusals = Tokens(engine.ledger, engine.now_us, os.urandom), Refusals(engine.ledger)
     door = _door(settings, tokens, refusals)
     ready = threading.Event()
@@ -79,7 +87,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         exchange = Exchange(engine, journal, signer_of(settings), version())
         if settings.auth:
             await _check_tokens(tokens, settings.store)
-        parts = http_api.Parts(service, commanding, exchange, tokens)
+        parts = http_api.Parts(service, commanding, fleet, freezing, canaries, exchange, tokens)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
         options: dict[str, Any] = {} if tls is None else tls.uvicorn()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
@@ -93,7 +101,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
-        sweeping = asyncio.create_task(commanding.sweep())
+        await tail.refresh_if_possible()  # before anybody is heard: who asks for a run may not see it unfrozen
+        watching = [asyncio.create_task(work) for work in (commanding.sweep(), tail.watch(), canaries.watch())]
         ready.set()
         s = "" if tls is None else "s"
         http_address = _address(settings.http, sock.getsockname()[1])
@@ -106,7 +115,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        sweeping.cancel()
+        for work in watching:
+            work.cancel()
         await http_task
     finally:
         await refusals.close()

@@ -22,6 +22,29 @@ CONTROLS_MAX = 32
 COMMANDS_MAX = 32
 #: How far away the end of a command may be: ten years.
 EXPIRES_MAX_S = 3650 * 86400.0
+#: Runs that one fleet command or canary may mean, and how many of them are worked on at the same time.
+FLEET_MAX = 2000
+FLEET_PARALLEL = 32
+#: Bytes of a fleet command as JSON, without its runs.
+FLEET_COMMAND_BYTES_MAX = 64 * 1024
+#: Idempotency keys of fleet commands that are remembered, the newest.
+FLEET_KEYS_KEPT = 10_000
+#: Characters of a selector.
+SELECTOR_MAX = 2000
+#: How often the store's journal is looked at for a freeze or a canary that another process made known.
+TAIL_POLL_S = 0.5
+#: Thaws whose reason is remembered for runs that come back later, the newest.
+THAWS_KEPT = 256
+#: Canaries that may be open at a time, those that are remembered, and how often runs that came later are looked for.
+CANARIES_OPEN_MAX = 32
+CANARIES_KEPT = 256
+CANARY_EVERY_S = 2.0
+#: Runs of one arm of a canary that are compared, those first by hash; what is read at a time; newest losses of each;
+#: observations that a smoothed loss is the median of.
+CANARY_COMPARED_MAX = 500
+CANARY_READS = 4
+CANARY_LOSSES_MAX = 20_000
+CANARY_WINDOW = 64
 #: Bytes of a directive's arguments as JSON.
 DIRECTIVE_BYTES_MAX = 4096
 #: How long one request may wait for a command to be over, and how often a change by another replica is looked for.

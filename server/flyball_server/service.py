@@ -25,6 +25,7 @@ from flyball_server.core.events import Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine
+from flyball_server.freezing import Freezing
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.loading import Deleted
@@ -63,11 +64,13 @@ class Service:
         journal: Journal,
         profiles: Mapping[str, Profile] | None = None,
         projects: Projects = NOWHERE,
+        freezing: Freezing | None = None,
     ) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles: Mapping[str, Profile] = profiles or {}
         self._projects = projects
+        self._freezing = freezing
         self._attempts = Attempts(engine, journal, self._profiles, projects)
         self._what_ifs = 0
 
@@ -81,6 +84,8 @@ class Service:
             caller.check_run(DRIVE, request.fork.run)
         spec = spec_from(request, self._profiles, self._projects)
         check_resumption(request)
+        if self._freezing is not None:
+            await self._freezing.look_if_possible()
 
         async def once() -> Attached:
             try:
@@ -92,6 +97,8 @@ class Service:
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._attempts.open(live, request, spec, caller)
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 return attached(live, await self._engine.earlier(live))
 
         return await retried(once)
@@ -153,6 +160,8 @@ class Service:
             async with self._engine.turn(live):
                 if over := overdue(live.run, self._engine.now_us()):
                     await self._engine.commit(live, over, "service")
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 run = live.run
                 if request.attempt != run.attempt:
                     raise Conflict(
