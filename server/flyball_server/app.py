@@ -25,22 +25,26 @@ import uvicorn
 
 from flyball_server import grpc_api, http_api
 from flyball_server.access import Caller
+from flyball_server.auditing import Auditing
 from flyball_server.auth import Door, OpenDoor, TokenDoor
 from flyball_server.commanding import Commanding
 from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
+from flyball_server.hook_files import load_hooks
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
+from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 from flyball_server.tls import open_tls
 from flyball_server.tokens import Tokens
+from flyball_server.webhooks import Hooks
 
 log = logging.getLogger("flyball_server")
 
@@ -60,10 +64,12 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
+    named_hooks = load_hooks(settings.webhooks, os.environ) if settings.webhooks else {}
     tls = open_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
-    engine = _engine(journal)
+    hooks = Hooks(named_hooks, journal, _now_us)
+    engine = Engine(journal, rules_of, _now_us, hooks)
     service = Service(engine, journal, profiles)
     commanding = Commanding(engine, journal, profiles)
     tokens, refusals = Tokens(engine.ledger, engine.now_us, os.urandom), Refusals(engine.ledger)
@@ -74,10 +80,12 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     try:
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
-        exchange = Exchange(engine, journal, signer_of(settings), version())
+        signer = signer_of(settings)
+        heads = Heads(journal, engine.ledger, signer, _now_us)
+        exchange = Exchange(engine, journal, signer, version(), heads)
         if settings.auth:
             await _check_tokens(tokens, settings.store)
-        parts = http_api.Parts(service, commanding, exchange, tokens)
+        parts = http_api.Parts(service, commanding, exchange, tokens, Auditing(engine, journal), heads, hooks)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
         options: dict[str, Any] = {} if tls is None else tls.uvicorn()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
@@ -91,7 +99,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
-        sweeping = asyncio.create_task(commanding.sweep())
+        running = (commanding.sweep(), hooks.run(), heads.keep_signing(settings.heads_every_s))
+        sweeping = [asyncio.create_task(one) for one in running]
         ready.set()
         s = "" if tls is None else "s"
         http_address = _address(settings.http, sock.getsockname()[1])
@@ -104,8 +113,10 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        sweeping.cancel()
+        for task in sweeping:
+            task.cancel()
         await http_task
+        await asyncio.gather(*sweeping, return_exceptions=True)
     finally:
         await refusals.close()
         await engine.close()
@@ -133,8 +144,12 @@ async def beside(store: str) -> AsyncIterator[Tokens]:
         await engine.close()
 
 
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
 def _engine(journal: Journal) -> Engine:
-    return Engine(journal, rules_of, lambda: time.time_ns() // 1000)
+    return Engine(journal, rules_of, _now_us)
 
 
 def _door(settings: Settings, tokens: Tokens, refusals: Refusals) -> Door:
@@ -165,7 +180,7 @@ def signer_of(settings: Settings) -> Signer:
 #: Who asks in the process itself, or on the machine that holds the store.
 LOCAL = Caller(f"local:{os.getuid()}" if hasattr(os, "getuid") else "local", "admin")
 #: What the environment says is for the service of a machine, and not for one inside a test or a notebook.
-_ALONE = {"auth": False, "insecure": False, "tls_cert": "", "tls_key": "", "tls_client_ca": ""}
+_ALONE = {"auth": False, "insecure": False, "tls_cert": "", "tls_key": "", "tls_client_ca": "", "webhooks": ""}
 
 
 class Running:

@@ -26,6 +26,8 @@ class Settings(BaseSettings):
     disk_free_min: int = Field(default=limits.DISK_FREE_MIN_BYTES, ge=0)
     profiles: str = ""
     signing_key: str = ""
+    heads_every_s: float = Field(default=limits.HEADS_EVERY_S, gt=0)
+    webhooks: str = ""
     auth: bool = False
     tls_cert: str = ""
     tls_key: str = ""

@@ -9,15 +9,18 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 
 from flyball_server import limits
+from flyball_server.auditing import Auditing
 from flyball_server.auth import Door
 from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import branches, commands, exports, problems, runs, steer, store
+from flyball_server.http_api import audit, branches, commands, exports, problems, runs, steer, store
 from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
 from flyball_server.service import Service
+from flyball_server.signed_heads import Heads
 from flyball_server.tokens import Tokens
+from flyball_server.webhooks import Hooks
 
 
 class Parts(NamedTuple):
@@ -27,6 +30,9 @@ class Parts(NamedTuple):
     commanding: Commanding
     exchange: Exchange
     tokens: Tokens
+    auditing: Auditing
+    heads: Heads
+    hooks: Hooks
 
 
 def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool]) -> FastAPI:
@@ -46,6 +52,7 @@ def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool
     problems.install(app, denied)
     routers = [part.router(parts.service) for part in (steer, runs, branches, store)]
     routers += [commands.router(parts.commanding), exports.router(parts.exchange), tokens_api.router(parts.tokens)]
+    routers.append(audit.router(parts.auditing, parts.heads, parts.hooks))
     for routes in routers:
         # The door has looked at the token already; this only tells readers of the schema that there is one.
         app.include_router(routes, responses=problems.ANSWERS, dependencies=[Depends(HTTPBearer(auto_error=False))])
