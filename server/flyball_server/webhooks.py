@@ -141,7 +141,6 @@ class Hooks:
         wake.clear()
         pending = await queries.in_thread(self._outbox.pending, hook.name, limits.HOOK_BATCH)
         if not pending:
-            self._waiting[hook.name] = 0
             await wake.wait()
             return
         for delivery in pending:
@@ -204,6 +203,7 @@ class Hooks:
     async def _sweep(self) -> None:
         """Tell of runs that went silent, and of those found damaged."""
         await asyncio.sleep(limits.HOOK_SWEEP_S)
+        await self._count()
         damaged, self._damaged = self._damaged, {}
         if not damaged and not self._wanted & {"stale", "lost"}:
             return
@@ -214,10 +214,13 @@ class Hooks:
         except SteeringError:
             self._damaged = damaged | self._damaged
             raise
-        # Most of them were told before: count anew.
+        await self._count()  # most of them were told before
+        self.added(deliveries)
+
+    async def _count(self) -> None:
+        """What was counted as waiting may not have been written after all."""
         waiting = await queries.in_thread(self._outbox.waiting)
         self._waiting = {name: waiting.get(name, 0) for name in self._hooks}
-        self.added(deliveries)
 
     def _silent_and_damaged(self, damaged: Mapping[str, str]) -> list[_Fact]:
         now, facts = self._now_us(), []
