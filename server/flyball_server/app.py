@@ -25,6 +25,7 @@ import uvicorn
 
 from flyball_server import grpc_api, http_api
 from flyball_server.access import Caller
+from flyball_server.auditing import Auditing
 from flyball_server.auth import Door, OpenDoor, TokenDoor
 from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
@@ -33,6 +34,7 @@ from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.fleet import Fleet
 from flyball_server.freezing import Freezing
+from flyball_server.hook_files import load_hooks
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.projects import NOWHERE, load_projects
@@ -40,12 +42,14 @@ from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
+from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 from flyball_server.tail import Tail
 from flyball_server.tls import open_tls
 from flyball_server.tokens import Tokens
+from flyball_server.webhooks import Hooks
 
 log = logging.getLogger("flyball_server")
 
@@ -66,10 +70,12 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
     projects = load_projects(settings.projects) if settings.projects else NOWHERE
+    named_hooks = load_hooks(settings.webhooks, os.environ) if settings.webhooks else {}
     tls = open_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
-    engine = _engine(journal)
+    hooks = Hooks(named_hooks, journal, _now_us)
+    engine = Engine(journal, rules_of, _now_us, hooks)
     tail = Tail(engine.ledger)
     freezing = Freezing(engine, journal, tail)
     service = Service(engine, journal, profiles, projects, freezing)
@@ -84,10 +90,14 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     try:
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
-        exchange = Exchange(engine, journal, signer_of(settings), version())
+        signer = signer_of(settings)
+        heads = Heads(journal, engine.ledger, signer, _now_us)
+        exchange = Exchange(engine, journal, signer, version(), heads)
         if settings.auth:
             await _check_tokens(tokens, settings.store)
-        parts = http_api.Parts(service, commanding, fleet, freezing, canaries, exchange, tokens)
+        auditing = Auditing(engine, journal)
+        many = http_api.Many(fleet, freezing, canaries)
+        parts = http_api.Parts(service, commanding, many, exchange, tokens, auditing, heads, hooks)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
         options: dict[str, Any] = {} if tls is None else tls.uvicorn()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
@@ -102,7 +112,14 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
         await tail.refresh_if_possible()  # before anybody is heard: who asks for a run may not see it unfrozen
-        watching = [asyncio.create_task(work) for work in (commanding.sweep(), tail.watch(), canaries.watch())]
+        works = (
+            commanding.sweep(),
+            tail.watch(),
+            canaries.watch(),
+            hooks.run(),
+            heads.keep_signing(settings.heads_every_s),
+        )
+        working = [asyncio.create_task(work) for work in works]
         ready.set()
         s = "" if tls is None else "s"
         http_address = _address(settings.http, sock.getsockname()[1])
@@ -115,9 +132,10 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        for work in watching:
+        for work in working:
             work.cancel()
         await http_task
+        await asyncio.gather(*working, return_exceptions=True)
     finally:
         await refusals.close()
         await engine.close()
@@ -145,8 +163,12 @@ async def beside(store: str) -> AsyncIterator[Tokens]:
         await engine.close()
 
 
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
 def _engine(journal: Journal) -> Engine:
-    return Engine(journal, rules_of, lambda: time.time_ns() // 1000)
+    return Engine(journal, rules_of, _now_us)
 
 
 def _door(settings: Settings, tokens: Tokens, refusals: Refusals) -> Door:
@@ -177,7 +199,7 @@ def signer_of(settings: Settings) -> Signer:
 #: Who asks in the process itself, or on the machine that holds the store.
 LOCAL = Caller(f"local:{os.getuid()}" if hasattr(os, "getuid") else "local", "admin")
 #: What the environment says is for the service of a machine, and not for one inside a test or a notebook.
-_ALONE = {"auth": False, "insecure": False, "tls_cert": "", "tls_key": "", "tls_client_ca": ""}
+_ALONE = {"auth": False, "insecure": False, "tls_cert": "", "tls_key": "", "tls_client_ca": "", "webhooks": ""}
 
 
 class Running:

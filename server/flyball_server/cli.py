@@ -62,6 +62,12 @@ def serve(
     signing_key: Annotated[
         str | None, typer.Option(help="File of the Ed25519 key that signs exports (PEM); default: beside the store.")
     ] = None,
+    heads_every_s: Annotated[
+        float | None, typer.Option(help="How often the heads of runs are signed, in seconds; default: 3600.")
+    ] = None,
+    webhooks: Annotated[
+        str | None, typer.Option(help="File of the webhooks that are told what happens (JSON, YAML or TOML).")
+    ] = None,
     auth: Annotated[
         bool, typer.Option("--auth", help="Every request needs a bearer token: see `flyball-server token`.")
     ] = False,
@@ -82,16 +88,18 @@ def serve(
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
     """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES,
-    FLYBALL_PROJECTS, FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY, FLYBALL_AUTH,
-    FLYBALL_TLS_CERT, FLYBALL_TLS_KEY, FLYBALL_TLS_CLIENT_CA, FLYBALL_REQUESTS_PER_S and FLYBALL_INSECURE.
+    FLYBALL_PROJECTS, FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY, FLYBALL_HEADS_EVERY_S,
+    FLYBALL_WEBHOOKS, FLYBALL_AUTH, FLYBALL_TLS_CERT, FLYBALL_TLS_KEY, FLYBALL_TLS_CLIENT_CA, FLYBALL_REQUESTS_PER_S
+    and FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {
         "http": http, "grpc": grpc, "store": store, "profiles": profiles, "projects": projects,
         "store_bytes_max": store_bytes_max, "disk_free_min": disk_free_min, "signing_key": signing_key,
-        "auth": auth or None, "tls_cert": tls_cert, "tls_key": tls_key, "tls_client_ca": tls_client_ca,
-        "requests_per_s": requests_per_s, "insecure": insecure or None,
+        "heads_every_s": heads_every_s, "webhooks": webhooks, "auth": auth or None, "tls_cert": tls_cert,
+        "tls_key": tls_key, "tls_client_ca": tls_client_ca, "requests_per_s": requests_per_s,
+        "insecure": insecure or None,
     }  # fmt: skip
     _log_in_utc()
     with errors():

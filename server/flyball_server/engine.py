@@ -7,6 +7,8 @@ All of it runs on one event loop. A run's requests pass one at a time behind its
 appends of all runs together on its own thread. Where another process appended first, or an append's fate is
 unknown, the run is folded again from the journal before anything else is done with it. A run whose record is damaged
 (`loading` and `scrub` find out) takes no turn until it was restored; what can be read of it still is.
+
+Longer than 400 lines because a turn, a commit and what undoes them share one state of the run.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from flyball_server.core.events import Attached, Created, Event, Observed, Origi
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
+from flyball_server.herald import Herald
 from flyball_server.ledger import Ledger, Lost
 from flyball_server.live import LiveRun
 from flyball_server.loading import Loaded, Ruler
@@ -39,6 +42,7 @@ from flyball_server.storage.journal import (
     Work,
     chained,
 )
+from flyball_server.storage.outbox import Delivery
 
 T = TypeVar("T")
 
@@ -88,8 +92,9 @@ class Turn:
 class Engine:
     """The set of live runs over one journal."""
 
-    def __init__(self, journal: Journal, ruler: Ruler, now_us: Callable[[], int]) -> None:
+    def __init__(self, journal: Journal, ruler: Ruler, now_us: Callable[[], int], herald: Herald | None = None) -> None:
         self._journal = journal
+        self._herald = herald
         self._ruler = ruler
         self.now_us = now_us
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
@@ -217,8 +222,9 @@ class Engine:
             of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
         )
         snapshot = self._snapshot(live, run)
+        told = self._herald.outgoing(record, live.run, events, outcomes, now) if self._herald else ()
         try:
-            await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
+            await self._append(run_id, live.run.seq, tuple(rows), record, snapshot, told)
         except Busy:
             raise
         except BaseException as error:
@@ -237,6 +243,8 @@ class Engine:
             if isinstance(event, Observed) and run.lag is not None:
                 live.recent.append((event.steps[0], event.steps[-1], outcome.changes))
         live.tell()
+        if told and self._herald:
+            self._herald.added(told)
         return outcomes
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
@@ -279,10 +287,16 @@ class Engine:
         return Snapshot(run.seq, run.attempt, run.through, json.dumps(fold.dump(run), allow_nan=False))
 
     async def _append(
-        self, run_id: str, expected: int, rows: tuple[Row, ...], record: RunRecord, snapshot: Snapshot | None
+        self,
+        run_id: str,
+        expected: int,
+        rows: tuple[Row, ...],
+        record: RunRecord,
+        snapshot: Snapshot | None,
+        told: tuple[Delivery, ...] = (),
     ) -> None:
         append = self._journal.append
-        await self._hand_in(run_id, lambda token: append(Append(expected, rows, record, snapshot, token)))
+        await self._hand_in(run_id, lambda token: append(Append(expected, rows, record, snapshot, token, told)))
 
     async def _hand_in(self, run_id: str, hand: Callable[[asyncio.Future[None]], None]) -> None:
         """Give the journal something to write and wait until it has. Raises Lost instead of Conflict."""
@@ -328,6 +342,8 @@ class Engine:
         """Somebody read a run, in so much time, and found that it is not what was written."""
         assert self._loop is not None
         self.damage.note(run_id, problem, self._loop.time(), took_s)
+        if self._herald:
+            self._herald.damaged(run_id, problem)
 
     def _better(self, known: LiveRun | None, found: LiveRun) -> LiveRun:
         """Of a damaged run memory may hold more than can still be read."""

@@ -21,6 +21,8 @@ T = TypeVar("T")
 #: Gives the journal something to write for whom it names, and waits until it has. Raises Lost where another process was
 #: faster.
 HandIn = Callable[[str, Callable[[asyncio.Future[None]], None]], Awaitable[None]]
+#: A row's meta, made of the row before it.
+Made = Callable[[Row | None], Mapping[str, Any]]
 
 
 class Lost(Exception):
@@ -47,11 +49,14 @@ class Ledger:
         self._turn = asyncio.Lock()
         self._newest: Row | None = None
 
-    async def append(self, kind: str, meta: Mapping[str, Any], actor: str) -> Row:
-        """Add a row and return it once it is durable. Raises Busy, and Damaged where the rows before it are."""
+    async def append(self, kind: str, meta: Mapping[str, Any] | Made, actor: str) -> Row:
+        """Add a row and return it once it is durable. meta: the row's, or what makes it of the row before.
+
+        Raises Busy, and Damaged where the rows before it are.
+        """
 
         async def write(last: Row | None) -> Row:
-            row = behind(last, kind, meta, actor, self._now_us())
+            row = behind(last, kind, meta(last) if callable(meta) else meta, actor, self._now_us())
             await self._hand_in(STORE, lambda token: self._journal.note(Note(row, token)))
             return row
 

@@ -146,3 +146,27 @@ IMPORT_BYTES_MAX = 1 << 30
 IMPORTS_MAX = 2
 #: Values of settings applied that a table or a schedule keeps in memory, at 8 bytes each.
 APPLIED_VALUES_MAX = 1 << 25
+#: Rows of a run in one page of its journal, and rows looked through for them: a page may be short of matches.
+JOURNAL_ROWS_MAX = 1000
+JOURNAL_LOOKED_MAX = 20_000
+#: Entries in one page of the audit.
+AUDIT_ROWS_MAX = 1000
+#: Runs in one signed list of heads, and lists in one page.
+HEADS_RUNS_MAX = 2000
+HEADS_LISTS_MAX = 1000
+#: How often the heads of runs that moved are signed, unless the setting `heads_every_s` says otherwise.
+HEADS_EVERY_S = 3600.0
+#: Webhooks; deliveries of one that may wait, and that are read at a time; deliveries in one page.
+HOOKS_MAX = 32
+HOOK_PENDING_MAX = 10_000
+HOOK_BATCH = 32
+DELIVERIES_MAX = 1000
+#: How long a receiver may take; the first and the longest wait behind a failed attempt; when a delivery is given up;
+#: and how often one is sent that the receiver refuses for good.
+HOOK_TIMEOUT_S = 10.0
+HOOK_BACKOFF_S = 1.0
+HOOK_BACKOFF_MAX_S = 300.0
+HOOK_GIVE_UP_S = 86_400.0
+HOOK_REFUSED_TRIES = 3
+#: How often runs are looked for that went silent.
+HOOK_SWEEP_S = 10.0

@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     profiles: str = ""
     projects: str = ""
     signing_key: str = ""
+    heads_every_s: float = Field(default=limits.HEADS_EVERY_S, gt=0)
+    webhooks: str = ""
     auth: bool = False
     tls_cert: str = ""
     tls_key: str = ""

@@ -23,6 +23,7 @@ from flyball_server.live import LiveRun
 from flyball_server.loading import load
 from flyball_server.names import project_of
 from flyball_server.rules import rules_of
+from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, fingerprint, pem
 from flyball_server.storage.journal import DELETED, Journal, RunRecord
 
@@ -32,16 +33,21 @@ _log = logging.getLogger(__name__)
 class Exchange:
     """Exports and imports over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, signer: Signer, version: str) -> None:
+    def __init__(
+        self, engine: Engine, journal: Journal, signer: Signer, version: str, heads: Heads | None = None
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self._signer = signer
         self._version = version
+        self._heads = heads
         self._importing = 0
 
     async def export(self, run: str, caller: Caller) -> Iterator[bytes]:
         """The run's export file, in pieces to be read outside the event loop. Raises NotFound, Damaged."""
         record = (await self._whole(run, caller)).record
+        if self._heads is not None:
+            await self._heads.sign_exported(run)
         return written(self._journal, record, self._version, self._engine.now_us(), self._signer)
 
     def may_import(self, caller: Caller) -> None:

@@ -20,7 +20,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from flyball_server.storage.audit import Audit
     from flyball_server.storage.blocks import Stored
+    from flyball_server.storage.outbox import Delivery, Outbox
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
@@ -98,6 +100,8 @@ class Append(NamedTuple):
     snapshot: Snapshot | None
     #: Whatever the caller wants back with the result (a future, say); the store does not look at it.
     token: Any
+    #: What others are to be told of these rows, once they are written.
+    deliveries: tuple[Delivery, ...] = ()
 
 
 class Deletion(NamedTuple):
@@ -159,9 +163,11 @@ Deliver = Callable[[Sequence[tuple[Work, Exception | None]]], None]
 class Reading(Protocol):
     """What a query needs from a store."""
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
-        """The rows with after < seq <= until, in order. Raises Damaged where one cannot be read; hashes are for
-        the reader to check."""
+    def rows(
+        self, run: str, *, after: int = 0, until: int | None = None, kinds: frozenset[str] | None = None
+    ) -> Iterator[Row]:
+        """The rows with after < seq <= until (of these kinds), in order. Raises Damaged where one cannot be read;
+        hashes are for the reader to check. With `kinds` not everything that lies between is read."""
 
     def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
         """The packed form for series: see `Block`. Much cheaper than `rows` for long runs."""
@@ -169,6 +175,14 @@ class Reading(Protocol):
 
 class Journal(Reading, Protocol):
     """What the engine needs from a store. `memory.MemoryJournal` and `sql.SqlJournal` keep it."""
+
+    @property
+    def audit(self) -> Audit:
+        """The rows that people ask for, of all runs and of STORE."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """What is to be sent to others."""
 
     def start(self, deliver: Deliver) -> None:
         """Open the store (creating or migrating its schema) and begin to accept appends."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
+from flyball_server.storage.audit import AuditFilter, Noted, Place, noted, project_in
 from flyball_server.storage.blocks import Stored, check_order, store, unpack, unpack_row
 from flyball_server.storage.journal import (
     DELETED,
@@ -29,6 +30,7 @@ from flyball_server.storage.journal import (
     Usage,
     Work,
 )
+from flyball_server.storage.outbox import MemoryOutbox
 from flyball_server.storage.series import row_blocks
 
 #: Rows that become blocks together.
@@ -47,6 +49,9 @@ class MemoryJournal:
         self._records: dict[str, RunRecord] = {}
         self._heard: dict[str, int] = {}
         self._snapshots: dict[str, list[Snapshot]] = {}
+        self._noted: dict[str, list[Noted]] = {}
+        self.audit = MemoryAudit(self._lock, self._noted)
+        self.outbox = MemoryOutbox()
 
     def start(self, deliver: Deliver) -> None:
         self._deliver = deliver
@@ -96,6 +101,7 @@ class MemoryJournal:
             if len(rows) != note.row.seq - 1:
                 return Conflict(f"{STORE!r} is at {len(rows)}, not at {note.row.seq - 1}")
             rows.append(store(note.row))
+            self._note(STORE, "", [note.row])
             return None
 
     def _add(self, append: Append) -> Exception | None:
@@ -113,7 +119,14 @@ class MemoryJournal:
             self._records[run] = append.record
             if append.snapshot:
                 self._snapshots.setdefault(run, []).append(append.snapshot)
+            self._note(run, append.record.project, filter(None, map(noted, append.rows)))
+            self.outbox.add(append.deliveries)
             return None
+
+    def _note(self, run: str, project: str, rows: Iterable[Row]) -> None:
+        found = [Noted(run, project_in(run, project, row), unpack_row(run, store(row))) for row in rows]
+        if found:
+            self._noted.setdefault(run, []).extend(found)
 
     def _remove(self, deletion: Deletion) -> Exception | None:
         run, expected = deletion.record.run, deletion.expected_seq
@@ -122,6 +135,8 @@ class MemoryJournal:
             if self._is_deleted(run) or expected not in (None, newest) or tombstones != deletion.row.seq - 1:
                 return Conflict(f"run {run!r} is at {newest}, not at {expected}, or another was deleted meanwhile")
             self._stored.setdefault(STORE, []).append(store(deletion.row))
+            self._note(STORE, "", [deletion.row])
+            self._noted.pop(run, None)
             self._stored.pop(run, None)
             self._snapshots.pop(run, None)
             self._heard.pop(run, None)
@@ -138,8 +153,10 @@ class MemoryJournal:
         with self._lock:
             if self._stored.get(record.run) or self._is_deleted(record.run):
                 raise Conflict(f"run {record.run!r} exists already")
-            self._stored[record.run] = [store(row) for one in segments for row in unpack(record.run, one)]
+            rows = [row for one in segments for row in unpack(record.run, one)]
+            self._stored[record.run] = [store(row) for row in rows]
             self._records[record.run] = record
+            self._note(record.run, record.project, filter(None, map(noted, rows)))
 
     def record(self, run: str) -> RunRecord | None:
         return self._records.get(run)
@@ -150,10 +167,12 @@ class MemoryJournal:
         found.sort(key=attrgetter("created_at", "run"), reverse=True)
         return [r for r in found if after is None or (r.created_at, r.run) < after][:limit]
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+    def rows(
+        self, run: str, *, after: int = 0, until: int | None = None, kinds: frozenset[str] | None = None
+    ) -> Iterator[Row]:
         with self._lock:
             stored = self._stored.get(run, [])[after:until]  # row 1 is at place 0
-        return (unpack_row(run, row) for row in stored)
+        return (unpack_row(run, row) for row in stored if kinds is None or row.kind in kinds)
 
     def snapshot(self, run: str, *, until: int | None = None) -> Snapshot | None:
         with self._lock:
@@ -190,6 +209,25 @@ class MemoryJournal:
 
     def shrink(self) -> None:
         """Nor is there a disk."""
+
+
+class MemoryAudit:
+    """See `audit.Audit`, over the lists that the journal keeps."""
+
+    def __init__(self, lock: threading.RLock, found: Mapping[str, list[Noted]]) -> None:
+        self._lock = lock
+        self._found = found
+
+    def of(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Noted]:
+        with self._lock:
+            found = list(self._found.get(run, ()))
+        return (one for one in found if one.row.seq > after and (until is None or one.row.seq <= until))
+
+    def newest(self, where: AuditFilter, *, before: Place | None, limit: int) -> list[Noted]:
+        with self._lock:
+            found = [one for of_run in self._found.values() for one in of_run if where.matches(one)]
+        placed = sorted((((one.row.at, one.run, one.row.seq), one) for one in found), reverse=True)
+        return [one for place, one in placed if before is None or place < before][:limit]
 
 
 def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, int]) -> bool:
