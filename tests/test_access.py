@@ -26,7 +26,7 @@ from flyball.errors import Refused
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import http_api, limits
-from flyball_server.access import ADMIN, DRIVE, OPERATE, REPORT, ROLES, VIEW, Caller
+from flyball_server.access import ADMIN, DRIVE, OPERATE, PROPOSE, REPORT, ROLES, VIEW, Caller
 
 GROUPS = [{"name": "a", "lr": 0.1}]
 #: Runs of a project that the tokens here do not reach: one that exists, one that was deleted, one that never was.
@@ -47,6 +47,9 @@ def attach_body(run):
     return {"project": project, "run": name, "session": "s9", "groups": GROUPS}
 
 
+VERDICT = {"verdict": "approved", "reason": "a test"}
+FLEET = {"selector": "run=nobody", "dry_run": True, "command": {"kind": "hold", "reason": "a test"}}
+CANARY = {"selector": "run=nobody", "share": 0.5, "reason": "", "policy": "constant"}
 REPORT_BODY = {"session": "another", "attempt": 1, "step": [99], "signals": {"loss": [1.0]}}
 ROUTES = {
     "GET /healthz": Row(None, 200),
@@ -76,6 +79,23 @@ ROUTES = {
     "GET /v1/tokens": Row(ADMIN, 200),
     "POST /v1/tokens": Row(ADMIN, 422, {"json": lambda _: {"name": "", "role": "viewer", "projects": ["ours"]}}),
     "DELETE /v1/tokens/{token}": Row(ADMIN, 422),
+    "POST /v1/runs/{run}/commands": Row(PROPOSE, 422, {"json": lambda _: {"kind": "none", "reason": "a test"}}),
+    "GET /v1/runs/{run}/commands": Row(VIEW, 200),
+    "GET /v1/runs/{run}/commands/{command}": Row(VIEW, 404),
+    "POST /v1/runs/{run}/proposals/{proposal}": Row(OPERATE, 404, {"json": lambda _: VERDICT}),
+    "GET /v1/runs/{run}/journal": Row(VIEW, 200),
+    "GET /v1/audit": Row(VIEW, 200),
+    "GET /v1/heads": Row(VIEW, 200),
+    "GET /v1/webhooks/deliveries": Row(ADMIN, 403),  # for an admin of all projects only, which none of these is
+    "POST /v1/fleet/commands": Row(PROPOSE, 200, {"json": lambda _: FLEET}),
+    "GET /v1/freeze": Row(VIEW, 200),
+    "POST /v1/freeze": Row(OPERATE, 422, {"json": lambda _: {"reason": "", "project": "ours"}}),
+    "POST /v1/thaw": Row(OPERATE, 422, {"json": lambda _: {"reason": "", "project": "ours"}}),
+    "GET /v1/canaries": Row(VIEW, 200),
+    "POST /v1/canaries": Row(OPERATE, 422, {"json": lambda _: CANARY}),
+    "GET /v1/canaries/{canary}": Row(VIEW, 404),
+    "POST /v1/canaries/{canary}/promote": Row(OPERATE, 404, {"json": lambda _: {"reason": "a test"}}),
+    "POST /v1/canaries/{canary}/back": Row(OPERATE, 404, {"json": lambda _: {"reason": "a test"}}),
 }
 METHODS = {
     "GetRun": Row(VIEW, "OK"),
@@ -172,7 +192,14 @@ def path_of(route, run):
     method, _, path = route.partition(" ")
     # The one run that tests go on with is to stay: of it a deletion without a reason is asked for.
     reason = "?reason=a+test" if method == "DELETE" and run != OURS else ""
-    return path.replace("{run}", run).replace("{token}", "t1") + reason
+    return (
+        path.replace("{run}", run)
+        .replace("{token}", "t1")
+        .replace("{command}", "c9999")
+        .replace("{proposal}", "p9999")
+        .replace("{canary}", "k9999")
+        + reason
+    )
 
 
 def answer(world, secret, route, run):
@@ -196,7 +223,8 @@ def routes_in(router):
 
 
 def test_every_route_and_every_method_has_a_row():
-    app = http_api.build(None, None, None, door=Open(), version="1", is_ready=lambda: True)
+    nobody = http_api.Parts(*[None] * len(http_api.Parts._fields))._replace(many=(None, None, None))
+    app = http_api.build(nobody, door=Open(), version="1", is_ready=lambda: True)
     assert {f"{method} {route.path}" for route in routes_in(app) for method in route.methods} == set(ROUTES)
     (service,) = pb.DESCRIPTOR.services_by_name.values()
     assert {method.name for method in service.methods} == set(METHODS)

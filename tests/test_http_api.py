@@ -153,9 +153,8 @@ class Failing:
 
 
 def built(service, *, is_ready=True):
-    return http_api.build(
-        http_api.Parts(service, None, None, None), door=Open(), version="1", is_ready=lambda: is_ready
-    )
+    parts = http_api.Parts(*[None] * len(http_api.Parts._fields))._replace(service=service, many=(None, None, None))
+    return http_api.build(parts, door=Open(), version="1", is_ready=lambda: is_ready)
 
 
 def kinds():

@@ -82,7 +82,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     commanding = Commanding(engine, journal, profiles, projects, freezing=freezing)
     fleet = Fleet(engine, journal, commanding, tail)
     canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
-    tokens, refusals = Tokens(engine.ledger, engine.now_us, os.urandom), Refusals(engine.ledger)
+    tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
     door = _door(settings, tokens, refusals)
     ready = threading.Event()
     credentials = None if tls is None else tls.grpc()
@@ -158,7 +158,7 @@ async def beside(store: str) -> AsyncIterator[Tokens]:
         engine = _engine(open_journal(store))
         await engine.start()
     try:
-        yield Tokens(engine.ledger, engine.now_us, os.urandom)
+        yield Tokens(engine.ledger, Tail(engine.ledger), engine.now_us, os.urandom)
     finally:
         await engine.close()
 

@@ -6,13 +6,16 @@ Rule of this module: whatever is refused is refused before anything is written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from flyball_server import branches, queries
 from flyball_server.access import Caller
 from flyball_server.checks import check_same
+from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
-from flyball_server.core.events import Origin, Spec
-from flyball_server.engine import Engine, next_attempt
+from flyball_server.core.events import Attached, Origin, Spec
+from flyball_server.core.run import Run
+from flyball_server.engine import Engine
 from flyball_server.live import LiveRun
 from flyball_server.messages import Attach
 from flyball_server.names import project_of
@@ -102,3 +105,20 @@ class Attempts:
             restored = await self._engine.restored(live, attempt, from_step)
         event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
         await self._engine.commit(live, [event], caller.actor)
+
+
+def next_attempt(
+    live: LiveRun,
+    parent: int,
+    from_step: int,
+    session: str,
+    client: str,
+    lag: int | None,
+    restored: Run | None,
+    claimed: Mapping[str, Any] | None = None,
+) -> Attached:
+    """The event that opens the run's next attempt."""
+    if from_step < 0:
+        raise Invalid(f"from_step is {from_step}: steps are counted from 0")
+    state = None if restored is None else fold.dump(restored)
+    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

@@ -77,11 +77,12 @@ class Commanding:
         Raises NotFound, Denied, Invalid, Stale where somebody gave a command that the caller did not know of, Conflict
         where the run has ended or is frozen, Busy.
         """
+        caller.check_run(_right(request.kind), request.run)
         request = check_envelope(request)
         await self._look()
 
         async def once() -> Given:
-            live = await self._reached(request.run, caller, OPERATE if request.kind == "note" else PROPOSE)
+            live = await self._engine.whole(request.run)
             async with self._engine.turn(live):
                 key = _key(request, caller)
                 known = _known(live.run, key, request)
@@ -113,9 +114,10 @@ class Commanding:
         {"status", "before": {group: lr}, "after": the same under the command, "supersedes" or "releases": [ids], and
         what the guard left of it: "held", "carried"}. Raises as `give` does.
         """
+        caller.check_run(_right(request.kind), request.run)
         request = check_envelope(request)
         await self._look()
-        live = await self._reached(request.run, caller, OPERATE if request.kind == "note" else PROPOSE)
+        live = await self._engine.whole(request.run)
         async with self._engine.turn(live):
             self._check_frozen(request.kind, live)
             run, now = live.run, self._engine.now_us()
@@ -125,12 +127,13 @@ class Commanding:
             found = checked(request, self._around(live)._replace(run=run), now)
             _, alone = self._needed(request.kind, live, caller)
             # Without a lag a command shows in the settings at once.
-            run, verdict, ended = run._replace(lag=None), {"status": "accepted"}, []
+            run, verdict = run._replace(lag=None), {"status": "accepted"}
+            ended: list[str] = []
             before = run.settings.lr
             for event in _events(run, request, found, caller.actor, "")[0]:
                 run, outcome = fold.apply(live.rules, run, event)
                 verdict = {**verdict, **(outcome.verdict or {})}
-                ended += [event.command] if isinstance(event, CommandMoved) else []
+                ended += [event.command] if isinstance(event, CommandMoved) else verdict.pop("superseded", [])
         names = [group.name for group in live.spec.groups]
         verdict.pop("lr", None)
         settings = {"before": before, "after": run.settings.lr}
@@ -141,13 +144,14 @@ class Commanding:
     async def judge(self, run: str, proposal: str, verdict: str, reason: str, caller: Caller) -> CommandView:
         """Approve or reject a proposal ("approved", "rejected"), or take back one's own ("withdrawn"). With the last
         approval that it takes it becomes a command. Raises as `give` does; Denied for one's own proposal."""
+        caller.check_run(PROPOSE if verdict == "withdrawn" else OPERATE, run)
         if verdict not in ("approved", "rejected", "withdrawn"):
             raise Invalid(f"verdict is {verdict!r:.40}: give approved, rejected or withdrawn")
         reason = check_envelope(CommandRequest(run, "note", reason, {})).reason
         await self._look()
 
         async def once() -> CommandView:
-            live = await self._reached(run, caller, PROPOSE if verdict == "withdrawn" else OPERATE)
+            live = await self._engine.whole(run)
             async with self._engine.turn(live):
                 await self.expire(live)
                 known = next((one for one in live.run.steering.proposals if one.id == proposal), None)
@@ -180,7 +184,7 @@ class Commanding:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
         while True:
-            live = await self._reached(run, caller, VIEW)
+            live = await self._seen(run, caller)
             view = await self._view(live, command)
             left = until - loop.time()
             if left <= 0 or view.settled:
@@ -192,7 +196,7 @@ class Commanding:
         behind this one, None at the end."""
         if not 1 <= limit <= limits.PAGE_MAX:
             raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
-        live = await self._reached(run, caller, VIEW)
+        live = await self._seen(run, caller)
         rows = (self._journal, live.spec.run)
         found = await queries.in_thread(commands_of, *rows)
         views = [view for view in found if view.seq > after and not (open_only and view.over)]
@@ -219,10 +223,9 @@ class Commanding:
                         if not isinstance(error, SteeringError):
                             _log.exception("ending the commands of run %s failed", live.spec.run)
 
-    async def _reached(self, run: str, caller: Caller, right: str) -> LiveRun:
-        live = await self._engine.whole(run)
-        caller.check(right, live.spec.project, run)
-        return live
+    async def _seen(self, run: str, caller: Caller) -> LiveRun:
+        caller.check_run(VIEW, run)
+        return await self._engine.whole(run)
 
     async def _look(self) -> None:
         """Learn of freezes that other processes wrote."""
@@ -245,6 +248,11 @@ class Commanding:
 
     async def _view(self, live: LiveRun, command: str) -> CommandView:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command)
+
+
+def _right(kind: str) -> str:
+    """What it takes to ask for a command at all; a note is nothing to approve."""
+    return OPERATE if kind == "note" else PROPOSE
 
 
 def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
@@ -389,20 +389,3 @@ def _live(found: Loaded) -> LiveRun:
     live = LiveRun(found.spec, found.origin, found.rules, found.run, found.record)
     live.snapshot_at = found.snapshot_at
     return live
-
-
-def next_attempt(
-    live: LiveRun,
-    parent: int,
-    from_step: int,
-    session: str,
-    client: str,
-    lag: int | None,
-    restored: Run | None,
-    claimed: Mapping[str, Any] | None = None,
-) -> Attached:
-    """The event that opens the run's next attempt."""
-    if from_step < 0:
-        raise Invalid(f"from_step is {from_step}: steps are counted from 0")
-    state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

@@ -35,6 +35,7 @@ from flyball_server.profiles import Profile
 from flyball_server.projects import NOWHERE, Projects
 from flyball_server.proving import Undamaged
 from flyball_server.rules import rules_of
+from flyball_server.staleness import aged, status_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
 
@@ -233,9 +234,7 @@ class Service:
         if where.status is not None:
             if where.status not in STATUSES:
                 raise Invalid(f"status is {where.status!r}: give one of {', '.join(STATUSES)}")
-            now = self._engine.now_us()
-            stale, lost = (now - int(after_s * 1e6) for after_s in (limits.STALE_AFTER_S, limits.LOST_AFTER_S))
-            where = where._replace(stale_before=stale, lost_before=lost)
+            where = aged(where, self._engine.now_us())
         after = queries.parse_cursor(cursor)
         records = await queries.in_thread(self._journal.records, where, after=after, limit=limit + 1)
         page = records[:limit]
@@ -351,11 +350,7 @@ class Service:
         return {"status": "ready", "store": usage.state}
 
     def _view(self, record: RunRecord, live: LiveRun | None, heard: int = 0) -> RunView:
-        news = max(record.updated_at, heard if live is None else live.heard)
-        stale_s = max(0, self._engine.now_us() - news) / 1e6
-        status = record.status
-        if status == "active" and stale_s > limits.STALE_AFTER_S:
-            status = "stale" if stale_s <= limits.LOST_AFTER_S else "lost"
+        status, stale_s = status_of(record, heard if live is None else live.heard, self._engine.now_us())
         problem = self._engine.damage.words(record.run)
         if status == "damaged" and not problem:
             problem = f"run {record.run!r}: its record makes no sense"
