@@ -79,7 +79,7 @@ ROUTES = {
     "GET /v1/tokens": Row(ADMIN, 200),
     "POST /v1/tokens": Row(ADMIN, 422, {"json": lambda _: {"name": "", "role": "viewer", "projects": ["ours"]}}),
     "DELETE /v1/tokens/{token}": Row(ADMIN, 422),
-    "POST /v1/runs/{run}/commands": Row(PROPOSE, 422, {"json": lambda _: {"kind": "none", "reason": "a test"}}),
+    "POST /v1/runs/{run}/commands": Row(PROPOSE, 409, {"json": lambda _: {"kind": "hold", "reason": "a test"}}),
     "GET /v1/runs/{run}/commands": Row(VIEW, 200),
     "GET /v1/runs/{run}/commands/{command}": Row(VIEW, 404),
     "POST /v1/runs/{run}/proposals/{proposal}": Row(OPERATE, 404, {"json": lambda _: VERDICT}),
