@@ -1,0 +1,1 @@
+"""Requests that nobody would write, sent to a real service."""
