@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 import flyball_server
 from flyball.cli import cli
+from flyball_server.access import Caller
+from flyball_server.http_api import commands as http_commands
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,34 @@ def test_a_policy_comes_from_a_name_json_or_a_file(job, say, tmp_path):
     assert "holds no policy" in re.sub(
         r"[│\s]+", " ", say("switch-policy", job.run, tmp_path / "bad.yaml", "--reason", "x", code=2).stderr
     )
+
+
+def test_a_proposal_is_listed_judged_and_taken_back(job, say, monkeypatch):
+    roles = {"bot": "proposer", "ann": "operator"}
+
+    def by_token(request):
+        name = request.headers["Authorization"].removeprefix("Bearer ")
+        return Caller(name, roles[name])
+
+    monkeypatch.setattr(http_commands, "caller_of", by_token)
+    why = ["--reason", "it is flat", "--token"]
+    ids = []
+    for _ in range(3):
+        asked = say("override", job.run, "lr=0.5", "--factor", *why, "bot").stdout
+        assert "override lr x 0.5: proposed, approved by 0 of 1" in asked
+        ids.append(asked.split()[0])
+    listed = say("proposals", job.run, "--token", "ann").stdout.splitlines()
+    assert [line.split()[0] for line in listed[1:]] == ids
+    assert "may not operate" in say("approve", job.run, ids[0], *why, "bot", code=1).stderr
+    assert "proposals (flyball approve)" in say("show", job.run, "--token", "ann").stdout
+    rejected = say("reject", job.run, ids[0], "--reason", "no", "--token", "ann").stdout
+    assert "rejected by ann: no" in rejected
+    assert "withdrawn by bot: it is flat" in say("withdraw", job.run, ids[1], *why, "bot").stdout
+    approved = say("approve", job.run, ids[2], *why, "ann").stdout
+    assert "override lr x 0.5: accepted; lr: body 0.05, head 0.005" in approved
+    job.report()
+    assert job.lr == [0.05, 0.005]
+    assert say("proposals", job.run, "--token", "ann").stdout.count("\n") == 1
 
 
 def test_many_runs_are_shown_before_and_after(job, say):

@@ -93,7 +93,9 @@ def test_a_repeated_request_means_the_same_runs_and_commands_none_twice(http):
     for job in jobs:
         job.report(2)
     again = fleet(http, "policy=plateau", **said)
-    assert [(one["run"], one["id"]) for one in again["results"]] == [(one["run"], one["id"]) for one in first["results"]]
+    assert [(one["run"], one["id"]) for one in again["results"]] == [
+        (one["run"], one["id"]) for one in first["results"]
+    ]
     assert {one["status"] for one in again["results"]} == {"accepted"}
     assert http.get("/v1/runs/late").json()["policy"] == "plateau@1"
     assert fleet(http, "policy=plateau", kind="hold", key="once", status=409)["code"] == "conflict"
@@ -133,7 +135,7 @@ def test_roles_and_projects_hold_for_many_runs_as_for_one():
                 await many.command(request, Caller("eve", "viewer"))
             elsewhere = Caller("far", "operator", frozenset({"another"}))
             assert (await many.command(request._replace(dry_run=True), elsewhere))["results"] == []
-            rows = [row for row in opened.journal.rows(STORE)]
+            rows = list(opened.journal.rows(STORE))
             assert [(row.kind, row.actor) for row in rows] == [("fleet", "bot"), ("fleet_done", "bot")]
             assert rows[0].meta["selector"] == "run=*"
             assert rows[0].meta["command"] == {"kind": "override", "reason": "a test", "factor": 0.5}

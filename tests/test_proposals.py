@@ -92,7 +92,12 @@ def test_a_bots_proposal_takes_two_people_where_the_project_says_so():
         before = await lr_of(opened)
         asked = (await commanding.give(OVERRIDE, BOT)).view
         first = await commanding.judge("r", asked.id, "approved", "agreed", ANN)
-        assert (first.id, first.status, first.approvals, await lr_of(opened)) == (asked.id, "proposed", ("ann",), before)
+        assert (first.id, first.status, first.approvals, await lr_of(opened)) == (
+            asked.id,
+            "proposed",
+            ("ann",),
+            before,
+        )
         with pytest.raises(Conflict, match="approved by ann already"):
             await commanding.judge("r", asked.id, "approved", "still", ANN)
         assert (await commanding.judge("r", asked.id, "approved", "agreed", BEN)).status == "accepted"

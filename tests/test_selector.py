@@ -27,7 +27,9 @@ def record(run, status="active", project="default", at=1):
 
 
 def test_a_selector_is_what_the_store_can_filter_by_and_patterns_of_names():
-    found = parsed('project=vision, label.team=a,label.note="x, \\"y\\"", policy=windowed@1,status=stale,run=ab-*,run=*7')
+    found = parsed(
+        'project=vision, label.team=a,label.note="x, \\"y\\"", policy=windowed@1,status=stale,run=ab-*,run=*7'
+    )
     assert found.where == RunFilter("vision", "stale", "windowed@1", {"team": "a", "note": 'x, "y"'})
     assert found.globs == ("ab-*", "*7")
 
@@ -46,6 +48,8 @@ def test_a_selector_is_what_the_store_can_filter_by_and_patterns_of_names():
         ("project=a,,run=b", "is no condition"),
         ("vision", "give NAME=VALUE"),
         ('label.a="x', "is no condition"),
+        ("project=\ud800", "is none"),
+        ("label.a=\x00", "is none"),
         ("run=" + "x" * 3000, "3004 characters"),
     ],
 )
