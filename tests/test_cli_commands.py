@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -203,6 +204,20 @@ def test_many_runs_are_shown_before_and_after(job, say):
     assert again.stdout.endswith("1 accepted\n")
     refused = say("fleet", f"run={job.run}", "override", "kl=1", "--reason", "a test", "--yes", code=1)
     assert "give one of lr, momentum, noise_std" in refused.stdout
+
+
+def test_at_a_terminal_many_runs_are_commanded_after_a_look_and_a_yes(job, say):
+    words = [sys.executable, "-m", "flyball.cli", "fleet", f"run={job.run}", "hold", "--reason", "a test"]
+    environment = {**os.environ, "FLYBALL_SERVER": str(job.http.base_url)}
+    for typed, code, open_ in ((b"n\n", 1, 0), (b"y\n", 0, 1)):
+        ours, theirs = pty.openpty()
+        os.write(ours, typed)
+        done = subprocess.run(words, stdin=theirs, env=environment, capture_output=True, text=True, timeout=60)
+        os.close(ours)
+        os.close(theirs)
+        assert done.returncode == code, done.stderr
+        assert "dry run, nothing changed: 1 accepted" in done.stdout
+        assert len(job.show()["commands"]) == open_
 
 
 def test_freeze_and_canary_from_the_command_line(job, say):
