@@ -13,6 +13,7 @@ import sys
 from itertools import count
 
 import pytest
+from tests.callers import ANYBODY, caller
 from tests.core.specs import SPECS
 
 from flyball_server import records
@@ -21,7 +22,7 @@ from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
-from flyball_server.messages import Attach, Fork, Report, WhatIfRequest
+from flyball_server.messages import Attach, Fork, Report, SideReport, WhatIfRequest
 from flyball_server.queries import SeriesRequest
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
@@ -71,20 +72,20 @@ class World:
             report = Report(run, session, attempt, steps, signals, (made,) if receipts else (), (), "")
             if end and steps[-1] == last - 1:
                 report = report._replace(end=end)
-            await self.service.report(report, "a")
+            await self.service.report(report, ANYBODY)
 
     async def history(self, run="r", **fields):
         """Attempt 1 to step 60, with side signals; 2 from step 35 of it, to 70; 3 from 80 on behind a gap; an end."""
-        await self.service.attach(attach(run, **fields), "a")
+        await self.service.attach(attach(run, **fields), ANYBODY)
         await self.told(run, 0, 30)
-        await self.service.add_signals(run, {"val_loss": 0.7}, "b")
+        await self.service.add_signals(run, SideReport({"val_loss": 0.7}), caller("b"))
         await self.told(run, 30, 60)
-        await self.service.add_signals(run, {"val_loss": 9.9}, "b")
+        await self.service.add_signals(run, SideReport({"val_loss": 9.9}), caller("b"))
         again = attach(run, resume=True, policy={})
-        await self.service.attach(again._replace(session="s2", from_step=35, from_attempt=1), "a")
+        await self.service.attach(again._replace(session="s2", from_step=35, from_attempt=1), ANYBODY)
         self.numbers = count(1)
         await self.told(run, 35, 70, 2, "s2")
-        await self.service.attach(again._replace(session="s3", from_step=80, from_attempt=2), "a")
+        await self.service.attach(again._replace(session="s3", from_step=80, from_attempt=2), ANYBODY)
         self.numbers = count(1)
         await self.told(run, 80, 110, 3, "s3", end="finished")
 
@@ -131,10 +132,10 @@ def state_of(run):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_fork_goes_on_as_the_run_it_left_would_have(name):
     async def work(world):
-        await world.service.attach(attach(policy=SPECS[name], guard={"max_factor": 50.0}), "a")
+        await world.service.attach(attach(policy=SPECS[name], guard={"max_factor": 50.0}), ANYBODY)
         await world.told("r", 0, 40, receipts=False)
         await world.told("r", 40, 90, receipts=False)
-        await world.service.attach(attach("f", "s2", policy={}, fork=Fork("r", None, 40)), "a")
+        await world.service.attach(attach("f", "s2", policy={}, fork=Fork("r", None, 40)), ANYBODY)
         await world.told("f", 40, 90, 1, "s2", receipts=False)
         return state_of((await world.live("r")).run), state_of((await world.live("f")).run)
 
@@ -146,10 +147,10 @@ def test_a_fork_goes_on_as_the_run_it_left_would_have(name):
 
 def test_a_fork_under_another_policy_begins_at_the_settings_that_held():
     async def work(world):
-        await world.service.attach(attach(policy=PLATEAU), "a")
+        await world.service.attach(attach(policy=PLATEAU), ANYBODY)
         await world.told("r", 0, 60)
         at = decided(world.journal, "r")[39]
-        attached = await world.service.attach(attach("f", "s2", policy=WINDOWED, fork=Fork("r", 1, 40)), "a")
+        attached = await world.service.attach(attach("f", "s2", policy=WINDOWED, fork=Fork("r", 1, 40)), ANYBODY)
         return at, attached
 
     _, (at, attached) = ran(work)
@@ -159,9 +160,9 @@ def test_a_fork_under_another_policy_begins_at_the_settings_that_held():
 
 def test_a_fork_with_a_base_schedule_stands_on_the_references_of_the_run_it_left():
     async def work(world):
-        await world.service.attach(attach(policy=PLATEAU), "a")
+        await world.service.attach(attach(policy=PLATEAU), ANYBODY)
         await world.told("r", 0, 60)
-        return await world.service.attach(attach("f", "s2", policy=COSINE, fork=Fork("r", 1, 45)), "a")
+        return await world.service.attach(attach("f", "s2", policy=COSINE, fork=Fork("r", 1, 45)), ANYBODY)
 
     _, attached = ran(work)
     assert attached.reference == (0.1, 0.01)
@@ -170,13 +171,15 @@ def test_a_fork_with_a_base_schedule_stands_on_the_references_of_the_run_it_left
 
 def test_a_fork_made_over_rest_waits_for_its_job():
     async def work(world):
-        await world.service.attach(attach(policy=PLATEAU, base=COSINE, guard={"max_lr": 0.5}, labels={"k": "v"}), "a")
+        await world.service.attach(
+            attach(policy=PLATEAU, base=COSINE, guard={"max_lr": 0.5}, labels={"k": "v"}), ANYBODY
+        )
         await world.told("r", 0, 60)
         asked = attach("f", "fork", policy={}, groups=(), mode="", seed=0, fork=Fork("r", None, 30))
-        view = await world.service.fork(asked, "b")
+        view = await world.service.fork(asked, caller("b"))
         with pytest.raises(Conflict, match=r"fork of .r. at step 30: .* resume=True"):
-            await world.service.attach(attach("f", "s2"), "a")
-        attached = await world.service.attach(attach("f", "s3", policy={}, resume=True), "a")
+            await world.service.attach(attach("f", "s2"), ANYBODY)
+        attached = await world.service.attach(attach("f", "s3", policy={}, resume=True), ANYBODY)
         await world.told("f", 30, 60, 1, "s3")
         return view, attached
 
@@ -190,7 +193,7 @@ def test_a_fork_made_over_rest_waits_for_its_job():
 def test_a_fork_can_leave_a_line_that_was_abandoned():
     async def work(world):
         await world.history(policy=PLATEAU)
-        await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 1, 50)), "a")
+        await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 1, 50)), ANYBODY)
         await world.told("f", 50, 60, 1, "s9")
 
     world, _ = ran(work)
@@ -214,11 +217,11 @@ def test_a_fork_can_leave_a_line_that_was_abandoned():
 )
 def test_a_fork_that_cannot_be_begins_nothing(fields, error, words):
     async def work(world):
-        await world.service.attach(attach(), "a")
+        await world.service.attach(attach(), ANYBODY)
         await world.told("r", 0, 20)
         with pytest.raises(error, match=words):
             await world.service.attach(attach("f", "s2", **{"policy": {}, **fields}) if "run" not in fields else attach(
-                session="s2", fork=fields["fork"]), "a")  # fmt: skip
+                session="s2", fork=fields["fork"]), ANYBODY)  # fmt: skip
 
     world, _ = ran(work)
     assert world.journal.record("f") is None
@@ -226,12 +229,12 @@ def test_a_fork_that_cannot_be_begins_nothing(fields, error, words):
 
 def test_a_fork_over_rest_beyond_the_line_is_a_mistake_but_a_checkpoint_may_be_newer():
     async def work(world):
-        await world.service.attach(attach(), "a")
+        await world.service.attach(attach(), ANYBODY)
         await world.told("r", 0, 20)
         beyond = attach("f", "s2", policy={}, fork=Fork("r", None, 25))
         with pytest.raises(Invalid, match="ends with step 19"):
-            await world.service.fork(beyond, "a")
-        return await world.service.attach(beyond, "a")
+            await world.service.fork(beyond, ANYBODY)
+        return await world.service.attach(beyond, ANYBODY)
 
     _, attached = ran(work)
     assert attached.from_step == 25
@@ -240,12 +243,12 @@ def test_a_fork_over_rest_beyond_the_line_is_a_mistake_but_a_checkpoint_may_be_n
 @pytest.mark.parametrize("step", [0, 1, 10, 20, 30, 31])
 def test_a_run_with_gaps_between_its_steps_can_be_forked_at_any_of_them(step):
     async def work(world):
-        await world.service.attach(attach(policy=PLATEAU), "a")
+        await world.service.attach(attach(policy=PLATEAU), ANYBODY)
         for at in (0, 10, 20, 30):
-            await world.service.report(Report("r", "s1", 1, [at], {"loss": [loss(at)]}, (), (), ""), "a")
+            await world.service.report(Report("r", "s1", 1, [at], {"loss": [loss(at)]}, (), (), ""), ANYBODY)
         with pytest.raises(Invalid, match="ends with step 30"):
-            await world.service.fork(attach("g", policy={}, groups=(), mode="", fork=Fork("r", None, 32)), "a")
-        view = await world.service.fork(attach("f", policy={}, groups=(), mode="", fork=Fork("r", None, step)), "a")
+            await world.service.fork(attach("g", policy={}, groups=(), mode="", fork=Fork("r", None, 32)), ANYBODY)
+        view = await world.service.fork(attach("f", policy={}, groups=(), mode="", fork=Fork("r", None, step)), ANYBODY)
         return view.run.from_step
 
     _, from_step = ran(work)
@@ -260,27 +263,27 @@ def test_what_was_reported_before_a_checkpoint_is_seen_behind_it(token):
     """Evaluate, save, be killed, resume: the usual order."""
 
     async def straight(world):
-        await world.service.attach(attach(policy=EVALUATED), "a")
+        await world.service.attach(attach(policy=EVALUATED), ANYBODY)
         await world.told("r", 0, 2)
-        await world.service.add_signals("r", {"val_loss": 1.0}, "b")
+        await world.service.add_signals("r", SideReport({"val_loss": 1.0}), caller("b"))
         await world.told("r", 2, 4)
-        await world.service.add_signals("r", {"val_loss": 5.0}, "b")
+        await world.service.add_signals("r", SideReport({"val_loss": 5.0}), caller("b"))
         await world.told("r", 4, 9)
 
     async def resumed(world):
-        await world.service.attach(attach(policy=EVALUATED), "a")
+        await world.service.attach(attach(policy=EVALUATED), ANYBODY)
         await world.told("r", 0, 2)
-        await world.service.add_signals("r", {"val_loss": 1.0}, "b")
+        await world.service.add_signals("r", SideReport({"val_loss": 1.0}), caller("b"))
         await world.told("r", 2, 4)
-        await world.service.add_signals("r", {"val_loss": 5.0}, "b")
+        await world.service.add_signals("r", SideReport({"val_loss": 5.0}), caller("b"))
         again = attach(session="s2", policy={}, resume=True)
         if token:
             await world.told("r", 4, 6)  # goes on, and is killed
             again = again._replace(from_step=4, from_attempt=1)
-        await world.service.attach(again, "a")
+        await world.service.attach(again, ANYBODY)
         await world.told("r", 4, 9, 2, "s2")
         asked = WhatIfRequest("r", EVALUATED, None, {}, None, None)
-        return (await world.service.what_if(asked, points=9, limit=0))["summary"]
+        return (await world.service.what_if(asked, ANYBODY, points=9, limit=0))["summary"]
 
     calm, _ = ran(straight)
     world, summary = ran(resumed)
@@ -294,9 +297,9 @@ def test_a_second_fork_of_the_same_name_is_told_so():
     async def work(world):
         await straight_run(world, 20)
         asked = attach("f", policy={}, groups=(), mode="", fork=Fork("r", None, 5))
-        await world.service.fork(asked, "a")
+        await world.service.fork(asked, ANYBODY)
         with pytest.raises(Conflict, match="'f' exists already"):
-            await world.service.fork(asked, "a")
+            await world.service.fork(asked, ANYBODY)
 
     ran(work)
 
@@ -304,10 +307,10 @@ def test_a_second_fork_of_the_same_name_is_told_so():
 def test_lineage_names_ancestors_forks_attempts_and_gaps():
     async def work(world):
         await world.history()
-        await world.service.attach(attach("f", "s7", policy={}, fork=Fork("r", 2, 50)), "a")
+        await world.service.attach(attach("f", "s7", policy={}, fork=Fork("r", 2, 50)), ANYBODY)
         await world.told("f", 50, 60, 1, "s7")
-        await world.service.attach(attach("g", "s8", policy=PLATEAU, fork=Fork("f", None, 55)), "a")
-        return [await world.service.lineage(run) for run in ("r", "f", "g")]
+        await world.service.attach(attach("g", "s8", policy=PLATEAU, fork=Fork("f", None, 55)), ANYBODY)
+        return [await world.service.lineage(run, ANYBODY) for run in ("r", "f", "g")]
 
     _, (r, f, g) = ran(work)
     assert r["ancestors"] == []
@@ -334,13 +337,13 @@ TOKEN = {"resume": True, "from_step": 40, "from_attempt": 5, "seq": 77, "digest"
 def test_a_token_of_an_unknown_run_is_refused_or_imported_as_the_caller_says():
     async def work(world):
         with pytest.raises(NotFound, match="on_unknown='import'"):
-            await world.service.attach(attach(**TOKEN), "a")
+            await world.service.attach(attach(**TOKEN), ANYBODY)
         assert world.journal.record("r") is None
-        first = await world.service.attach(attach(**TOKEN, on_unknown="import"), "a")
+        first = await world.service.attach(attach(**TOKEN, on_unknown="import"), ANYBODY)
         await world.told("r", 40, 60)
-        again = await world.service.attach(attach(session="s2", **TOKEN, on_unknown="import"), "a")
-        refusing = await world.service.attach(attach(session="s3", **TOKEN), "a")
-        return first, again, refusing, await world.service.lineage("r")
+        again = await world.service.attach(attach(session="s2", **TOKEN, on_unknown="import"), ANYBODY)
+        refusing = await world.service.attach(attach(session="s3", **TOKEN), ANYBODY)
+        return first, again, refusing, await world.service.lineage("r", ANYBODY)
 
     world, (first, again, refusing, lineage) = ran(work)
     assert [(a.attempt, a.from_step) for a in (first, again, refusing)] == [(1, 40), (2, 40), (3, 40)]
@@ -352,17 +355,17 @@ def test_a_token_of_an_unknown_run_is_refused_or_imported_as_the_caller_says():
 
 def test_a_token_newer_than_the_store_leaves_a_gap_where_the_caller_wants_that():
     async def work(world):
-        await world.service.attach(attach(), "a")
+        await world.service.attach(attach(), ANYBODY)
         await world.told("r", 0, 30)
         with pytest.raises(Conflict, match="newer than this store"):
-            await world.service.attach(attach(session="s2", **TOKEN), "a")
-        attached = await world.service.attach(attach(session="s2", **TOKEN, on_unknown="import"), "a")
+            await world.service.attach(attach(session="s2", **TOKEN), ANYBODY)
+        attached = await world.service.attach(attach(session="s2", **TOKEN, on_unknown="import"), ANYBODY)
         await world.told("r", 40, 60, 2, "s2")
         # An older one of that other line goes back on this one.
         back = TOKEN | {"from_step": 20, "digest": "cd" * 32, "on_unknown": "import"}
-        await world.service.attach(attach(session="s3", **back), "a")
+        await world.service.attach(attach(session="s3", **back), ANYBODY)
         await world.told("r", 20, 60, 3, "s3")
-        return attached, await world.service.lineage("r")
+        return attached, await world.service.lineage("r", ANYBODY)
 
     world, (attached, lineage) = ran(work)
     assert (attached.attempt, attached.from_step) == (2, 40)
@@ -373,7 +376,7 @@ def test_a_token_newer_than_the_store_leaves_a_gap_where_the_caller_wants_that()
 
 
 async def straight_run(world, last, **fields):
-    await world.service.attach(attach(**fields), "a")
+    await world.service.attach(attach(**fields), ANYBODY)
     await world.told("r", 0, last)
 
 
@@ -431,12 +434,12 @@ def test_shadows_survive_a_restart_and_are_queryable_beside_the_real_one():
         await again.engine.start()
         assert fold.dump((await again.live("r")).run) == fold.dump((await world.live("r")).run)
         names = ["decided_lr:head", "shadow:bold:lr:head", "shadow:flat:lr:backbone"]
-        found = await again.service.series("r", SeriesRequest(names, 2000))
-        marks = await again.service.decisions("r", after=0, limit=1000, newest=False, shadow="bold")
-        newest = await again.service.decisions("r", after=0, limit=1, newest=True, shadow="bold")
+        found = await again.service.series("r", SeriesRequest(names, 2000), ANYBODY)
+        marks = await again.service.decisions("r", ANYBODY, after=0, limit=1000, newest=False, shadow="bold")
+        newest = await again.service.decisions("r", ANYBODY, after=0, limit=1, newest=True, shadow="bold")
         for call in (
-            again.service.decisions("r", after=0, limit=10, newest=False, shadow="who"),
-            again.service.series("r", SeriesRequest(["shadow:who:lr:head"], 10)),
+            again.service.decisions("r", ANYBODY, after=0, limit=10, newest=False, shadow="who"),
+            again.service.series("r", SeriesRequest(["shadow:who:lr:head"], 10), ANYBODY),
         ):
             with pytest.raises(NotFound, match="it has bold, flat"):
                 await call
@@ -459,9 +462,9 @@ def test_a_resumed_run_keeps_its_shadows_and_says_so_to_a_job_that_asks_for_othe
         await world.history(shadows=SHADOWS, base=COSINE)
         again = attach(session="s4", policy={}, resume=True)
         with pytest.raises(Invalid, match=r"shadows: .*bold is recorded"):
-            await world.service.attach(again._replace(shadows={"bold": PLATEAU}), "a")
-        await world.service.attach(again._replace(shadows=SHADOWS), "a")
-        await world.service.attach(again._replace(session="s5"), "a")
+            await world.service.attach(again._replace(shadows={"bold": PLATEAU}), ANYBODY)
+        await world.service.attach(again._replace(shadows=SHADOWS), ANYBODY)
+        await world.service.attach(again._replace(session="s5"), ANYBODY)
         return (await world.live("r")).run
 
     _, run = ran(work)
@@ -477,7 +480,7 @@ def test_what_if_under_the_runs_own_policy_is_what_was(name):
         await world.history(policy=SPECS[name], guard={"max_change": 3.0})
         asked = WhatIfRequest("r", SPECS[name], None, {}, None, None)
         return [
-            await world.service.what_if(asked._replace(attempt=attempt), points=2000, limit=0)
+            await world.service.what_if(asked._replace(attempt=attempt), ANYBODY, points=2000, limit=0)
             for attempt in (None, 1, 2, 3)
         ]
 
@@ -494,8 +497,8 @@ def test_what_if_under_another_policy_is_what_a_shadow_decided(name):
     async def work(world):
         await world.history(shadows={"x": SPECS[name]}, guard={"max_factor": 20.0})
         asked = WhatIfRequest("r", SPECS[name], None, {}, None, None)
-        answer = await world.service.what_if(asked, points=2000, limit=1000)
-        marks = await world.service.decisions("r", after=0, limit=1000, newest=False, shadow="x")
+        answer = await world.service.what_if(asked, ANYBODY, points=2000, limit=1000)
+        marks = await world.service.decisions("r", ANYBODY, after=0, limit=1000, newest=False, shadow="x")
         return answer, marks["decisions"]
 
     world, (answer, marks) = ran(work)
@@ -513,11 +516,11 @@ def test_what_if_under_another_policy_is_what_a_shadow_decided(name):
 def test_what_if_of_a_fork_goes_on_from_where_it_left():
     async def work(world):
         await world.history(policy=PLATEAU)
-        await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 2, 50)), "a")
+        await world.service.attach(attach("f", "s9", policy={}, fork=Fork("r", 2, 50)), ANYBODY)
         await world.told("f", 50, 90, 1, "s9")
-        own = await world.service.what_if(WhatIfRequest("f", PLATEAU, None, {}, None, None), points=9, limit=0)
+        own = await world.service.what_if(WhatIfRequest("f", PLATEAU, None, {}, None, None), ANYBODY, points=9, limit=0)
         still = WhatIfRequest("f", {"type": "constant"}, None, {}, None, None)
-        held = (await world.service.what_if(still, points=9, limit=0))["summary"]
+        held = (await world.service.what_if(still, ANYBODY, points=9, limit=0))["summary"]
         return own["summary"], held, decided(world.journal, "r")[49]
 
     _, (summary, held, left) = ran(work)
@@ -528,10 +531,10 @@ def test_what_if_of_a_fork_goes_on_from_where_it_left():
 
 def test_a_summary_says_where_the_streams_part_and_how_far():
     async def work(world):
-        await world.service.attach(attach(policy={"type": "constant"}), "a")
+        await world.service.attach(attach(policy={"type": "constant"}), ANYBODY)
         await world.told("r", 0, 50)
         cut = {"type": "step", "step_size": 20, "gamma": 0.1}
-        return await world.service.what_if(WhatIfRequest("r", cut, None, {}, None, None), points=100, limit=5)
+        return await world.service.what_if(WhatIfRequest("r", cut, None, {}, None, None), ANYBODY, points=100, limit=5)
 
     _, answer = ran(work)
     summary = answer["summary"]
@@ -559,9 +562,11 @@ def test_a_what_if_that_cannot_be_says_why(fields, error, words):
         await straight_run(world, 20)
         asked = WhatIfRequest("r", WINDOWED, None, {}, None, None)._replace(**fields)
         with pytest.raises(error, match=words):
-            await world.service.what_if(asked, points=100, limit=5)
+            await world.service.what_if(asked, ANYBODY, points=100, limit=5)
         # The one place where what-ifs are counted is free again.
-        return await world.service.what_if(WhatIfRequest("r", WINDOWED, None, {}, None, None), points=100, limit=5)
+        return await world.service.what_if(
+            WhatIfRequest("r", WINDOWED, None, {}, None, None), ANYBODY, points=100, limit=5
+        )
 
     _, answer = ran(work)
     assert answer["summary"]["observations"] == 20
@@ -586,7 +591,7 @@ def test_replay_on_the_store_says_what_the_service_says(tmp_path):
         asked = WhatIfRequest("r", PLATEAU, None, {}, None, None)
         # The file is read beside the running service.
         done = [await asyncio.to_thread(replayed, store, "--policy", str(policy), *json) for json in ([], ["--json"])]
-        answer = await world.service.what_if(asked, points=2000, limit=0)
+        answer = await world.service.what_if(asked, ANYBODY, points=2000, limit=0)
         await world.engine.close()
         return answer, *done
 

@@ -15,6 +15,7 @@ from contextlib import closing
 import httpx
 import pytest
 import torch
+from tests.callers import ANYBODY, caller
 from tests.e2e.processes import free_port
 from tests.storage import stores
 from tests.storage.stores import BATCH, BATCHES, RUNS, Opened, copied, make_store, report_message
@@ -80,11 +81,11 @@ def test_what_needs_all_of_a_damaged_run_is_refused(whole, tmp_path):
             exchange = Exchange(opened.engine, opened.journal, new_signer(), "1")
             for run, asked in (("left", False), ("hit", True)):
                 for call in (
-                    lambda run=run: service.lineage(run),
+                    lambda run=run: service.lineage(run, ANYBODY),
                     lambda run=run: service.what_if(
-                        WhatIfRequest(run, {"type": "constant"}, None, {}, None, None), points=9, limit=0
+                        WhatIfRequest(run, {"type": "constant"}, None, {}, None, None), ANYBODY, points=9, limit=0
                     ),
-                    lambda run=run: exchange.table(run, None),
+                    lambda run=run: exchange.table(run, None, ANYBODY),
                 ):
                     if not asked:
                         await call()
@@ -105,7 +106,7 @@ def test_a_row_missing_before_the_snapshot_is_missed_before_anything_is_written(
     async def main():
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
             with pytest.raises(Damaged, match=f"row {at - 1} is missing"):
-                await opened.service.attach(stores.attach_message("hit", "s2", resume=True, policy={}), "a")
+                await opened.service.attach(stores.attach_message("hit", "s2", resume=True, policy={}), ANYBODY)
 
     asyncio.run(main())
 
@@ -117,7 +118,7 @@ def test_labels_that_make_no_sense_keep_a_run_neither_from_being_deleted_nor_the
     async def main():
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
             await asyncio.to_thread(opened.journal.compact, "hit")
-            await opened.service.delete_run("hit", "no use", "tester")
+            await opened.service.delete_run("hit", "no use", caller("tester"))
             assert opened.journal.record("hit").status == "deleted"
 
     asyncio.run(main())
@@ -142,7 +143,7 @@ async def written_to(path):
         for run in RUNS:
             try:
                 out[run] = None
-                assert (await opened.service.report(report_message(run, BATCHES), "a")).through == (
+                assert (await opened.service.report(report_message(run, BATCHES), ANYBODY)).through == (
                     BATCHES + 1
                 ) * BATCH - 1
             except Damaged as error:
@@ -196,9 +197,9 @@ def test_rows_without_a_record_and_a_record_without_rows_are_damage(whole, tmp_p
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
             for run in ("hit", "other"):
                 with pytest.raises(Damaged, match=repr(run)):
-                    await opened.service.attach(stores.attach_message(run), "a")
+                    await opened.service.attach(stores.attach_message(run), ANYBODY)
             with pytest.raises(NotFound):
-                await opened.service.get_run("never")
+                await opened.service.get_run("never", ANYBODY)
 
     asyncio.run(ask())
 
@@ -227,9 +228,9 @@ def answers(path):
 
     async def ask():
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
-            views = {run: await opened.service.get_run(run) for run in RUNS}
+            views = {run: await opened.service.get_run(run, ANYBODY) for run in RUNS}
             told = [(view.record, view.status, view.run, view.reason) for view in views.values()]
-            again = [await opened.service.report(report_message(run, BATCHES), "a") for run in RUNS]
+            again = [await opened.service.report(report_message(run, BATCHES), ANYBODY) for run in RUNS]
             return told, [(advice.through, list(advice.changes), advice.reason) for advice in again]
 
     return asyncio.run(ask())
@@ -302,7 +303,7 @@ def test_what_can_be_read_of_a_damaged_run_is_and_it_works_again_once_restored(w
         assert len(series["series"]["loss"]["step"]) >= (BATCHES - 1) * BATCH
         assert series["problem"] == detail["problem"]
         assert http.get("/v1/runs/hit/decisions").json()["decisions"]
-        assert http.get("/readyz").json()["damaged_runs"] == 1
+        assert list(http.get("/v1/store").json()["damaged"]) == ["hit"]
         assert http.get("/v1/store").json()["damaged"] == {"hit": detail["problem"]}
         body = {"session": "s1", "attempt": 1, "step": [BATCH * BATCHES], "signals": {"loss": [1.0]}}
         refused = http.post("/v1/runs/hit/report", json=body)
@@ -316,7 +317,7 @@ def test_what_can_be_read_of_a_damaged_run_is_and_it_works_again_once_restored(w
                 break
         assert answer.status_code == 200, answer.text
         assert http.get("/v1/runs/hit").json()["problem"] == ""
-        assert http.get("/readyz").json()["damaged_runs"] == 0
+        assert http.get("/v1/store").json()["damaged"] == {}
 
 
 @pytest.mark.parametrize("transport", ["http", "grpc"])
@@ -371,19 +372,19 @@ def test_damage_found_by_the_scrub_stops_writing_and_the_scrub_takes_its_share(w
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
             live = await opened.engine.find("hit")
             assert opened.engine.damage.words("hit") == ""
-            kept = await opened.service.get_run("hit")
+            kept = await opened.service.get_run("hit", ANYBODY)
             await scrubbed(opened)
             with pytest.raises(Damaged, match="run 'hit', row 12"):
-                await opened.service.report(report_message("hit", BATCHES), "a")
-            view = await opened.service.get_run("hit")
+                await opened.service.report(report_message("hit", BATCHES), ANYBODY)
+            view = await opened.service.get_run("hit", ANYBODY)
             assert (view.status, view.run) == ("damaged", kept.run), "what is in memory can still be read"
             changed(path, ("DELETE FROM journal WHERE run = 'hit'", ()))
             monkeypatch.setattr(limits, "DAMAGE_RECHECK_S", 0)
             opened.engine.found_damage("hit", "gone by now")
             for _ in range(3):
-                view = await opened.service.get_run("hit")
+                view = await opened.service.get_run("hit", ANYBODY)
                 assert (view.status, view.run) == ("damaged", kept.run), "also when it is examined again"
             assert live.lock.locked() is False
-            assert (await opened.service.report(report_message("left", BATCHES), "a")).through > 0
+            assert (await opened.service.report(report_message("left", BATCHES), ANYBODY)).through > 0
 
     asyncio.run(ask())

@@ -11,6 +11,7 @@ from itertools import count
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from tests.callers import Open
 
 import flyball_server
 from flyball_server import http_api, limits
@@ -151,6 +152,11 @@ class Failing:
         return fail
 
 
+def built(service, *, is_ready=True):
+    parts = http_api.Parts(*[None] * len(http_api.Parts._fields))._replace(service=service, many=(None, None, None))
+    return http_api.build(parts, door=Open(), version="1", is_ready=lambda: is_ready)
+
+
 def kinds():
     found, todo = [], [errors.SteeringError]
     while todo:
@@ -165,8 +171,11 @@ def test_the_table_of_statuses_covers_every_kind_of_error():
         "invalid": 422,
         "not_found": 404,
         "conflict": 409,
+        "stale": 412,
+        "unauthenticated": 401,
         "denied": 403,
         "busy": 503,
+        "limited": 429,
         "damaged": 500,
         "internal": 500,
     }
@@ -175,15 +184,16 @@ def test_the_table_of_statuses_covers_every_kind_of_error():
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
 def test_every_error_is_a_problem_document(kind):
-    app = http_api.build(Failing(kind("loss is 'x': give a number")), "1", lambda: True, exchange=None)
+    app = built(Failing(kind("loss is 'x': give a number")))
     answer = TestClient(app).get("/v1/runs/r")
     document = problem(answer, problems.STATUS[kind.code][0], "loss is 'x'")
     assert document["code"] == kind.code
-    assert ("retry-after" in answer.headers) == (kind is errors.Busy)
+    assert ("retry-after" in answer.headers) == issubclass(kind, errors.Busy)
+    assert ("www-authenticate" in answer.headers) == (kind is errors.Unauthenticated)
 
 
 def test_an_error_nobody_thought_of_is_a_problem_document_without_its_inside():
-    app = http_api.build(Failing(RuntimeError("secret")), "1", lambda: True, exchange=None)
+    app = built(Failing(RuntimeError("secret")))
     answer = TestClient(app, raise_server_exceptions=False).get("/v1/runs/r")
     document = problem(answer, 500)
     assert "secret" not in json.dumps(document)
@@ -574,8 +584,8 @@ def test_decisions_come_in_pages_and_tell_code_reason_and_numbers(http, run):
 
 def test_probes_answer_and_readiness_is_withdrawn(http):
     assert http.get("/healthz").json() == {"status": "ok"}
-    assert http.get("/readyz").json()["status"] == "ready"
-    app = http_api.build(Failing(RuntimeError()), "1", lambda: False, exchange=None)
+    assert http.get("/readyz").json() == {"status": "ready", "store": "ok"}
+    app = built(Failing(RuntimeError()), is_ready=False)
     assert TestClient(app).get("/readyz").status_code == 503
 
 

@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from tests.callers import ANYBODY, caller
 from tests.storage.stores import Opened, fill
 
 from flyball_server import ledger, limits
@@ -29,7 +30,7 @@ def test_rows_beside_a_running_service_are_one_chain_with_its_own(store):
             await fill(service, "r", 1, "finished")
             writers = [service.engine.ledger.append, beside.engine.ledger.append] * 20
             rows = await asyncio.gather(*(write("token_created", {"n": n}, "me") for n, write in enumerate(writers)))
-            await service.service.delete_run("r", "to have a tombstone", "me")
+            await service.service.delete_run("r", "to have a tombstone", caller("me"))
             assert sorted(row.seq for row in rows) == list(range(1, 41))
             seen = await beside.engine.ledger.rows(None, 30)
             seen += await beside.engine.ledger.rows(seen[-1])
@@ -48,10 +49,10 @@ def test_tombstones_are_paged_with_other_rows_between(store):
             for name in ("a", "b"):
                 await fill(opened, name, 1, "finished")
                 await opened.engine.ledger.append("refused", {"name": name}, "me")
-                await opened.service.delete_run(name, "why not", "me")
-            page = await opened.service.tombstones(0, 1)
+                await opened.service.delete_run(name, "why not", caller("me"))
+            page = await opened.service.tombstones(0, 1, ANYBODY)
             assert ([stone["run"] for stone in page["tombstones"]], page["next"]) == (["a"], 2)
-            page = await opened.service.tombstones(page["next"], 1)
+            page = await opened.service.tombstones(page["next"], 1, ANYBODY)
             assert ([stone["run"] for stone in page["tombstones"]], page["next"]) == (["b"], None)
 
     asyncio.run(ask())

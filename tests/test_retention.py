@@ -15,6 +15,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from tests.callers import ANYBODY, caller
 from tests.storage.stores import BATCH, Opened, attach_message, fill, report_message
 
 import flyball
@@ -45,14 +46,14 @@ def test_a_deleted_run_is_gone_and_its_name_is_not_used_again(store):
             service = opened.service
             await fill(opened, "old", 4, "finished")
             await fill(opened, "kept", 4)
-            newest = (await service.get_run("old")).record
+            newest = (await service.get_run("old", ANYBODY)).record
             with pytest.raises(Invalid, match="reason"):
-                await service.delete_run("old", " ", "me")
+                await service.delete_run("old", " ", caller("me"))
             with pytest.raises(NotFound):
-                await service.delete_run("never", "why not", "me")
+                await service.delete_run("never", "why not", caller("me"))
             with pytest.raises(Conflict, match="active"):
-                await service.delete_run("kept", "too early", "me")
-            left = await service.delete_run("old", "it was a test", "me")
+                await service.delete_run("kept", "too early", caller("me"))
+            left = await service.delete_run("old", "it was a test", caller("me"))
             expected = {
                 "run": "old",
                 "actor": "me",
@@ -61,20 +62,20 @@ def test_a_deleted_run_is_gone_and_its_name_is_not_used_again(store):
                 "observations": 4 * BATCH,
             }
             assert left.items() >= (expected | {"rows": newest.seq, "digest": newest.hash.hex()}).items()
-            for asked in (service.get_run("old"), service.report(report_message("old", 5), "a")):
+            for asked in (service.get_run("old", ANYBODY), service.report(report_message("old", 5), ANYBODY)):
                 with pytest.raises(NotFound, match=r"deleted at .*Z by me: it was a test"):
                     await asked
             for resume in (False, True):
                 with pytest.raises(Conflict, match="choose another"):
-                    await service.attach(attach_message("old", session="s2", resume=resume), "a")
-            assert [view.record.run for view in (await service.list_runs(RunFilter(), None, 9))[0]] == ["kept"]
-            gone = (await service.list_runs(RunFilter(status="deleted"), None, 9))[0]
+                    await service.attach(attach_message("old", session="s2", resume=resume), ANYBODY)
+            assert [view.record.run for view in (await service.list_runs(RunFilter(), None, 9, ANYBODY))[0]] == ["kept"]
+            gone = (await service.list_runs(RunFilter(status="deleted"), None, 9, ANYBODY))[0]
             assert [(view.record.run, view.status) for view in gone] == [("old", "deleted")]
-            assert await service.tombstones(0, 9) == {"tombstones": [left], "next": None}
+            assert await service.tombstones(0, 9, ANYBODY) == {"tombstones": [left], "next": None}
             opened.late_us = int(2e6 * limits.STALE_AFTER_S)
-            second = await service.delete_run("kept", "stale by now", "you")
-            assert await service.tombstones(0, 1) == {"tombstones": [left], "next": 1}
-            assert await service.tombstones(1, 1) == {"tombstones": [second], "next": None}
+            second = await service.delete_run("kept", "stale by now", caller("you"))
+            assert await service.tombstones(0, 1, ANYBODY) == {"tombstones": [left], "next": 1}
+            assert await service.tombstones(1, 1, ANYBODY) == {"tombstones": [second], "next": None}
             assert verify_store(opened.journal) == []
             assert names(opened.journal) == []
 
@@ -89,13 +90,13 @@ def test_of_deletions_and_reports_at_once_the_journal_keeps_one_story(store):
             opened.late_us = int(2e6 * limits.STALE_AFTER_S)
             calls = []
             for i in range(8):
-                calls.append(opened.service.delete_run(f"r{i}", "all at once", "me"))
-                calls.append(opened.service.report(report_message(f"r{i}", 2), "a"))
-                calls.append(opened.service.delete_run(f"r{i}", "and again", "you"))
+                calls.append(opened.service.delete_run(f"r{i}", "all at once", caller("me")))
+                calls.append(opened.service.report(report_message(f"r{i}", 2), ANYBODY))
+                calls.append(opened.service.delete_run(f"r{i}", "and again", caller("you")))
             found = await asyncio.gather(*calls, return_exceptions=True)
             # A report makes a run active again; then it stays. Nothing is deleted twice, and nothing else happens.
             assert all(isinstance(one, (dict, tuple, NotFound, Conflict)) for one in found), found
-            stones = [stone["run"] for stone in (await opened.service.tombstones(0, 99))["tombstones"]]
+            stones = [stone["run"] for stone in (await opened.service.tombstones(0, 99, ANYBODY))["tombstones"]]
             assert len(stones) == len(set(stones)) == 8 - len(names(opened.journal))
             assert verify_store(opened.journal) == []
             for run in names(opened.journal):
@@ -153,11 +154,11 @@ def test_a_damaged_run_can_be_deleted_and_the_store_is_well_again(tmp_path):
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
             for run in ("hit", "bare"):
                 with pytest.raises(Damaged, match=run):
-                    await opened.service.report(report_message(run, 3), "a")
-                await opened.service.delete_run(run, "beyond repair", "me")
+                    await opened.service.report(report_message(run, 3), ANYBODY)
+                await opened.service.delete_run(run, "beyond repair", caller("me"))
                 with pytest.raises(NotFound, match="beyond repair"):
-                    await opened.service.get_run(run)
-            assert (await opened.service.ready())["damaged_runs"] == 0
+                    await opened.service.get_run(run, ANYBODY)
+            assert opened.service.damaged(ANYBODY) == {}
             assert verify_store(opened.journal) == []
             assert names(opened.journal) == ["well"]
 
@@ -178,25 +179,25 @@ def test_a_store_full_by_its_limit_is_busy_until_a_run_is_deleted(tmp_path, monk
                 run = f"r{i % 2}"
                 try:
                     if i < 2:
-                        await service.attach(attach_message(run), "a")
-                    advice = await service.report(report_message(run, i // 2), "a")
+                        await service.attach(attach_message(run), ANYBODY)
+                    advice = await service.report(report_message(run, i // 2), ANYBODY)
                     acknowledged[run] = advice.through
                 except Busy as error:
                     refused = error
                     break
-                usage = await service.usage()
+                usage = await service.usage(ANYBODY)
                 seen.add(usage.state)
             assert seen == {"ok", "nearly_full"}, "it is announced before it happens"
             assert f"of {bytes_max} bytes" in str(refused)
             assert "flyball delete" in str(refused)
             assert refused.retry_after_s >= 1
-            usage = await service.usage()
+            usage = await service.usage(ANYBODY)
             assert (usage.state, usage.bytes_max, usage.words) == ("full", bytes_max, str(refused))
             assert usage.bytes >= bytes_max
             assert (await service.ready())["store"] == "full"
-            assert (await service.get_run("r0")).run.through == acknowledged["r0"]
-            await service.delete_run("old", "to make room", "me")
-            advice = await service.report(report_message(run, i // 2), "a")
+            assert (await service.get_run("r0", ANYBODY)).run.through == acknowledged["r0"]
+            await service.delete_run("old", "to make room", caller("me"))
+            advice = await service.report(report_message(run, i // 2), ANYBODY)
             assert advice.through == (i // 2 + 1) * BATCH - 1, "the refused report, sent again, goes on where it was"
             acknowledged[run] = advice.through
         return acknowledged
@@ -221,8 +222,8 @@ def test_a_disk_about_to_be_full_is_busy_and_tells(tmp_path):
         huge = 1 << 60  # more than any disk has
         async with Opened(open_journal(f"sqlite:///{tmp_path}/f.db", disk_free_min=huge)) as opened:
             with pytest.raises(Busy, match="the disk of"):
-                await opened.service.attach(attach_message("r"), "a")
-            usage = await opened.service.usage()
+                await opened.service.attach(attach_message("r"), ANYBODY)
+            usage = await opened.service.usage(ANYBODY)
             assert (usage.state, usage.disk_free_min) == ("full", huge)
 
     asyncio.run(ask())
@@ -248,7 +249,7 @@ def test_verify_works_beside_a_running_service_and_compact_gives_space_back(tmp_
             code, _, err = await asyncio.to_thread(command, "flyball_server.cli", "compact", "--store", store)
             assert (code, "in use by another" in err) == (1, True)
             for i in range(3):
-                await opened.service.delete_run(f"r{i}", "to be compacted", "me")
+                await opened.service.delete_run(f"r{i}", "to be compacted", caller("me"))
 
     asyncio.run(ask())
     before = path.stat().st_size
@@ -277,9 +278,9 @@ def test_small_segments_become_large_ones(tmp_path):
 
     async def ask():
         async with Opened(open_journal(f"sqlite:///{path}")) as opened:
-            await opened.service.attach(attach_message("r"), "a")
+            await opened.service.attach(attach_message("r"), ANYBODY)
             for batch in range(12):
-                await opened.service.report(report_message("r", batch), "a")
+                await opened.service.report(report_message("r", batch), ANYBODY)
                 if batch % 3 == 2:
                     with closing(sqlite3.connect(path)) as db:
                         singles = db.execute("SELECT count(*) FROM journal WHERE last_seq = seq").fetchone()

@@ -67,7 +67,7 @@ def test_without_a_status_only_what_has_not_ended_is_meant_and_only_what_the_cal
     assert [one.run for one in selected(records, parsed("run=*"), Caller("x", "viewer", frozenset("v")), 5)] == ["v:c"]
     assert [one.run for one in selected(records, parsed("run=v:*"), ANYBODY, 5)] == ["v:c"]
     selected(records, parsed("status=active"), ANYBODY, 5)
-    assert records.where.stale_before == 5
+    assert records.where.stale_before < 5, "counted back from now"
 
 
 def test_more_runs_than_one_command_may_mean_are_refused(monkeypatch):

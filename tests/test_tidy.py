@@ -53,6 +53,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli_commands": set(),
     "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
+    "flyball.adapters.from_device": {"torch"},
     "flyball.cli_values": set(),
     "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},

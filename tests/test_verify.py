@@ -9,11 +9,12 @@ import sqlite3
 from itertools import count
 
 import pytest
+from tests.callers import ANYBODY, caller
 
 from flyball_server.core.events import Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
-from flyball_server.messages import Attach, Report
+from flyball_server.messages import Attach, Report, SideReport
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.storage import open_journal
@@ -40,19 +41,19 @@ async def a_run(journal, run="r", policy=None, base=None, guard=None):
         "default", run, "s1", {"k": "v"}, GROUPS, policy or POLICIES[1], base, guard or {}, "absolute", 3, None, False,
         None, None, 0, "", "test",
     )  # fmt: skip
-    await service.attach(attach, "a")
+    await service.attach(attach, ANYBODY)
 
     async def report(session, attempt, steps, end=""):
         losses = [None if s % 7 == 5 else float("nan") if s % 13 == 12 else 2.0 + s % 5 / 10 for s in steps]
         receipts = (Receipt(steps[0] + 1, steps[0], -1, Settings((0.1, 0.01), (0.9, None)), False, "", 1),)
         signals = {"loss": losses, "grad_norm": [0.5] * len(steps)}
-        await service.report(Report(run, session, attempt, steps, signals, receipts, (), end), "a")
+        await service.report(Report(run, session, attempt, steps, signals, receipts, (), end), ANYBODY)
 
     for first in range(0, 60, 6):
         await report("s1", 1, list(range(first, first + 6)))
-    await service.add_signals(run, {"val_loss": float("nan"), "other": 1.0}, "b")
+    await service.add_signals(run, SideReport({"val_loss": float("nan"), "other": 1.0}), caller("b"))
     await report("s1", 1, [60, 70, 80])
-    await service.attach(attach._replace(session="s2", resume=True, from_step=33, from_attempt=1), "a")
+    await service.attach(attach._replace(session="s2", resume=True, from_step=33, from_attempt=1), ANYBODY)
     await report("s2", 2, list(range(33, 45)), "finished")
     await engine.close()
 

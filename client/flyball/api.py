@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from math import isfinite
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from flyball.api_commands import Commands
 from flyball.api_commands import run_path as _path
-from flyball.connect import DEFAULT_SERVER
+from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
+from flyball.secure import checked_token
 from flyball.tables import Table
 
 if TYPE_CHECKING:
@@ -39,12 +40,13 @@ class Client(Commands):
     """The routes of one service; those about commands stand in `api_commands`.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
-    token; default: FLYBALL_TOKEN. timeout_s: how long connecting and each wait for data may take. Proxies that the
-    environment names are not used, as they are not by a training job.
+    token; default: FLYBALL_TOKEN. For https:// FLYBALL_CA names who vouches for the service, FLYBALL_CERT and
+    FLYBALL_KEY what this process shows. timeout_s: how long connecting and each wait for data may take. Proxies that
+    the environment names are not used, as they are not by a training job.
 
-    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied) and LinkError
-    where it cannot be reached or answers no sense. Making one raises FlyballError for an address that is none, and
-    where httpx is missing.
+    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied,
+    unauthenticated) and LinkError where it cannot be reached, has no time, or answers no sense. Making one raises
+    FlyballError for an address, a token or a certificate that is none, and where httpx is missing.
     """
 
     def __init__(self, server: str | None = None, token: str | None = None, timeout_s: float = 10.0) -> None:
@@ -53,15 +55,19 @@ class Client(Commands):
         except ImportError as error:
             raise FlyballError(f"httpx is not installed ({error}): pip install 'flyball[cli]'") from error
         self.server = rest_address(server)
-        token = token or os.environ.get("FLYBALL_TOKEN")
+        token = checked_token(token or os.environ.get("FLYBALL_TOKEN"))
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        context = certificates().context() if self.server.startswith("https:") else False
         self._unreachable = httpx.TransportError
         self._no_address = httpx.InvalidURL
         self._broken_off = httpx.RemoteProtocolError
         # With a transport of its own httpx asks the environment for no proxy, which would stand between this
         # machine and itself.
         self._http = httpx.Client(
-            base_url=self.server, headers=headers, timeout=timeout_s, transport=httpx.HTTPTransport(retries=1)
+            base_url=self.server,
+            headers=headers,
+            timeout=timeout_s,
+            transport=httpx.HTTPTransport(verify=context, retries=1),
         )
 
     def runs(
@@ -225,6 +231,22 @@ class Client(Commands):
         """{"public_key": PEM, "fingerprint"} of the key that the service signs exports with."""
         return self._get("/v1/signing-key")
 
+    def create_token(
+        self, name: str, role: str, *, projects: Iterable[str] | None, expires_in_s: int | None = None
+    ) -> dict[str, Any]:
+        """Make a token, which reaches these projects (None: all). Its `secret` is in this answer and never again."""
+        reach = None if projects is None else list(projects)
+        body = {"name": name, "role": role, "projects": reach, "expires_in_s": expires_in_s}
+        return self._answer("POST", "/v1/tokens", body=body)
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens, oldest first, expired and revoked ones included; never a secret."""
+        return list(self._get("/v1/tokens")["tokens"])
+
+    def revoke_token(self, token: str, *, reason: str) -> dict[str, Any]:
+        """Revoke a token (its id) for good: within a second it opens nothing any more."""
+        return self._answer("DELETE", f"/v1/tokens/{quote(token, safe='')}", parameters={"reason": reason})
+
     def close(self) -> None:
         """Let go of the connection."""
         self._http.close()
@@ -313,7 +335,7 @@ def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:
     if not isinstance(data, dict) or "code" not in data:
         raise LinkError(f"{server} answered with HTTP status {status}, and not as the service does: check the address")
     detail = str(data.get("detail") or data.get("title"))
-    if status >= 500:
+    if status == 429 or status >= 500:
         wait = answer.headers.get("Retry-After", "")
         raise LinkError(f"{server}: {detail}", float(wait) if wait.isdigit() else 0.0)
     raise Refused(str(data["code"]), f"{server}: {detail}")

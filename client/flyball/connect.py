@@ -19,6 +19,7 @@ from flyball import options
 from flyball.base import Base, build
 from flyball.errors import FlyballError, Refused
 from flyball.link import Link, Transport
+from flyball.secure import Certificates, checked_token
 from flyball.session import Session
 from flyball.wire import Attach, Fork, Group
 
@@ -61,7 +62,8 @@ def connect(
     options.check("project", project, str, wanted="the project's name")
     options.check("seed", seed, int, wanted="an integer")
     options.check("server", server, str, type(None), wanted="its address, such as http://127.0.0.1:1788")
-    options.check("token", token, str, type(None), wanted="the bearer token")
+    if not isinstance(token, str | None):  # whatever it is, it may be one, so it is not shown
+        raise ValueError(f"token is a {type(token).__name__}: give the bearer token as text")
     options.check("resume", resume, bool, Mapping, wanted="True, False or what state_dict() returned")
     options.check("lag", lag, int, type(None), wanted="a number of optimizer steps, 0 or more, or None")
     if lag is not None and lag < 0:
@@ -126,11 +128,13 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
         _ = parts.port
     except ValueError as error:
         raise FlyballError(f"server is {server!r}: {error}; give a port from 1 to 65535") from None
-    token = token or os.environ.get("FLYBALL_TOKEN")
+    token = checked_token(token or os.environ.get("FLYBALL_TOKEN"))
+    known = certificates()
     if parts.scheme in ("http", "https") and parts.hostname:
         from flyball.over_http import HttpTransport
 
-        return lambda: HttpTransport(server, token)
+        context = known.context() if parts.scheme == "https" else None
+        return lambda: HttpTransport(server, token, context)
     if parts.scheme in ("grpc", "grpcs") and parts.hostname and parts.port:
         # gRPC's own fork handlers crash a forked child now and then (a DataLoader's worker, say). The link keeps
         # children silent, so they are not needed. gRPC reads this when it is imported.
@@ -142,11 +146,19 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
                 f"server is {server!r}, but gRPC is not installed ({error}): pip install 'flyball[grpc]', or use the "
                 "service's http:// address, which needs nothing"
             ) from error
-        secure = parts.scheme == "grpcs"
-        return lambda: GrpcTransport(parts.netloc, secure, token)
+        if parts.scheme == "grpcs":
+            known.context()  # gRPC would say nothing of a file that is no certificate, and never connect
+            contents = known.contents()
+            return lambda: GrpcTransport(parts.netloc, token, contents)
+        return lambda: GrpcTransport(parts.netloc, token)
     raise FlyballError(
         f"server is {server!r}: give grpc://HOST:PORT or http://HOST:PORT (grpcs:// and https:// for TLS)"
     )
+
+
+def certificates() -> Certificates:
+    """The files that FLYBALL_CA, FLYBALL_CERT and FLYBALL_KEY name."""
+    return Certificates(*(os.environ.get(f"FLYBALL_{name}", "") for name in ("CA", "CERT", "KEY")))
 
 
 def new_session() -> str:

@@ -41,12 +41,20 @@ _OPTIONS = (
 
 
 class GrpcTransport:
-    """Speaks to `target` (host:port), over TLS where `secure`, with a bearer token if there is one."""
+    """Speaks to `target` (host:port), with a bearer token if there is one. certificates: for TLS, the CA's, this
+    process's own and its key, each None where there is none."""
 
-    def __init__(self, target: str, secure: bool, token: str | None) -> None:
+    def __init__(
+        self,
+        target: str,
+        token: str | None,
+        certificates: tuple[bytes | None, bytes | None, bytes | None] | None = None,
+    ) -> None:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        if secure:
-            self._channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        if certificates is not None:
+            ca, cert, key = certificates
+            credentials = grpc.ssl_channel_credentials(ca, key, cert)
+            self._channel = grpc.secure_channel(target, credentials, options=_OPTIONS)
         else:
             self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
@@ -75,7 +83,7 @@ class GrpcTransport:
             if not known.wait(limits.CONNECT_S):
                 raise LinkError(f"no connection within {limits.CONNECT_S:g} s")
             if state is not grpc.ChannelConnectivity.READY:
-                raise LinkError("cannot connect: is the service running there, and is that its gRPC port?")
+                raise LinkError("cannot connect: is the service running there, and is that its gRPC port, with TLS?")
         finally:
             self._channel.unsubscribe(changed)
 
@@ -140,8 +148,9 @@ def _report(m: wire.Report) -> pb.Report:
         step=m.steps,
         signals=[_column(name, values) for name, values in m.signals.items()],
         receipts=[_receipt(r) for r in m.receipts],
-        answers=[pb.DirectiveAnswer(directive=a.directive, outcome=a.outcome, note=a.note) for a in m.answers],
+        answers=[pb.DirectiveAnswer(**answer._asdict()) for answer in m.answers],
         end=m.end,
+        controls=[pb.Control(**control._asdict()) for control in m.controls],
     )
 
 
@@ -164,6 +173,10 @@ def _receipt(r: wire.Receipt) -> pb.Receipt:
         late=r.late,
         conflict=r.conflict,
         ranks=r.ranks,
+        confirms=r.confirms,
+        controls=r.controls,
+        wanted_lr=r.wanted_lr,
+        of_ranks=r.of_ranks,
     )
 
 
@@ -183,11 +196,13 @@ def _attached(m: pb.Attached) -> wire.Attached:
         reason=m.reason,
         reference=tuple(m.reference),
         seed=m.seed,
-        guard=_guard(m.guard_json),
+        guard=_json(m.guard_json),
+        controls=dict(m.controls),
+        confirm=m.confirm,
     )
 
 
-def _guard(text: str) -> Any:
+def _json(text: str) -> Any:
     """The mapping in `text`; the text itself where it is no JSON, for the session to say so."""
     try:
         return json.loads(text or "{}")
@@ -206,7 +221,11 @@ def _advice(m: pb.Advice) -> wire.Advice:
         phase=m.phase,
         code=m.code,
         reason=m.reason,
-        directives=tuple(wire.Directive(d.id, d.kind, json.loads(d.args_json or "{}")) for d in m.directives),
+        directives=tuple(wire.Directive(d.id, d.kind, _json(d.args_json)) for d in m.directives),
+        confirm=m.confirm,
+        controls=dict(m.controls),
+        guard=_json(m.guard_json),
+        notices=tuple(m.notices),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flyball_server.core.errors import Denied, NotFound
+from flyball_server.names import project_of
 
 #: What may be asked for, and the roles that may; each role may all that those before it may, but for a reporter, which
 #: does not drive.
@@ -17,7 +18,7 @@ REPORT = "report"  #: add signals and notes to a run
 DRIVE = "drive"  #: be a run's training job: attach, report, fork
 PROPOSE = "propose"  #: propose a command, for somebody else to approve
 OPERATE = "operate"  #: give commands, approve and reject proposals, import
-ADMIN = "admin"  #: tokens, freeze, deleting runs, what concerns the whole store
+ADMIN = "administer"  #: tokens, freeze, deleting runs, what concerns the whole store
 
 _RIGHTS = {
     "viewer": (VIEW,),
@@ -46,13 +47,18 @@ class Caller(NamedTuple):
         return right in _RIGHTS[self.role]
 
     def check(self, right: str, project: str, run: str = "") -> None:
-        """Raise NotFound where the project is out of reach, Denied where the role does not suffice.
+        """Raise Denied where the role does not suffice, NotFound where the project is out of reach.
 
-        run: the id of the run that is asked for, where it is one; the answer about it is that of an unknown run.
+        The role comes first: what it answers is the same for every project. run: the id of the run that is asked for,
+        where it is one; the answer about it is that of an unknown run.
         """
-        if not self.reaches(project):
-            raise unknown_run(run) if run else NotFound(f"project {project!r} is not known")
         self.check_role(right)
+        if not self.reaches(project):
+            raise unknown_run(run) if run else NotFound(f"project {project!r:.60} is not known")
+
+    def check_run(self, right: str, run: str) -> None:
+        """`check` of a run by its id, before anybody looks whether there is one."""
+        self.check(right, project_of(run), run)
 
     def check_role(self, right: str) -> None:
         """Raise Denied where the role does not suffice, whatever the project."""

@@ -10,32 +10,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import uvicorn
 
 from flyball_server import grpc_api, http_api
+from flyball_server.access import Caller
+from flyball_server.auditing import Auditing
+from flyball_server.auth import Door, OpenDoor, TokenDoor
 from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
+from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
 from flyball_server.fleet import Fleet
 from flyball_server.freezing import Freezing
+from flyball_server.hook_files import load_hooks
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
+from flyball_server.projects import NOWHERE, load_projects
+from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
+from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
+from flyball_server.storage.journal import Journal
 from flyball_server.tail import Tail
+from flyball_server.tls import open_tls
+from flyball_server.tokens import Tokens
+from flyball_server.webhooks import Hooks
 
 log = logging.getLogger("flyball_server")
 
@@ -48,31 +62,47 @@ def version() -> str:
         return "0+unknown"
 
 
-async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str], None]) -> None:
-    """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses.
+async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str, Tokens], None]) -> None:
+    """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses, with schemes.
 
-    Raises OSError where an address is taken, Invalid for a wrong profile or an address of a store
+    Raises OSError where an address is taken, Invalid for a wrong profile or project or an address of a store
     that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
+    projects = load_projects(settings.projects) if settings.projects else NOWHERE
+    named_hooks = load_hooks(settings.webhooks, os.environ) if settings.webhooks else {}
+    tls = open_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
-    engine = Engine(journal, rules_of, lambda: time.time_ns() // 1000)
+    hooks = Hooks(named_hooks, journal, _now_us)
+    engine = Engine(journal, rules_of, _now_us, hooks)
     tail = Tail(engine.ledger)
     freezing = Freezing(engine, journal, tail)
-    service = Service(engine, journal, profiles, freezing)
-    commanding = Commanding(engine, journal, profiles, freezing=freezing)
+    service = Service(engine, journal, profiles, projects, freezing)
+    commanding = Commanding(engine, journal, profiles, projects, freezing=freezing)
     fleet = Fleet(engine, journal, commanding, tail)
     canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
+    tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
+    door = _door(settings, tokens, refusals)
     ready = threading.Event()
-    grpc_server, grpc_port = grpc_api.serve(service, settings.grpc)
+    credentials = None if tls is None else tls.grpc()
+    grpc_server, grpc_port = grpc_api.serve(service, settings.grpc, door=door, credentials=credentials)
     try:
         await engine.start()
         # Behind the journal's lock: of two services on one file only one makes the key.
-        exchange = Exchange(engine, journal, signer_of(settings), version())
+        signer = signer_of(settings)
+        heads = Heads(journal, engine.ledger, signer, _now_us)
+        exchange = Exchange(engine, journal, signer, version(), heads)
+        if settings.auth:
+            await _check_tokens(tokens, settings.store)
+        auditing = Auditing(engine, journal)
         many = http_api.Many(fleet, freezing, canaries)
-        app = http_api.build(service, commanding, many, version=version(), is_ready=ready.is_set, exchange=exchange)
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+        parts = http_api.Parts(service, commanding, many, exchange, tokens, auditing, heads, hooks)
+        app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
+        options: dict[str, Any] = {} if tls is None else tls.uvicorn()
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
+        # Anybody could name another address as theirs; what tells callers apart behind a proxy are tokens.
+        config.proxy_headers = config.server_header = False
         # Training steps may be a minute apart; a client that finds its connection closed has to come again.
         config.timeout_keep_alive = KEEP_ALIVE_S
         config.timeout_graceful_shutdown = int(DRAIN_S)
@@ -82,9 +112,18 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
         await tail.refresh_if_possible()  # before anybody is heard: who asks for a run may not see it unfrozen
-        watching = [asyncio.create_task(work) for work in (commanding.sweep(), tail.watch(), canaries.watch())]
+        works = (
+            commanding.sweep(),
+            tail.watch(),
+            canaries.watch(),
+            hooks.run(),
+            heads.keep_signing(settings.heads_every_s),
+        )
+        working = [asyncio.create_task(work) for work in works]
         ready.set()
-        started(_address(settings.http, sock.getsockname()[1]), _address(settings.grpc, grpc_port))
+        s = "" if tls is None else "s"
+        http_address = _address(settings.http, sock.getsockname()[1])
+        started(f"http{s}://{http_address}", f"grpc{s}://{_address(settings.grpc, grpc_port)}", tokens)
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, http_task}, return_when=asyncio.FIRST_COMPLETED)
         ready.clear()
@@ -93,12 +132,60 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        for work in watching:
+        for work in working:
             work.cancel()
         await http_task
+        await asyncio.gather(*working, return_exceptions=True)
     finally:
+        await refusals.close()
         await engine.close()
         sock.close()
+
+
+@contextlib.asynccontextmanager
+async def beside(store: str) -> AsyncIterator[Tokens]:
+    """The tokens of a store, to be read and written beside the service that runs on it, if one does.
+
+    A store that does not exist is made. Raises Invalid for one that keeps nothing.
+    """
+    journal = open_journal(store, beside=True)
+    if store == "memory:":
+        raise Invalid("store is 'memory:', where nothing is kept: name the file the service is started with")
+    engine = _engine(journal)
+    try:
+        await engine.start()
+    except Invalid:  # there is no such file yet, or one of an older version: as its owner, then
+        engine = _engine(open_journal(store))
+        await engine.start()
+    try:
+        yield Tokens(engine.ledger, Tail(engine.ledger), engine.now_us, os.urandom)
+    finally:
+        await engine.close()
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _engine(journal: Journal) -> Engine:
+    return Engine(journal, rules_of, _now_us)
+
+
+def _door(settings: Settings, tokens: Tokens, refusals: Refusals) -> Door:
+    if settings.auth:
+        return TokenDoor(tokens, refusals, settings.requests_per_s)
+    return OpenDoor(refusals, settings.requests_per_s)
+
+
+async def _check_tokens(tokens: Tokens, store: str) -> None:
+    """Say how to make a token where there is none: everybody will be refused."""
+    await tokens.refresh()
+    if not tokens.any_valid():
+        log.warning(
+            "no token is valid, so every request will be refused; this makes one for an admin: "
+            "flyball-server token create --name admin --role admin --store %s",
+            store,
+        )
 
 
 def signer_of(settings: Settings) -> Signer:
@@ -107,6 +194,12 @@ def signer_of(settings: Settings) -> Signer:
     if settings.signing_key:
         return open_signer(Path(settings.signing_key), make=False)
     return new_signer() if settings.own_key is None else open_signer(settings.own_key, make=True)
+
+
+#: Who asks in the process itself, or on the machine that holds the store.
+LOCAL = Caller(f"local:{os.getuid()}" if hasattr(os, "getuid") else "local", "admin")
+#: What the environment says is for the service of a machine, and not for one inside a test or a notebook.
+_ALONE = {"auth": False, "insecure": False, "tls_cert": "", "tls_key": "", "tls_client_ca": "", "webhooks": ""}
 
 
 class Running:
@@ -118,6 +211,7 @@ class Running:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._error: BaseException | None = None
+        self._tokens: Tokens | None = None
         self._up = threading.Event()
         self.http = ""
         self.grpc = ""
@@ -133,6 +227,12 @@ class Running:
             self._thread.join()
             raise self._error
         return self
+
+    def new_token(self, role: str = "admin", projects: Collection[str] | None = None, name: str = "local") -> str:
+        """The secret of a new token, made in this process, where nobody needs one to ask."""
+        assert self._loop is not None, "start() comes first"
+        made = asyncio.run_coroutine_threadsafe(self._new_token(role, projects, name), self._loop)
+        return made.result()
 
     def stop(self) -> None:
         """Drain, flush and end; may be called twice."""
@@ -164,8 +264,12 @@ class Running:
         self._stop = asyncio.Event()
         await serve(self._settings, self._stop, self._started)
 
-    def _started(self, http: str, grpc: str) -> None:
-        self.http, self.grpc = f"http://{http}", f"grpc://{grpc}"
+    async def _new_token(self, role: str, projects: Collection[str] | None, name: str) -> str:
+        assert self._tokens is not None
+        return str((await self._tokens.create(name, role, projects, None, LOCAL))["secret"])
+
+    def _started(self, http: str, grpc: str, tokens: Tokens) -> None:
+        self.http, self.grpc, self._tokens = http, grpc, tokens
         self._up.set()
 
 
@@ -175,14 +279,15 @@ def running(
     grpc: str = "127.0.0.1:0",
     profiles: str = "",
     store_bytes_max: int | None = None,
+    **settings: Any,
 ) -> Running:
     """A real service with explicit start and stop: `with running() as service: service.http, service.grpc`.
 
-    By default it listens on free loopback ports and keeps its journal in memory.
+    By default it listens on free loopback ports and keeps its journal in memory. settings: further ones, such as
+    `auth=True` (`service.new_token()` makes a token), `tls_cert` and `tls_key`.
     """
-    return Running(
-        Settings(store=store, http=http, grpc=grpc, profiles=profiles, insecure=False, store_bytes_max=store_bytes_max)
-    )
+    given = {"store": store, "http": http, "grpc": grpc, "profiles": profiles, "store_bytes_max": store_bytes_max}
+    return Running(Settings(**{**_ALONE, **given, **settings}))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from flyball_server import limits, records
+from flyball_server import limits, queries, records
+from flyball_server.access import Caller
 from flyball_server.checks import alternative, check_seed, spec_from
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import ASIDE, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group
-from flyball_server.guards import expanded
+from flyball_server.guards import expanded, strictest
 from flyball_server.messages import Attach, Fork, WhatIfRequest
+from flyball_server.names import project_of
 from flyball_server.profiles import Profile
-from flyball_server.queries import cutoffs, steps_of
+from flyball_server.projects import Projects
+from flyball_server.queries import cutoffs, in_thread, steps_of
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 
@@ -35,6 +38,24 @@ def unknown_token(run: str, seq: int, digest: str) -> Conflict:
         "does not hold: it is of another run of this name, or newer than this store; resume with on_unknown='import' "
         "to go on all the same, without the token to go on after the newest step, or begin a run of another name"
     )
+
+
+async def check_session(journal: Journal, run: Run, request: Attach, run_id: str) -> None:
+    """Who drove an earlier attempt does not come back by itself: that is a message which was long on its way, or a
+    process that has not noticed yet. Raises Conflict."""
+    for number, (_, seq, _) in list(enumerate(run.attempts, 1))[-limits.ATTEMPTS_CHECKED :]:
+        found = await in_thread(queries.row, journal, run_id, seq)
+        if found is not None and found.meta["session"] == request.session:
+            raise Conflict(
+                f"run {run_id}: the session {request.session!r:.60} drove attempt {number}, and another process has "
+                "taken the run over since: attach under a new session to take it back"
+            )
+
+
+async def holds(journal: Journal, run_id: str, seq: int, digest: str) -> bool:
+    """Whether the run's journal holds the row that a checkpoint token names by its hash."""
+    found = await in_thread(queries.row, journal, run_id, seq)
+    return found is not None and found.hash.hex() == digest
 
 
 def check_fork(fork: Fork, run: Run) -> tuple[int, int]:
@@ -51,13 +72,21 @@ def check_fork(fork: Fork, run: Run) -> tuple[int, int]:
 
 
 def forked(
-    request: Attach, parent: Spec, left: Run, origin: Origin, profiles: Mapping[str, Profile]
+    request: Attach,
+    parent: Spec,
+    left: Run,
+    origin: Origin,
+    *,
+    profiles: Mapping[str, Profile],
+    projects: Projects,
 ) -> tuple[Spec, Origin]:
     """The specification and origin of the run that `request` begins as a fork of `parent`, left in the state `left`.
 
     What the request does not say is the parent's. Under the parent's policy, base, mode and seed the state goes on.
     Another policy begins afresh: at the settings in force where it leaves, or, with a base schedule or in multiplier
-    mode, from the parent's references. Raises Invalid where the groups are others than the parent's.
+    mode, from the parent's references. The limits of project and service are those of today.
+
+    Raises Invalid where the groups are others than the parent's, or its limits and today's cannot both hold.
     """
     names, now = [g.name for g in parent.groups], [g.name for g in request.groups]
     if now and names != now:
@@ -69,12 +98,16 @@ def forked(
         mode=request.mode or parent.mode,
         policy=request.policy or parent.policy,
         base=request.base if own or request.base is not None else parent.base,
-        guard=request.guard or parent.guard,
+        guard=request.guard or (parent.guard if parent.asked_guard is None else parent.asked_guard),
         seed=request.seed or parent.seed,
         labels=request.labels or parent.labels,
         groups=parent.groups,
     )
-    spec = spec_from(asked, profiles)
+    spec = spec_from(asked, profiles, projects)
+    if not request.guard:
+        wanted = spec.guard if spec.asked_guard is None else spec.asked_guard
+        guard = strictest(("the new run", spec.guard), (f"the run {parent.run}", parent.guard))
+        spec = spec._replace(guard=guard, asked_guard=None if guard == wanted else wanted)
     if not own and spec.profile == "":
         spec = spec._replace(profile=parent.profile)
     same = all(getattr(spec, name) == getattr(parent, name) for name in ("policy", "base", "mode", "seed"))
@@ -175,15 +208,16 @@ def line_end(journal: Journal, spec: Spec, run: Run, attempt: int) -> int:
     return int(max(steps, default=run.attempts[attempt - 1][0] - 1))
 
 
-def lineage(journal: Journal, spec: Spec, origin: Origin | None, run: Run) -> dict[str, Any]:
-    """The runs this one comes from (nearest first), those that left it, and its attempts."""
+def lineage(journal: Journal, spec: Spec, origin: Origin | None, run: Run, caller: Caller) -> dict[str, Any]:
+    """The runs this one comes from (nearest first), those that left it, and its attempts; without runs that the caller
+    does not reach, and whatever lies behind one of them."""
     ancestors: list[dict[str, Any]] = []
     at = origin
-    while at is not None and len(ancestors) < limits.PAGE_MAX:
+    while at is not None and caller.reaches(project_of(at.run)) and len(ancestors) < limits.PAGE_MAX:
         first = next(journal.rows(at.run, until=1), None) if at.kind == "fork" else None
         ancestors.append({**_origin_json(at), "known": first is not None})
         at = None if first is None else records.origin_of(first)
-    forks = journal.records(RunFilter(parent=spec.run), after=None, limit=limits.PAGE_MAX)
+    forks = journal.records(RunFilter(parent=spec.run, projects=caller.projects), after=None, limit=limits.PAGE_MAX)
     return {
         "run": spec.run,
         "ancestors": ancestors,

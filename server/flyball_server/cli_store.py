@@ -19,6 +19,7 @@ from flyball_server.cli_output import errors, fail
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.core.numbers import finite
 from flyball_server.exports.check import check
+from flyball_server.heads_check import check_files, check_store, read_heads
 from flyball_server.loading import load
 from flyball_server.messages import WhatIfRequest
 from flyball_server.policy_files import load_policy
@@ -26,7 +27,7 @@ from flyball_server.rules import rules_of
 from flyball_server.settings import Settings
 from flyball_server.signing import fingerprint, open_signer, pem, read_public_key
 from flyball_server.storage import open_journal
-from flyball_server.storage.journal import Journal
+from flyball_server.storage.journal import STORE, Journal
 from flyball_server.verify import names as verify_names
 from flyball_server.verify import verify, verify_store
 from flyball_server.what_if import Asked, beside, summary, what_if
@@ -66,6 +67,9 @@ def verify_command(
     public_key: Annotated[
         Path | None, typer.Option(help="File of the public key (PEM) that must have signed the export files.")
     ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="File of signed heads: the store, or the export files named, must hold them.")
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON line per run, and one of the store's own problems.")
     ] = False,
@@ -74,9 +78,15 @@ def verify_command(
     records, their snapshots, and what of the store is no single run's.
 
     Exit code 1 where anything differs. Of an export file its checksums and its signature are checked, too; it needs
-    no store.
+    no store. With --heads only this is checked: whether every row that was signed is still there, as it was signed.
     """
     files = [Path(name) for name in runs or () if name.endswith(".flyball") and Path(name).is_file()]
+    if heads is not None:
+        if public_key is None:
+            raise typer.BadParameter("--heads needs --public-key: what `flyball-server key` prints, kept elsewhere")
+        with errors():
+            _verify_heads(heads, read_public_key(public_key), files, store, json_output)
+        return
     if files:
         if len(files) < len(runs or ()):
             raise typer.BadParameter("give run ids or export files, not both")
@@ -84,7 +94,7 @@ def verify_command(
             _verify_files(files, None if public_key is None else read_public_key(public_key), json_output)
         return
     if public_key is not None:
-        raise typer.BadParameter("--public-key is for export files; name one (*.flyball)")
+        raise typer.BadParameter("--public-key is for export files and --heads; name one (*.flyball)")
     wrong = False
     with errors(), _opened(store, read_only=True) as journal:
         for name in runs or verify_names(journal):
@@ -103,6 +113,26 @@ def verify_command(
         elif problems:
             print(f"the store {store}: {'; '.join(problems)}")
     if wrong or problems:
+        raise typer.Exit(1)
+
+
+def _verify_heads(heads: Path, key: bytes, files: list[Path], store: str, json_output: bool) -> None:
+    """files: instead of the store."""
+    signed, failed = read_heads(heads, key), False
+    with contextlib.ExitStack() as stack:
+        if files:
+            checks = check_files(files, signed)
+        else:
+            checks = check_store(stack.enter_context(_opened(store, read_only=True)), signed)
+        for found in checks:
+            failed = failed or bool(found.problem)
+            if json_output:
+                print(json.dumps(found._asdict()), flush=True)
+            else:
+                name = "the store's journal" if found.run == STORE else found.run
+                result = found.problem or found.note or "as signed"
+                print(f"{name}: {found.heads} signed heads: {result}", flush=True)
+    if failed:
         raise typer.Exit(1)
 
 

@@ -12,10 +12,8 @@ from flyball_server import records
 from flyball_server.core import commands
 from flyball_server.core.errors import NotFound
 from flyball_server.core.steering import POLICY
+from flyball_server.storage.audit import ASKED, Noted
 from flyball_server.storage.journal import Journal, Row
-
-#: The kinds of rows that a command's history is made of.
-ROWS = ("commanded", "command_moved", "proposed", "judged", "directive_answered", "observed")
 
 
 class CommandView(NamedTuple):
@@ -59,30 +57,36 @@ class CommandView(NamedTuple):
 
 def commands_of(journal: Journal, run: str) -> list[CommandView]:
     """All commands and proposals of a run, in the order of their rows."""
-    return list(_followed(run, journal.rows(run)).values())
+    return list(_followed(run, journal.audit.of(run)).values())
 
 
 def command_of(journal: Journal, run: str, command: str) -> CommandView:
     """One of them. Raises NotFound."""
     number = command[1:].partition(".")[0]
     if command[:1] in ("c", "p", "a") and number.isascii() and number.isdecimal() and 0 < int(number) < 2**53:
-        found = _followed(run, journal.rows(run, after=int(number) - 1)).get(command)
+        found = _followed(run, journal.audit.of(run, after=int(number) - 1)).get(command)
         if found is not None:
             return found
     raise NotFound(f"run {run}: there is no command {command!r:.40}: `flyball commands {run}` lists them")
 
 
-def _followed(run: str, rows: Iterator[Row]) -> dict[str, CommandView]:
+def _followed(run: str, noted: Iterator[Noted]) -> dict[str, CommandView]:
     found: dict[str, CommandView] = {}
-    for row in rows:
+    for _, _, row in noted:
+        if _leaves_asks(row):
+            found |= {one: _moot(view, row) for one, view in found.items() if view.actor == POLICY and not view.over}
         if row.kind == "commanded":
             view = _begun(run, row)
             found[view.id] = view
+            for one in (view.verdict or {}).get("superseded", ()):
+                if one in found:
+                    entry = _entry(row, "superseded", by=view.id)
+                    found[one] = found[one]._replace(status="superseded", history=(*found[one].history, entry))
             if view.proposal in found:
                 found[view.proposal] = found[view.proposal]._replace(command=view.id)
         elif row.kind == "proposed":
             found[f"p{row.seq}"] = _begun(run, row)
-        elif row.kind == "observed" and "asks" in row.meta:
+        elif row.kind == ASKED:
             for i, ask in enumerate(row.meta["asks"]):
                 found[f"a{row.seq}.{i}"] = _asked(run, row, i, ask)
         elif row.kind == "command_moved" and row.meta["command"] in found:
@@ -92,6 +96,17 @@ def _followed(run: str, rows: Iterator[Row]) -> dict[str, CommandView]:
         elif row.kind == "judged" and row.meta["proposal"] in found:
             found[row.meta["proposal"]] = _judged(found[row.meta["proposal"]], row)
     return found
+
+
+def _leaves_asks(row: Row) -> bool:
+    """Whether what the policy asked for before this row is done with: the run goes back, or has another policy."""
+    if row.kind == "attached":
+        return row.meta["restored"] is not None
+    return row.kind == "commanded" and "carried" in (row.meta.get("verdict") or {})
+
+
+def _moot(view: CommandView, row: Row) -> CommandView:
+    return view._replace(status="superseded", history=(*view.history, _entry(row, "superseded")))
 
 
 def _begun(run: str, row: Row) -> CommandView:

@@ -7,24 +7,28 @@ All of it runs on one event loop. A run's requests pass one at a time behind its
 appends of all runs together on its own thread. Where another process appended first, or an append's fate is
 unknown, the run is folded again from the journal before anything else is done with it. A run whose record is damaged
 (`loading` and `scrub` find out) takes no turn until it was restored; what can be read of it still is.
+
+Longer than 400 lines because a turn, a commit and what undoes them share one state of the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
-from flyball_server.core.run import Rules, Run
+from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
+from flyball_server.herald import Herald
 from flyball_server.ledger import Ledger, Lost
+from flyball_server.live import LiveRun
 from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
@@ -38,48 +42,9 @@ from flyball_server.storage.journal import (
     Work,
     chained,
 )
+from flyball_server.storage.outbox import Delivery
 
 T = TypeVar("T")
-
-
-class LiveRun:
-    """One run in memory: its newest durable state and the place its next row goes to."""
-
-    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
-        self.spec = spec
-        self.origin = origin
-        self.rules = rules
-        self.run = run
-        self.record = record
-        self.lock = asyncio.Lock()
-        self.waiting = 0
-        self.stale = False
-        #: When something last came from its job, by the event loop's clock; None: nothing since it was loaded.
-        self.heard: float | None = None
-        self._watchers: list[asyncio.Future[None]] = []
-        self.snapshot_at = run.observations
-        #: The newest batches' settings, for steps that a client sends again.
-        self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
-
-    async def changed(self, within_s: float) -> None:
-        """Return when something was committed here, or the time is over."""
-        future = asyncio.get_running_loop().create_future()
-        self._watchers.append(future)
-        await asyncio.wait([future], timeout=within_s)
-        if future in self._watchers:
-            self._watchers.remove(future)
-
-    def tell(self) -> None:
-        """Wake whoever waits for a change."""
-        watchers, self._watchers = self._watchers, []
-        for future in watchers:
-            if not future.done():
-                future.set_result(None)
-
-    @property
-    def ruling(self) -> Rules:
-        """The rules in force, which a command may have changed."""
-        return fold.ruling(self.rules, self.run)
 
 
 class Turn:
@@ -127,8 +92,9 @@ class Turn:
 class Engine:
     """The set of live runs over one journal."""
 
-    def __init__(self, journal: Journal, ruler: Ruler, now_us: Callable[[], int]) -> None:
+    def __init__(self, journal: Journal, ruler: Ruler, now_us: Callable[[], int], herald: Herald | None = None) -> None:
         self._journal = journal
+        self._herald = herald
         self._ruler = ruler
         self.now_us = now_us
         self._live: OrderedDict[str, LiveRun] = OrderedDict()
@@ -256,8 +222,9 @@ class Engine:
             of, project, name, run.status, policy, labels, run.attempt, step, created, now, seq, head, parent
         )
         snapshot = self._snapshot(live, run)
+        told = self._herald.outgoing(record, live.run, events, outcomes, now) if self._herald else ()
         try:
-            await self._append(run_id, live.run.seq, tuple(rows), record, snapshot)
+            await self._append(run_id, live.run.seq, tuple(rows), record, snapshot, told)
         except Busy:
             raise
         except BaseException as error:
@@ -276,6 +243,8 @@ class Engine:
             if isinstance(event, Observed) and run.lag is not None:
                 live.recent.append((event.steps[0], event.steps[-1], outcome.changes))
         live.tell()
+        if told and self._herald:
+            self._herald.added(told)
         return outcomes
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
@@ -318,10 +287,16 @@ class Engine:
         return Snapshot(run.seq, run.attempt, run.through, json.dumps(fold.dump(run), allow_nan=False))
 
     async def _append(
-        self, run_id: str, expected: int, rows: tuple[Row, ...], record: RunRecord, snapshot: Snapshot | None
+        self,
+        run_id: str,
+        expected: int,
+        rows: tuple[Row, ...],
+        record: RunRecord,
+        snapshot: Snapshot | None,
+        told: tuple[Delivery, ...] = (),
     ) -> None:
         append = self._journal.append
-        await self._hand_in(run_id, lambda token: append(Append(expected, rows, record, snapshot, token)))
+        await self._hand_in(run_id, lambda token: append(Append(expected, rows, record, snapshot, token, told)))
 
     async def _hand_in(self, run_id: str, hand: Callable[[asyncio.Future[None]], None]) -> None:
         """Give the journal something to write and wait until it has. Raises Lost instead of Conflict."""
@@ -367,6 +342,8 @@ class Engine:
         """Somebody read a run, in so much time, and found that it is not what was written."""
         assert self._loop is not None
         self.damage.note(run_id, problem, self._loop.time(), took_s)
+        if self._herald:
+            self._herald.damaged(run_id, problem)
 
     def _better(self, known: LiveRun | None, found: LiveRun) -> LiveRun:
         """Of a damaged run memory may hold more than can still be read."""
@@ -412,20 +389,3 @@ def _live(found: Loaded) -> LiveRun:
     live = LiveRun(found.spec, found.origin, found.rules, found.run, found.record)
     live.snapshot_at = found.snapshot_at
     return live
-
-
-def next_attempt(
-    live: LiveRun,
-    parent: int,
-    from_step: int,
-    session: str,
-    client: str,
-    lag: int | None,
-    restored: Run | None,
-    claimed: Mapping[str, Any] | None = None,
-) -> Attached:
-    """The event that opens the run's next attempt."""
-    if from_step < 0:
-        raise Invalid(f"from_step is {from_step}: steps are counted from 0")
-    state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

@@ -72,8 +72,7 @@ class Fleet:
 
     async def select(self, selector: Selector, caller: Caller) -> list[RunRecord]:
         """The runs it means, of those the caller reaches, newest first. Raises Invalid beyond FLEET_MAX."""
-        stale_before = self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
-        return await queries.in_thread(selected, self._journal, selector, caller, stale_before)
+        return await queries.in_thread(selected, self._journal, selector, caller, self._engine.now_us())
 
     async def give(self, request: CommandRequest, caller: Caller) -> tuple[str, str]:
         """Id and status of the command as one run has it."""

@@ -18,9 +18,10 @@ from flyball_server.access import ADMIN, OPERATE, VIEW, Caller
 from flyball_server.core.errors import Conflict, Invalid, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event
 from flyball_server.deletion import check_reason
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
+from flyball_server.ledger import retried
+from flyball_server.live import LiveRun
 from flyball_server.names import NAME
-from flyball_server.retrying import retried
 from flyball_server.selector import every
 from flyball_server.storage.journal import Journal, Row, RunFilter
 from flyball_server.tail import Tail

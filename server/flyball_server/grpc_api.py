@@ -9,18 +9,22 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from math import ceil
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import limits
+from flyball_server.access import Caller
+from flyball_server.auth import Door, Peer
 from flyball_server.core.commands import Control
-from flyball_server.core.errors import Invalid, SteeringError
+from flyball_server.core.errors import Busy, Denied, Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Fork, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
@@ -31,8 +35,10 @@ STATUS = {
     "not_found": grpc.StatusCode.NOT_FOUND,
     "conflict": grpc.StatusCode.ABORTED,
     "stale": grpc.StatusCode.ABORTED,
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
     "denied": grpc.StatusCode.PERMISSION_DENIED,
     "busy": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "damaged": grpc.StatusCode.DATA_LOSS,
     "internal": grpc.StatusCode.INTERNAL,
 }
@@ -53,37 +59,41 @@ _OPTIONS = (
 
 
 class Steering(pb_grpc.SteeringServicer):
-    """The servicer; its methods have the names of steering.proto."""
+    """The servicer; its methods have the names of steering.proto. door: who comes in."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, door: Door) -> None:
         self._service = service
+        self._door = door
 
     async def Steer(  # noqa: N802 - the name is the contract's
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Any
     ) -> AsyncIterator[pb.ServerMessage]:
         """One training job's conversation: every message is answered by one message."""
-        actor = _actor(context)
-        async with _statuses(context):
+        async with self._call(context) as call:
+            await call.admit()
             async for message in request_iterator:
+                # A token may have been revoked, or have expired, since the stream was opened.
+                caller = await call.admit_again()
                 if message.HasField("report"):
-                    advice = await self._service.report(read_report(message.report), actor)
+                    advice = await self._service.report(read_report(message.report), caller)
                     yield pb.ServerMessage(advice=write_advice(advice))
                 elif message.HasField("attach"):
-                    attached = await self._service.attach(read_attach(message.attach), actor)
+                    attached = await self._service.attach(read_attach(message.attach), caller)
                     yield pb.ServerMessage(attached=write_attached(attached))
                 else:
                     raise Invalid("the message holds neither attach nor report: is the client newer than the service?")
 
     async def AddSignals(self, request: pb.AddSignalsRequest, context: Any) -> pb.AddSignalsReply:  # noqa: N802
         """Side signals from another process."""
-        async with _statuses(context):
-            seq = await self._service.add_signals(request.run, dict(request.signals), request.actor or _actor(context))
+        async with self._call(context) as call:
+            said = SideReport(dict(request.signals), request.source, request.number, request.note)
+            seq = await self._service.add_signals(request.run, said, await call.admit())
         return pb.AddSignalsReply(seq=seq)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunStatus:  # noqa: N802
         """One run."""
-        async with _statuses(context):
-            view = await self._service.get_run(request.run)
+        async with self._call(context) as call:
+            view = await self._service.get_run(request.run, await call.admit())
         return write_run(view)
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsReply:  # noqa: N802
@@ -91,43 +101,80 @@ class Steering(pb_grpc.SteeringServicer):
         where = RunFilter(
             request.project or None, request.status or None, request.policy or None, dict(request.labels) or None
         )
-        async with _statuses(context):
-            runs, cursor = await self._service.list_runs(where, request.cursor or None, request.limit or 50)
+        async with self._call(context) as call:
+            caller = await call.admit()
+            runs, cursor = await self._service.list_runs(where, request.cursor or None, request.limit or 50, caller)
         return pb.ListRunsReply(runs=[write_run(run) for run in runs], cursor=cursor)
 
+    @asynccontextmanager
+    async def _call(self, context: Any) -> AsyncIterator[_Call]:
+        """Every error as its gRPC status; what nobody thought of stands in the log, not in the answer."""
+        call = _Call(self._door, context)
+        try:
+            yield call
+        except SteeringError as error:
+            if isinstance(error, Denied):
+                call.denied(str(error))
+            if isinstance(error, Busy):
+                context.set_trailing_metadata((("retry-after", str(max(1, ceil(error.retry_after_s)))),))
+            await context.abort(STATUS[error.code], str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            log.exception("a call failed")
+            await context.abort(STATUS["internal"], "an unexpected error; the service's log has it")
 
-@asynccontextmanager
-async def _statuses(context: Any) -> AsyncIterator[None]:
-    """Every error as its gRPC status; what nobody thought of stands in the log, not in the answer."""
-    try:
-        yield
-    except SteeringError as error:
-        await context.abort(STATUS[error.code], str(error))
-    except grpc.aio.AbortError:
-        raise
-    except Exception:
-        log.exception("a call failed")
-        await context.abort(STATUS["internal"], "an unexpected error; the service's log has it")
+
+class _Call:
+    """One call, and who makes it."""
+
+    def __init__(self, door: Door, context: Any) -> None:
+        peer = context.peer()
+        self._door = door
+        self._peer = Peer(f"grpc:{peer}", _address(peer))
+        found = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
+        # Of several nobody knows which one counts.
+        self._authorization = found[0] if len(found) == 1 and isinstance(found[0], str) else None
+        self._caller: Caller | None = None
+
+    async def admit(self) -> Caller:
+        self._caller = await self._door.admit(self._peer, self._authorization)
+        return self._caller
+
+    async def admit_again(self) -> Caller:
+        self._caller = await self._door.admit_again(self._peer, self._authorization)
+        return self._caller
+
+    def denied(self, why: str) -> None:
+        if self._caller is not None:
+            self._door.denied(self._caller, self._peer, why)
 
 
-def serve(service: Service, address: str) -> tuple[grpc.aio.Server, int]:
-    """A server bound to `address` (host:port, port 0 = any free one) but not started; and its port.
+def _address(peer: str) -> str:
+    """The address in what gRPC calls a peer, such as ipv4:127.0.0.1:5000, as HTTP has it."""
+    kind, _, rest = peer.partition(":")
+    return unquote(rest.rpartition(":")[0]).strip("[]") if kind in ("ipv4", "ipv6") else peer
+
+
+def serve(
+    service: Service, address: str, *, door: Door, credentials: grpc.ServerCredentials | None
+) -> tuple[grpc.aio.Server, int]:
+    """A server bound to `address` (host:port, port 0 = any free one) but not started; and its port. credentials: those
+    of TLS, None without.
 
     Raises OSError where the address is taken.
     """
     server = grpc.aio.server(options=_OPTIONS)
-    pb_grpc.add_SteeringServicer_to_server(Steering(service), server)
+    pb_grpc.add_SteeringServicer_to_server(Steering(service, door), server)
     try:
-        port = server.add_insecure_port(address)
+        port = (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error
     if port == 0:
         raise OSError(f"cannot listen on {address}: is another service there?")
     return server, port
-
-
-def _actor(context: Any) -> str:
-    return f"grpc:{context.peer()}"
 
 
 def _mapping(field: str, text: str) -> Mapping[str, Any]:

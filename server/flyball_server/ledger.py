@@ -10,20 +10,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from flyball_server import limits
 from flyball_server.core.errors import Busy
 from flyball_server.proving import checked
 from flyball_server.storage.journal import GENESIS, STORE, Journal, Note, Row, chained
 
+T = TypeVar("T")
 #: Gives the journal something to write for whom it names, and waits until it has. Raises Lost where another process was
 #: faster.
 HandIn = Callable[[str, Callable[[asyncio.Future[None]], None]], Awaitable[None]]
+#: A row's meta, made of the row before it.
+Made = Callable[[Row | None], Mapping[str, Any]]
 
 
 class Lost(Exception):
     """Another process appended first: read again and retry. No caller of the service sees it."""
+
+
+async def retried(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a use case again where another process was faster."""
+    for _ in range(limits.APPEND_TRIES):
+        try:
+            return await once()
+        except Lost:
+            continue
+    raise Busy("the run is written by several processes at once; try again", 1.0)
 
 
 class Ledger:
@@ -36,11 +49,14 @@ class Ledger:
         self._turn = asyncio.Lock()
         self._newest: Row | None = None
 
-    async def append(self, kind: str, meta: Mapping[str, Any], actor: str) -> Row:
-        """Add a row and return it once it is durable. Raises Busy, and Damaged where the rows before it are."""
+    async def append(self, kind: str, meta: Mapping[str, Any] | Made, actor: str) -> Row:
+        """Add a row and return it once it is durable. meta: the row's, or what makes it of the row before.
+
+        Raises Busy, and Damaged where the rows before it are.
+        """
 
         async def write(last: Row | None) -> Row:
-            row = behind(last, kind, meta, actor, self._now_us())
+            row = behind(last, kind, meta(last) if callable(meta) else meta, actor, self._now_us())
             await self._hand_in(STORE, lambda token: self._journal.note(Note(row, token)))
             return row
 

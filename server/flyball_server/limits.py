@@ -52,6 +52,8 @@ WAIT_MAX_S = 60.0
 WAIT_POLL_S = 1.0
 #: How often commands that end at a time are looked for.
 EXPIRE_EVERY_S = 1.0
+#: People whose approval a project may demand for a proposed command.
+APPROVALS_MAX = 10
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -80,8 +82,11 @@ DECISIONS_MAX = 10_000
 POINTS_MAX = 20_000
 #: Series in one request.
 SERIES_MAX = 32
-#: A run without news for so long is called stale.
+#: A run without news for so long is called stale, and lost; its job goes on as if nothing had been, when it comes back.
 STALE_AFTER_S = 60.0
+LOST_AFTER_S = 900.0
+#: How often the store is told of a job that lives and has nothing to add to the journal.
+HEARD_EVERY_S = 20.0
 #: Streams at a time; each is one training job.
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.
@@ -108,6 +113,22 @@ SCRUBBED_MAX = 100_000
 REASON_MAX = 500
 #: Times that a row of the store's journal is tried again: nothing spreads these writers, as runs do those of runs.
 LEDGER_TRIES = 64
+#: Tokens that may be valid at a time, projects of one, and the longest time that one may be said to live.
+TOKENS_MAX = 10_000
+TOKEN_PROJECTS_MAX = 64
+TOKEN_LIFE_MAX_S = 10 * 366 * 86400
+#: What another process wrote about tokens is known after this time.
+TOKENS_FRESH_S = 0.5
+#: Requests a second of one token, or of one address where nobody is asked for a token; as many may come at once.
+REQUESTS_PER_S = 5000.0
+#: Requests without a valid token that one address may send within this time before it is told to wait.
+FAILURES_MAX = 20
+FAILURES_WITHIN_S = 60.0
+#: Tokens or addresses whose rates are remembered.
+CALLERS_MAX = 10_000
+#: How often the same peer and reason come to the record of what was refused, and how many of them at a time.
+REFUSED_EVERY_S = 60.0
+REFUSED_PEERS_MAX = 64
 #: Rows of the store's journal that are read at a time.
 LEDGER_PAGE = 1000
 #: Tombstones in one page.
@@ -125,3 +146,27 @@ IMPORT_BYTES_MAX = 1 << 30
 IMPORTS_MAX = 2
 #: Values of settings applied that a table or a schedule keeps in memory, at 8 bytes each.
 APPLIED_VALUES_MAX = 1 << 25
+#: Rows of a run in one page of its journal, and rows looked through for them: a page may be short of matches.
+JOURNAL_ROWS_MAX = 1000
+JOURNAL_LOOKED_MAX = 20_000
+#: Entries in one page of the audit.
+AUDIT_ROWS_MAX = 1000
+#: Runs in one signed list of heads, and lists in one page.
+HEADS_RUNS_MAX = 2000
+HEADS_LISTS_MAX = 1000
+#: How often the heads of runs that moved are signed, unless the setting `heads_every_s` says otherwise.
+HEADS_EVERY_S = 3600.0
+#: Webhooks; deliveries of one that may wait, and that are read at a time; deliveries in one page.
+HOOKS_MAX = 32
+HOOK_PENDING_MAX = 10_000
+HOOK_BATCH = 32
+DELIVERIES_MAX = 1000
+#: How long a receiver may take; the first and the longest wait behind a failed attempt; when a delivery is given up;
+#: and how often one is sent that the receiver refuses for good.
+HOOK_TIMEOUT_S = 10.0
+HOOK_BACKOFF_S = 1.0
+HOOK_BACKOFF_MAX_S = 300.0
+HOOK_GIVE_UP_S = 86_400.0
+HOOK_REFUSED_TRIES = 3
+#: How often runs are looked for that went silent.
+HOOK_SWEEP_S = 10.0

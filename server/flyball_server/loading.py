@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from flyball_server import deletion, limits, records
+from flyball_server.access import unknown_run
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Damaged, NotFound
 from flyball_server.core.events import Observed, Origin, Spec
@@ -57,7 +58,7 @@ def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
         if record is None:
             raise Damaged(f"run {run_id!r}: there are rows, but the run's record is missing")
     if record is None:
-        raise NotFound(f"run {run_id!r} is not known: `flyball runs` lists those that are")
+        raise unknown_run(run_id)
     first = next(journal.rows(run_id, until=1), None)
     if record.status == DELETED:
         raise _deleted(journal, record, first)

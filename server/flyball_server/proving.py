@@ -72,9 +72,11 @@ class Undamaged:
         self._journal = journal
         self.problem = ""
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+    def rows(
+        self, run: str, *, after: int = 0, until: int | None = None, kinds: frozenset[str] | None = None
+    ) -> Iterator[Row]:
         try:
-            yield from self._journal.rows(run, after=after, until=until)
+            yield from self._journal.rows(run, after=after, until=until, kinds=kinds)
         except Damaged as error:
             self.problem = str(error)
 

@@ -353,6 +353,16 @@ def _first_of_each(index: Ints, starts: Ints) -> Ints:
     return index[np.flatnonzero(np.diff(which, prepend=-1))]
 
 
+def parse_cursor(cursor: str | None) -> tuple[int, str] | None:
+    """The key that a listing's cursor stands for. Raises Invalid."""
+    if not cursor:
+        return None
+    created, _, run = cursor.partition("~")
+    if not (created.isascii() and created.isdecimal() and int(created) <= limits.INTEGER_MAX) or not run:
+        raise Invalid(f"cursor is {cursor!r}: give the one from the page before, unchanged")
+    return int(created), run
+
+
 def plain(value: float) -> float | str:
     """A number JSON can carry; NaN and the infinities as the strings the wire uses."""
     if value != value:

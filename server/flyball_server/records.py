@@ -151,6 +151,8 @@ def _spec_json(spec: Spec) -> dict[str, Any]:
     data = {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
     if not data["shadows"]:
         del data["shadows"]
+    if data["asked_guard"] is None:
+        del data["asked_guard"]
     return data
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from flyball_server.core.errors import Conflict
 from flyball_server.core.events import Spec
 from flyball_server.core.run import Run
-from flyball_server.engine import LiveRun
+from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest
 from flyball_server.rules import spec_under
 

@@ -15,12 +15,13 @@ from flyball_server import limits
 from flyball_server.access import Caller
 from flyball_server.core.base import nearest
 from flyball_server.core.errors import Invalid
+from flyball_server.staleness import aged
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
 #: What a condition may be about, beside `label.NAME`.
 KEYS = ("project", "policy", "status", "run")
 #: What a run may be that can be selected; without one: all that have not ended.
-STATUSES = ("created", "active", "stale", "finished", "failed")
+STATUSES = ("created", "active", "stale", "lost", "finished", "failed")
 _OPEN = ("created", "active")
 _CONDITION = re.compile(r'\s*([^=,\s]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^,"]*?))\s*(?:,|$)')
 
@@ -87,16 +88,13 @@ def _conditions(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def selected(journal: Journal, selector: Selector, caller: Caller, stale_before: int) -> list[RunRecord]:
-    """The runs that a selector means among those the caller reaches, newest first.
+def selected(journal: Journal, selector: Selector, caller: Caller, now: int) -> list[RunRecord]:
+    """The runs that a selector means at `now` among those the caller reaches, newest first.
 
     Raises Invalid where they are more than FLEET_MAX.
     """
     found: list[RunRecord] = []
-    where = selector.where
-    if where.status is not None:
-        where = where._replace(stale_before=stale_before)
-    for record in every(journal, where):
+    for record in every(journal, aged(selector.where, now)):
         if caller.reaches(record.project) and selector.matches(record):
             found.append(record)
             if len(found) > limits.FLEET_MAX:

@@ -25,7 +25,15 @@ class Settings(BaseSettings):
     store_bytes_max: int | None = Field(default=None, gt=0)
     disk_free_min: int = Field(default=limits.DISK_FREE_MIN_BYTES, ge=0)
     profiles: str = ""
+    projects: str = ""
     signing_key: str = ""
+    heads_every_s: float = Field(default=limits.HEADS_EVERY_S, gt=0)
+    webhooks: str = ""
+    auth: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    requests_per_s: float = Field(default=limits.REQUESTS_PER_S, gt=0, allow_inf_nan=False)
     insecure: bool = False
 
     @property
@@ -44,11 +52,20 @@ class Settings(BaseSettings):
     def _no_open_door(self) -> Settings:
         for name in ("http", "grpc"):
             host, _ = split_address(getattr(self, name))
-            if not self.insecure and not is_loopback(host):
+            if not self.auth and not self.insecure and not is_loopback(host):
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, which other machines can reach, and the service has no "
-                    "authentication yet: bind to 127.0.0.1, or say --insecure where the network itself is trusted"
+                    f"{name} is {getattr(self, name)!r}, which other machines can reach: say --auth, so that callers "
+                    "need a token, or bind to 127.0.0.1, or say --insecure where the network itself is trusted"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Settings:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is {getattr(self, given)!r}, but {missing} is not given: TLS takes both files")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError(f"tls_client_ca is {self.tls_client_ca!r}, but tls_cert and tls_key are not given")
         return self
 
 

@@ -1,4 +1,5 @@
-"""What the store's own journal says from now on, for those who act by it: freezes, canaries, fleet commands.
+"""What the store's own journal says from now on, for those who act by it: tokens, freezes, canaries, fleet
+commands.
 
 Rule of this module: every row is given to whoever listens for its kind once, in the journal's order; so each process
 comes to know the same, whichever wrote it.

@@ -15,6 +15,7 @@ from flyball_server.core.errors import Damaged, NotFound
 from flyball_server.core.run import Rules, Run
 from flyball_server.loading import differs, load, projected
 from flyball_server.rules import rules_of
+from flyball_server.storage.audit import Noted, noted, project_in
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Column, Journal, Row, RunRecord, chained, header
 
 
@@ -38,6 +39,7 @@ class _Folded:
         self.first: Row | None = None
         self.newest: Row | None = None
         self.shadows: tuple[str, ...] = ()
+        self.noted: list[Row] = []
         self.rows = self.decisions = 0
         self.snapshot_problem = ""
 
@@ -54,9 +56,11 @@ def names(journal: Journal) -> list[str]:
 
 def verify_store(journal: Journal) -> list[str]:
     """What is wrong where no single run can tell: a line for each."""
-    out = journal.check() + deletion.problems(journal)
+    out = journal.check() + deletion.problems(journal) + _store_noted(journal)
     for name in journal.names():
         if name != STORE and _is_deleted(journal, name):
+            if next(journal.audit.of(name), None) is not None:
+                out.append(f"run {name!r}: it was deleted, and rows of it are noted: `flyball-server compact` helps")
             try:
                 load(journal, rules_of, name)
             except NotFound:  # as it should be
@@ -64,6 +68,16 @@ def verify_store(journal: Journal) -> list[str]:
             except Damaged as error:
                 out.append(str(error))
     return out
+
+
+def _store_noted(journal: Journal) -> list[str]:
+    try:
+        rows = list(journal.rows(STORE))
+    except Damaged:  # `deletion.problems` names it
+        return []
+    right = [Noted(STORE, project_in(STORE, "", row), row) for row in rows]
+    problem = _compare_noted(journal, STORE, right, rows[-1].seq if rows else 0)
+    return [f"the store's journal: {problem}"] if problem else []
 
 
 def verify(journal: Journal, run_id: str) -> Verdict:
@@ -101,6 +115,8 @@ def _follow(journal: Journal, run_id: str, record: RunRecord | None, folded: _Fo
             return f"{where}: the hash differs"
         folded.newest = row
         folded.rows += 1
+        if found := noted(row):
+            folded.noted.append(found)
         if folded.rules is None or folded.state is None:
             spec = records.spec_of(row)
             folded.first, folded.rules, folded.shadows = row, rules_of(spec), (*spec.shadows,)
@@ -136,7 +152,21 @@ def _ends(journal: Journal, run_id: str, record: RunRecord | None, folded: _Fold
     for seq in journal.snapshots(run_id):
         if seq > rows and _stands_still(journal, record):
             return f"there is a snapshot at row {seq}, which does not exist: delete it"
-    return folded.snapshot_problem
+    copies = [Noted(run_id, spec.project, row) for row in folded.noted]
+    return folded.snapshot_problem or _compare_noted(journal, run_id, copies, rows)
+
+
+def _compare_noted(journal: Journal, run_id: str, right: list[Noted], until: int) -> str:
+    """Whether what is noted of the rows is what they are."""
+    remedy = "it is a copy, which `flyball-server compact` makes again; nothing is lost with it"
+    try:
+        found = list(journal.audit.of(run_id, until=until))
+    except Damaged as error:
+        return f"{error}: {remedy}"
+    if found == right:
+        return ""
+    wrong = {one.row.seq for one in found if one not in right} | {one.row.seq for one in right if one not in found}
+    return f"row {min(wrong, default=0)}: what is noted of it differs from the row: {remedy}"
 
 
 def _stands_still(journal: Journal, record: RunRecord) -> bool:

@@ -6,6 +6,7 @@ that go. A request may be handled after its sender has given up; but no attach o
 
 import asyncio
 
+from tests.callers import caller
 from tests.simulation.disk import Door
 from tests.simulation.judges import Broken
 
@@ -15,6 +16,7 @@ from flyball_proto.v1 import steering_pb2 as pb
 from flyball_server import grpc_api
 from flyball_server.core.errors import Busy, SteeringError
 from flyball_server.engine import Engine
+from flyball_server.messages import SideReport
 from flyball_server.service import Service
 
 #: How long a link waits for one answer.
@@ -55,15 +57,15 @@ class Server:
         try:
             if kind == "report":
                 report = grpc_api.read_report(pb.Report.FromString(data))
-                advice = await self.service.report(report, "job")
+                advice = await self.service.report(report, caller("job"))
                 self.world.answered(self, report.run, advice.seq, advice.digest)
                 return grpc_api.write_advice(advice).SerializeToString()
             if kind == "attach":
                 attach = grpc_api.read_attach(pb.Attach.FromString(data))
-                attached = await self.service.attach(attach, "job")
+                attached = await self.service.attach(attach, caller("job"))
                 self.world.answered(self, attached.run, attached.seq, attached.digest)
                 return grpc_api.write_attached(attached).SerializeToString()
-            await self.service.add_signals(kind, data, "reporter")
+            await self.service.add_signals(kind, SideReport(data), caller("reporter"))
             return b""
         except SteeringError as error:
             return error

@@ -13,6 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from tests.callers import ANYBODY, caller
+
 from flyball_server import limits
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
@@ -65,9 +67,9 @@ class Opened:
 
 async def fill(opened: Opened, run: str, batches: int = BATCHES, end: str = "") -> None:
     """A run with so many reports."""
-    await opened.service.attach(attach_message(run), "a")
+    await opened.service.attach(attach_message(run), ANYBODY)
     for batch in range(batches):
-        await opened.service.report(report_message(run, batch, end=end if batch == batches - 1 else ""), "a")
+        await opened.service.report(report_message(run, batch, end=end if batch == batches - 1 else ""), ANYBODY)
 
 
 def make_store(path: Path, monkeypatch: Any, every: int = 30) -> Path:
@@ -82,8 +84,8 @@ def make_store(path: Path, monkeypatch: Any, every: int = 30) -> Path:
                 await asyncio.to_thread(opened.journal.compact, run)
             for batch in range(BATCHES // 2, BATCHES):
                 for run in RUNS:
-                    await opened.service.report(report_message(run, batch), "a")
-            await opened.service.delete_run("gone", "a test", "tester")
+                    await opened.service.report(report_message(run, batch), ANYBODY)
+            await opened.service.delete_run("gone", "a test", caller("tester"))
 
     asyncio.run(write())
     with closing(sqlite3.connect(path)) as db:

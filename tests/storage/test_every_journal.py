@@ -30,7 +30,8 @@ from tests.storage.making import (
 )
 
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.storage import open_journal
+from flyball_server.storage import open_journal, outbox
+from flyball_server.storage.audit import AuditFilter, Noted, noted
 from flyball_server.storage.blocks import Stored, pack_segment, store
 from flyball_server.storage.journal import (
     DELETED,
@@ -45,6 +46,7 @@ from flyball_server.storage.journal import (
     Snapshot,
     chained,
 )
+from flyball_server.storage.outbox import Delivery
 
 KINDS = ["memory", "sqlite"]
 _numbers = itertools.count()
@@ -280,6 +282,8 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(status="active", stale_before=AT + 10), lambda i: i % 3 != 0 and i >= 10),
     (RunFilter(status="stale", stale_before=AT + 10), lambda i: i % 3 != 0 and i < 10),
     (RunFilter(status="stale"), lambda i: False),
+    (RunFilter(status="stale", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and 5 <= i < 10),
+    (RunFilter(status="lost", stale_before=AT + 10, lost_before=AT + 5), lambda i: i % 3 != 0 and i < 5),
     (RunFilter(policy="plateau"), lambda i: i % 4 in (0, 1)),
     (RunFilter(policy="plateau@2"), lambda i: i % 4 == 1),
     (RunFilter(policy="plat"), lambda i: False),
@@ -290,6 +294,23 @@ FILTERS: list[tuple[RunFilter, Callable[[int], bool]]] = [
     (RunFilter(labels={}), lambda i: True),
     (RunFilter(project="p0", labels={"team": "t2"}, policy="plateau"), lambda i: i % 20 == 12),
 ]
+
+
+def test_a_sign_of_life_keeps_a_run_from_being_stale(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", [row("created")])
+    assert keep(journal, results, append("r", rows, status="active", updated_at=AT)) == [None]
+
+    def status() -> list[str]:
+        filters = (RunFilter(status=s, stale_before=AT + 10, lost_before=AT + 5) for s in ("active", "stale", "lost"))
+        return [str(f.status) for f in filters if journal.records(f, after=None, limit=9)]
+
+    assert status() == ["lost"]
+    for at, wanted in ((AT + 6, "stale"), (AT + 11, "active")):
+        journal.hear("r", at)
+        journal.compact("r")  # waits for the writer
+        assert journal.heard(["r", "other"]) == {"r": at}
+        assert status() == [wanted]
 
 
 def test_records_are_filtered_and_paged_newest_first(opened: tuple[Journal, Results]) -> None:
@@ -478,3 +499,122 @@ def test_a_closed_journal_takes_no_inserts(opened: tuple[Journal, Results]) -> N
     rows = chain("r", observed(2, 1))
     with pytest.raises(Busy):
         journal.insert(record("r", rows[-1]), segments(rows, 2))
+
+
+# -- rows by kind, noted rows, deliveries --------------------------------------------------------------------
+
+
+def eventful(run: str, times: int = 3) -> list[Row]:
+    """A run's rows with observations between those that people ask for."""
+    rows = [row("created", attempt=0, meta={"spec": run}), row("attached", meta={"session": "s"})]
+    for i in range(times):
+        rows += observed(9, 4, seed=i, first=36 * i)
+        rows[-1] = rows[-1]._replace(meta={"asks": [["stop", {}, "why not"]], "marks": []})
+        rows.append(row("commanded", attempt=0, actor=f"actor {i}", at=AT + i, meta={"kind": "hold", "i": i}))
+        rows.append(row("reported", attempt=0, first_step=i, last_step=i))
+    return chain(run, [*rows, row("ended", meta={"outcome": "finished"})])
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_rows_of_some_kinds_are_those_among_all(opened: tuple[Journal, Results], compact: bool) -> None:
+    journal, results = opened
+    rows = eventful("r")
+    assert keep(journal, results, *(append("r", rows[i : i + 1]) for i in range(len(rows)))) == [None] * len(rows)
+    if compact:
+        journal.compact("r")
+    for kinds in ({"commanded"}, {"created", "ended"}, {"reported"}, {"observed", "ended"}, {"nothing"}, set()):
+        wanted = [one for one in rows if one.kind in kinds]
+        assert list(journal.rows("r", kinds=frozenset(kinds))) == wanted
+        some = journal.rows("r", after=5, until=len(rows) - 1, kinds=frozenset(kinds))
+        assert list(some) == [one for one in wanted if 5 < one.seq < len(rows)]
+
+
+def test_what_people_ask_for_is_noted_with_the_rows_and_goes_with_them(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    a, b = eventful("a"), eventful("b", 1)
+    late = chain("a", [row("ended")], after=a[3])
+    errors = keep(journal, results, append("a", a), append("a", late), append("b", b, project="nlp"))
+    assert [type(error) for error in errors] == [type(None), Conflict, type(None)]
+    right = [one for one in map(noted, a) if one]
+    assert [one.kind for one in right].count("asked") == 3
+    assert list(journal.audit.of("a")) == [Noted("a", "vision", one) for one in right]
+    assert [one.row for one in journal.audit.of("a", after=2, until=30)] == [r for r in right if 2 < r.seq <= 30]
+    journal.compact("a")
+    assert list(journal.audit.of("a")) == [Noted("a", "vision", one) for one in right], "made again, the same"
+    assert len(journal.audit.newest(AuditFilter(project="nlp"), before=None, limit=99)) == 5
+    first, stone = chain(STORE, [row("frozen", meta={}), row("deleted", meta={"run": "a", "project": "vision"})])
+    journal.note(Note(first, None))
+    journal.delete(Deletion(len(a), stone, left_of(record("a", a[-1]), stone), None))
+    assert results.wait(5)[3:] == [None, None]
+    assert list(journal.audit.of("a")) == []
+    assert list(journal.audit.of(STORE)) == [Noted(STORE, "", first), Noted(STORE, "vision", stone)]
+
+
+AUDITED: list[tuple[AuditFilter, Callable[[Noted], bool]]] = [
+    (AuditFilter(), lambda one: True),
+    (AuditFilter(run="a"), lambda one: one.run == "a"),
+    (AuditFilter(project="vision"), lambda one: one.project == "vision"),
+    (AuditFilter(projects=frozenset({"nlp", ""})), lambda one: one.project in ("nlp", "")),
+    (AuditFilter(projects=frozenset()), lambda one: False),
+    (AuditFilter(kinds=frozenset({"asked", "frozen"})), lambda one: one.row.kind in ("asked", "frozen")),
+    (AuditFilter(without=frozenset({"asked"})), lambda one: one.row.kind != "asked"),
+    (AuditFilter(actor="actor 1"), lambda one: one.row.actor == "actor 1"),
+    (AuditFilter(from_us=AT + 1, until_us=AT + 3), lambda one: AT + 1 <= one.row.at < AT + 3),
+    (AuditFilter(store_kinds=frozenset({"thawed"})), lambda one: one.run != STORE or one.row.kind == "thawed"),
+]
+
+
+def test_noted_rows_of_all_runs_come_newest_first_in_pages(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    for run, project in (("a", "vision"), ("b", "nlp"), ("c", "vision")):
+        assert keep(journal, results, append(run, eventful(run), project=project)) == [None]
+    for one in chain(STORE, [row("frozen", at=AT + 1), row("thawed", at=AT + 2, meta={"project": "nlp"})]):
+        journal.note(Note(one, None))
+    assert results.wait(5)[3:] == [None, None]
+    everything = [one for run in ("a", "b", "c", STORE) for one in journal.audit.of(run)]
+    everything.sort(key=lambda one: (one.row.at, one.run, one.row.seq), reverse=True)
+    for where, matches in AUDITED:
+        found, before = [], None
+        while page := journal.audit.newest(where, before=before, limit=4):
+            assert len(page) <= 4
+            found += page
+            before = (page[-1].row.at, page[-1].run, page[-1].row.seq)
+        assert found == [one for one in everything if matches(one)], where
+
+
+def delivery(n: int, hook: str = "h") -> Delivery:
+    return Delivery(f"{hook}-{n}", hook, "ended", "r", "vision", n, AT + n, f'{{"n":{n}}}')
+
+
+def test_deliveries_come_with_their_rows_or_not_at_all_and_once(opened: tuple[Journal, Results]) -> None:
+    journal, results = opened
+    rows = chain("r", observed(3, 1))
+    with_one = append("r", rows[:1])._replace(deliveries=(delivery(1), delivery(1, "other")))
+    late = append("r", rows[:1])._replace(deliveries=(delivery(2),))
+    again = append("r", rows[1:2])._replace(deliveries=(delivery(1), delivery(3)))
+    assert [type(e) for e in keep(journal, results, with_one, late, again)] == [type(None), Conflict, type(None)]
+    journal.outbox.add([delivery(4), delivery(3)])
+    found = journal.outbox.pending("h", 9)
+    assert [one.seq for one in found] == [1, 3, 4]
+    assert [one.number for one in found] == sorted({one.number for one in found})
+    assert [one._replace(number=0) for one in found] == [delivery(1), delivery(3), delivery(4)]
+    assert journal.outbox.pending("h", 2) == found[:2]
+    assert journal.outbox.waiting() == {"h": 3, "other": 1}
+
+
+def test_what_became_of_a_delivery_is_kept_and_old_ones_are_forgotten(
+    opened: tuple[Journal, Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, _ = opened
+    monkeypatch.setattr(outbox, "OVER_KEPT", 3)
+    journal.outbox.add([delivery(n) for n in range(8)])
+    first, *rest = journal.outbox.pending("h", 9)
+    journal.outbox.settle(first._replace(attempts=1, next_at=AT + 99, error="no answer"))
+    assert journal.outbox.pending("h", 1) == [first._replace(attempts=1, next_at=AT + 99, error="no answer")]
+    for one in rest[:5]:
+        journal.outbox.settle(one._replace(status="delivered", attempts=2, done_at=AT + 7))
+    assert [one.seq for one in journal.outbox.pending("h", 9)] == [0, 6, 7]
+    over = journal.outbox.newest(None, "delivered", before=None, limit=9)
+    assert [(one.seq, one.attempts, one.done_at, one.body) for one in over] == [(n, 2, AT + 7, "") for n in (5, 4, 3)]
+    assert [one.seq for one in journal.outbox.newest("h", None, before=over[0].number, limit=3)] == [4, 3, 0]
+    assert journal.outbox.newest("other", None, before=None, limit=3) == []

@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from tests.storage.making import SIGNALS, Results, append, chain, joined, joined_blocks, keep, observed, started
+from tests.storage.making import SIGNALS, Results, append, chain, joined, joined_blocks, keep, observed, row, started
 
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid
 from flyball_server.storage import heads, tables, tidying, writer
@@ -305,14 +305,20 @@ def test_runs_are_compacted_by_themselves_and_fit_the_budget(path: Path, count: 
         assert list(journal.rows("r")) == rows
     stored = table_rows(path)
     assert 2 <= len(stored) <= count * max(per_row / heads.COMPACT_OBSERVATIONS, 1 / heads.COMPACT_ROWS) + 2
-    with closing(sqlite3.connect(path)) as db:
-        # Pages that compaction has freed are used again by the next rows, so they are no part of the cost.
-        page, used, free = (
-            db.execute(f"PRAGMA {p}").fetchone()[0] for p in ("page_size", "page_count", "freelist_count")
-        )
-    size = page * (used - free) / (count * per_row)
+    with started(opened(path.with_name("empty.db"))):
+        pass
+    size = (bytes_in(path) - bytes_in(path.with_name("empty.db"))) / (count * per_row)
     print(f"{count} rows of {per_row} observations: {size:.2f} bytes an observation in the file")
     assert size <= BYTES_PER_OBSERVATION
+
+
+def bytes_in(path: Path) -> int:
+    """The pages in use: those that compaction has freed are used again by the next rows."""
+    with closing(sqlite3.connect(path)) as db:
+        page, used, free = (
+            int(db.execute(f"PRAGMA {p}").fetchone()[0]) for p in ("page_size", "page_count", "freelist_count")
+        )
+    return page * (used - free)
 
 
 def test_a_run_with_a_backlog_from_before_a_restart_is_compacted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,3 +355,25 @@ def test_the_thinning_rule_keeps_the_newest_and_one_per_doubling() -> None:
     assert kept == [*range(1000, 992, -1), 985, 969, 937, 873, 745, 489, 1]
     assert tidying.superfluous([]) == []
     assert tidying.superfluous([5]) == []
+
+
+def test_a_store_from_before_there_were_noted_rows_has_them_after_its_migration(path: Path) -> None:
+    a = chain("a", [row("created", attempt=0), *observed(40, 8), row("ended", meta={"outcome": "failed"})])
+    bad = chain("bad", [row("created", attempt=0), row("ended")])
+    with started(opened(path)) as (journal, results):
+        assert keep(journal, results, append("a", a[:-1]), append("bad", bad)) == [None, None]
+        journal.compact("a")
+        assert keep(journal, results, append("a", a[-1:])) == [None]
+        before = list(journal.audit.of("a"))
+        assert [one.row.kind for one in before] == ["created", "ended"]
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE audit")
+        db.execute("DROP TABLE deliveries")
+        db.execute("UPDATE alembic_version SET version_num = '0003'")
+        db.execute("UPDATE journal SET payload = 'x' WHERE run = 'bad' AND seq = 2")
+        db.commit()
+    with pytest.raises(Invalid, match="another version"), started(SqlJournal(f"sqlite:///{path}", read_only=True)):
+        pass
+    with started(opened(path)) as (journal, _):
+        assert list(journal.audit.of("a")) == before
+        assert list(journal.audit.of("bad")) == [], "a damaged run keeps no store from opening"

@@ -4,9 +4,11 @@ SteeringError (never raised itself)
 ├── Invalid    the request is wrong: correct the named field
 ├── NotFound   no such run or policy: check the name
 ├── Conflict   somebody else moved first: read again, then decide
-│   └── Stale  the same, of a row number that was said to be the newest
+│   └── Stale      the caller did not know of the newest command: look, then decide
+├── Unauthenticated nobody knows who asks: send a valid token
 ├── Denied     not allowed: ask for the role
 ├── Busy       a stated limit is full: come back later
+│   └── Limited    this caller asks too often: come back later
 └── Damaged    the stored record is not what was written: restore it
 
 Each skin (gRPC, HTTP) maps `code` to its own status in one table.
@@ -45,6 +47,12 @@ class Stale(Conflict):
     code = "stale"
 
 
+class Unauthenticated(SteeringError):
+    """The request carries no valid token. One wording for every reason: the answer tells nothing about tokens."""
+
+    code = "unauthenticated"
+
+
 class Denied(SteeringError):
     """The caller may not do this."""
 
@@ -59,6 +67,12 @@ class Busy(SteeringError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Limited(Busy):
+    """The caller alone asks more often than one caller may. Nothing was done: repeat after `retry_after_s` seconds."""
+
+    code = "limited"
 
 
 class Damaged(SteeringError):

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from flyball_server import limits
+from flyball_server.access import OPERATE, VIEW, Caller
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
 from flyball_server.exports.check import check
 from flyball_server.exports.schedule import schedule
 from flyball_server.exports.table import table
 from flyball_server.exports.write import written
+from flyball_server.live import LiveRun
 from flyball_server.loading import load
+from flyball_server.names import project_of
 from flyball_server.rules import rules_of
+from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, fingerprint, pem
 from flyball_server.storage.journal import DELETED, Journal, RunRecord
 
@@ -29,60 +33,76 @@ _log = logging.getLogger(__name__)
 class Exchange:
     """Exports and imports over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, signer: Signer, version: str) -> None:
+    def __init__(
+        self, engine: Engine, journal: Journal, signer: Signer, version: str, heads: Heads | None = None
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self._signer = signer
         self._version = version
+        self._heads = heads
         self._importing = 0
 
-    async def export(self, run: str) -> Iterator[bytes]:
+    async def export(self, run: str, caller: Caller) -> Iterator[bytes]:
         """The run's export file, in pieces to be read outside the event loop. Raises NotFound, Damaged."""
-        record = (await self._whole(run)).record
+        record = (await self._whole(run, caller)).record
+        if self._heads is not None:
+            await self._heads.sign_exported(run)
         return written(self._journal, record, self._version, self._engine.now_us(), self._signer)
 
-    async def import_file(self, path: Path) -> dict[str, Any]:
-        """Take the run in an export file. Raises Invalid, with the place, where anything in it is wrong; Conflict
-        where there is another run of its name; Busy where IMPORTS_MAX are under way."""
+    def may_import(self, caller: Caller) -> None:
+        """Raise Denied where the caller's role does not suffice to import anything."""
+        caller.check_role(OPERATE)
+
+    async def import_file(self, path: Path, caller: Caller) -> dict[str, Any]:
+        """Take the run in an export file. Raises Invalid, with the place, where anything in it is wrong; NotFound where
+        its project is out of the caller's reach; Conflict where there is another run of its name; Busy where
+        IMPORTS_MAX are under way."""
+        self.may_import(caller)
         if self._importing >= limits.IMPORTS_MAX:
             raise Busy(f"{limits.IMPORTS_MAX} imports are under way already; try again", 5.0)
         self._importing += 1
         try:
-            answer = await asyncio.to_thread(self._import, path)
+            answer = await asyncio.to_thread(self._import, path, caller)
             if answer["status"] == "unchanged":
-                await self._whole(answer["run"])  # that it is there says nothing about how it is
+                await self._whole(answer["run"], caller)  # that it is there says nothing about how it is
             return answer
         finally:
             self._importing -= 1
 
-    async def table(self, run: str, attempt: int | None) -> Iterator[bytes]:
+    async def table(self, run: str, attempt: int | None, caller: Caller) -> Iterator[bytes]:
         """The run's table as JSON lines, in pieces to be read outside the event loop. Raises NotFound."""
-        live = await self._whole(run)
+        live = await self._whole(run, caller)
         pieces = table(self._journal, live.spec, live.run, attempt)
         # The first piece comes now: what is wrong about the request shall be an answer, and no broken stream.
         first = await asyncio.to_thread(next, pieces)
         return _behind(first, pieces)
 
-    async def schedule(self, run: str, attempt: int | None) -> dict[str, Any]:
+    async def schedule(self, run: str, attempt: int | None, caller: Caller) -> dict[str, Any]:
         """The settings applied, as a static schedule. Raises NotFound, Invalid."""
-        live = await self._whole(run)
+        live = await self._whole(run, caller)
         return await asyncio.to_thread(schedule, self._journal, live.spec, live.run, attempt)
 
-    async def _whole(self, run: str) -> LiveRun:
+    async def _whole(self, run: str, caller: Caller) -> LiveRun:
         """The run; raises Damaged where it is, as a part of it would pass for all."""
+        caller.check_run(VIEW, run)
         live = await self._engine.find(run)
         self._engine.damage.check(run)
         return live
 
-    def signing_key(self) -> dict[str, str]:
+    def signing_key(self, caller: Caller) -> dict[str, str]:
         """The public key that exports are signed with."""
+        caller.check_role(VIEW)
         return {"public_key": pem(self._signer.public), "fingerprint": fingerprint(self._signer.public)}
 
-    def _import(self, path: Path) -> dict[str, Any]:
+    def _import(self, path: Path, caller: Caller) -> dict[str, Any]:
         checked = check(path)
         if checked.verdict.problem or checked.export is None or checked.run is None:
             raise Invalid(f"the export is not right: {checked.verdict.problem}")
         record = checked.export.record
+        if project_of(record.run) != record.project:  # access goes by the id, before anything is read
+            raise Invalid(f"the export is not right: run {record.run!r} cannot be of project {record.project!r}")
+        caller.check(OPERATE, record.project)
         answer = {"run": record.run, "seq": record.seq, "digest": record.hash.hex(), "signer": checked.signer}
         here = self._journal.record(record.run)
         if here is None:

@@ -21,6 +21,7 @@ from flyball_server.loading import parent_of
 from flyball_server.messages import Attach
 from flyball_server.rules import rules_of
 from flyball_server.signing import is_signed
+from flyball_server.storage.audit import Noted, noted
 from flyball_server.storage.blocks import SEGMENT, Stored, store, unpack_segment
 from flyball_server.storage.journal import Row, RunRecord, Snapshot
 
@@ -181,6 +182,16 @@ class ExportedRun:
     def __init__(self, export: Export) -> None:
         self._export = export
         self._found: list[tuple[Part, Stored]] = []
+        self._noted: list[Noted] = []
+
+    @property
+    def audit(self) -> ExportedRun:
+        """Itself: see `of`."""
+        return self
+
+    def of(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Noted]:
+        """What is noted of the rows read; a file keeps nothing of it apart from them."""
+        return iter(self._noted)
 
     def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
         """All rows, in order, or (after) those behind the newest. Raises Invalid or Damaged, with the place, where they
@@ -190,7 +201,7 @@ class ExportedRun:
         if after:
             return
         followed = _Followed()
-        self._found = []
+        self._found, self._noted = [], []
         with self._export.path.open("rb") as file:
             for part in self._export.parts:
                 steps: list[int] = []
@@ -199,16 +210,18 @@ class ExportedRun:
                     if row.seq == 1 and row.meta.get("spec") != self._export.manifest["specification"]:
                         raise Invalid("part 1 (manifest): its specification is not the one in row 1")
                     followed.take(row)
+                    if found := noted(row):
+                        self._noted.append(Noted(run, self._export.record.project, found))
                     steps += [step for step in (row.first_step, row.last_step) if step is not None]
                     yield row
                 assert row is not None
                 low, high = (min(steps), max(steps)) if steps else (None, None)
                 stored = Stored(part.first, part.last, SEGMENT, row.attempt, low, high, "", row.at, b"", row.hash)
                 self._found.append((part, stored))
-        for name, found in followed.record._asdict().items():
+        for name, right in followed.record._asdict().items():
             said = getattr(self._export.record, name)
-            if said != found or type(said) is not type(found):
-                raise Invalid(f"part 1 (manifest): its record's {name} is {said!r:.80}, and the rows say {found!r:.80}")
+            if said != right or type(said) is not type(right):
+                raise Invalid(f"part 1 (manifest): its record's {name} is {said!r:.80}, and the rows say {right!r:.80}")
 
     def record(self, run: str) -> RunRecord | None:
         """The projection, as the manifest has it."""

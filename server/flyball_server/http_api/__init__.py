@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastapi import FastAPI, Response
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
 
 from flyball_server import limits
+from flyball_server.auditing import Auditing
+from flyball_server.auth import Door
 from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
 from flyball_server.fleet import Fleet
 from flyball_server.freezing import Freezing
-from flyball_server.http_api import branches, commands, exports, fleet, problems, runs, steer, store
+from flyball_server.http_api import audit, branches, commands, exports, fleet, problems, runs, steer, store
+from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
+from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
 from flyball_server.service import Service
+from flyball_server.signed_heads import Heads
+from flyball_server.tokens import Tokens
+from flyball_server.webhooks import Hooks
 
 
 class Many(NamedTuple):
@@ -26,13 +34,22 @@ class Many(NamedTuple):
     canaries: Canaries
 
 
-def build(
-    service: Service, commanding: Commanding, many: Many, *, version: str, is_ready: Callable[[], bool],
-    exchange: Exchange,
-) -> FastAPI:  # fmt: skip
-    """The FastAPI application over one service, its commands, those of many runs, and its exchange. `is_ready`: false
-    while starting and draining."""
-    app = FastAPI(
+class Parts(NamedTuple):
+    """The use cases that the routes call."""
+
+    service: Service
+    commanding: Commanding
+    many: Many
+    exchange: Exchange
+    tokens: Tokens
+    auditing: Auditing
+    heads: Heads
+    hooks: Hooks
+
+
+def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool]) -> FastAPI:
+    """The application over all use cases. door: who comes in. is_ready: false while starting and draining."""
+    app = Application(
         title="Flyball",
         version=version,
         summary="Steers and audits the learning rates of training jobs",
@@ -40,14 +57,17 @@ def build(
         docs_url=None,
         redoc_url=None,
     )
-    problems.install(app)
-    app.include_router(steer.router(service))
-    app.include_router(runs.router(service))
-    app.include_router(branches.router(service))
-    app.include_router(commands.router(commanding))
-    app.include_router(fleet.router(*many))
-    app.include_router(store.router(service))
-    app.include_router(exports.router(exchange))
+
+    def denied(request: Request, why: str) -> None:
+        door.denied(caller_of(request), peer_of(request.scope), why)
+
+    problems.install(app, denied)
+    routers = [part.router(parts.service) for part in (steer, runs, branches, store)]
+    routers += [commands.router(parts.commanding), fleet.router(*parts.many), exports.router(parts.exchange)]
+    routers += [tokens_api.router(parts.tokens), audit.router(parts.auditing, parts.heads, parts.hooks)]
+    for routes in routers:
+        # The door has looked at the token already; this only tells readers of the schema that there is one.
+        app.include_router(routes, responses=problems.ANSWERS, dependencies=[Depends(HTTPBearer(auto_error=False))])
 
     @app.get("/healthz", tags=["probes"])
     async def healthz() -> dict[str, str]:
@@ -60,8 +80,9 @@ def build(
         if not is_ready():
             response.status_code = 503
             return {"status": "not ready"}
-        return await service.ready()
+        return await parts.service.ready()
 
     others = {exports.IMPORT_PATH: limits.IMPORT_BYTES_MAX}
     app.add_middleware(BodyLimit, bytes_max=limits.BODY_BYTES_MAX, others=others)
+    app.add_middleware(Guarded, door=door)  # outside of all: of who is not let in, no body is read
     return app

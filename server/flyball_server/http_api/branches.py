@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from flyball_server import limits
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count, RunDetail, detail
-from flyball_server.http_api.steer import actor_of
 from flyball_server.messages import Attach, Fork, WhatIfRequest
 from flyball_server.service import Service
 
@@ -79,17 +79,17 @@ def router(service: Service) -> APIRouter:
             shadows=body.shadows,
             fork=Fork(run, body.attempt, body.step),
         )
-        return detail(await service.fork(attach, actor_of(request)))
+        return detail(await service.fork(attach, caller_of(request)))
 
     @routes.get("/runs/{run}/lineage")
-    async def lineage(run: str) -> dict[str, Any]:
+    async def lineage(run: str, request: Request) -> dict[str, Any]:
         """Where a run comes from, the runs that left it, and its attempts with their gaps."""
-        return await service.lineage(run)
+        return await service.lineage(run, caller_of(request))
 
     @routes.post("/runs/{run}/what-if")
-    async def what_if(run: str, body: WhatIfBody) -> dict[str, Any]:
+    async def what_if(run: str, body: WhatIfBody, request: Request) -> dict[str, Any]:
         """What another policy would have decided on the recorded signals, beside what was decided. Changes nothing."""
         asked = WhatIfRequest(run, body.policy, body.base, body.guard, body.seed, body.attempt)
-        return await service.what_if(asked, points=body.points, limit=body.limit)
+        return await service.what_if(asked, caller_of(request), points=body.points, limit=body.limit)
 
     return routes

@@ -14,8 +14,8 @@ from flyball_server import limits
 from flyball_server.command_log import CommandView
 from flyball_server.commanding import Commanding
 from flyball_server.core.errors import Invalid
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count
-from flyball_server.http_api.steer import caller_of
 from flyball_server.messages import CommandRequest
 
 #: What of a body is no field of a kind's own.

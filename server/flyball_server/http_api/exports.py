@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from flyball_server.core.errors import Busy
 from flyball_server.exports.exchange import Exchange
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count
 
 #: Where bodies may be larger than elsewhere.
@@ -49,30 +50,32 @@ def router(exchange: Exchange) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["exports"])
 
     @routes.get("/runs/{run}/export", response_class=StreamingResponse)
-    async def export(run: str) -> StreamingResponse:
+    async def export(run: str, request: Request) -> StreamingResponse:
         """The run as one self-contained, signed file; docs/export.md describes it."""
-        return _stream(await exchange.export(run), "application/octet-stream")
+        return _stream(await exchange.export(run, caller_of(request)), "application/octet-stream")
 
     @routes.get("/runs/{run}/table", response_class=StreamingResponse)
-    async def table(run: str, attempt: Count | None = None) -> StreamingResponse:
+    async def table(run: str, request: Request, attempt: Count | None = None) -> StreamingResponse:
         """Every step of an attempt's line: a JSON line with `columns`, then one JSON array per step."""
-        return _stream(await exchange.table(run, attempt), "application/x-ndjson")
+        return _stream(await exchange.table(run, attempt, caller_of(request)), "application/x-ndjson")
 
     @routes.get("/runs/{run}/schedule")
-    async def schedule(run: str, attempt: Count | None = None) -> dict[str, Any]:
+    async def schedule(run: str, request: Request, attempt: Count | None = None) -> dict[str, Any]:
         """The settings applied on an attempt's line, as a static schedule by parameter group."""
-        return await exchange.schedule(run, attempt)
+        return await exchange.schedule(run, attempt, caller_of(request))
 
     @routes.get("/signing-key")
-    async def signing_key() -> SigningKey:
+    async def signing_key(request: Request) -> SigningKey:
         """The public key that exports are signed with."""
-        return SigningKey(**exchange.signing_key())
+        return SigningKey(**exchange.signing_key(caller_of(request)))
 
     @routes.post("/import")
     async def import_run(request: Request) -> Imported:
         """Take the run in an export file (the raw body), once all of it is checked."""
+        caller = caller_of(request)
+        exchange.may_import(caller)  # before a gigabyte is taken in
         async with _kept(request) as path:
-            return Imported(**await exchange.import_file(path))
+            return Imported(**await exchange.import_file(path, caller))
 
     return routes
 

@@ -15,7 +15,7 @@ from flyball_server.core.errors import Invalid
 from flyball_server.fleet import Fleet, FleetRequest
 from flyball_server.freezing import Freezing
 from flyball_server.http_api.commands import CommandBody, asked
-from flyball_server.http_api.steer import caller_of
+from flyball_server.http_api.guarded import caller_of
 
 Key = Annotated[str, Header(description="repeating a request with it means the same runs, and commands none twice")]
 

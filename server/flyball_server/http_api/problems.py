@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from flyball_server.core.errors import Busy, SteeringError
+from flyball_server.core.errors import Busy, Denied, SteeringError, Unauthenticated
 
 STATUS = {
     "invalid": (422, "The request is wrong"),
     "not_found": (404, "There is no such thing"),
     "conflict": (409, "Somebody else moved first"),
     "stale": (412, "Somebody else moved first"),
+    "unauthenticated": (401, "Nobody knows who asks"),
     "denied": (403, "Not allowed"),
     "busy": (503, "A limit is full, come back later"),
+    "limited": (429, "Too many requests"),
     "damaged": (500, "The stored record is damaged"),
     "internal": (500, "The service failed"),
+}
+
+
+class Problem(BaseModel):
+    """RFC 9457. code: the machine's word; detail: the field, the value and the remedy."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+#: What every route may answer besides what it is asked for.
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 }
 
 
@@ -39,14 +61,31 @@ def _found(error: Any) -> str:
     return f"{where}: {error['msg']} (got {error['input']!r:.80})"
 
 
-def install(app: FastAPI) -> None:
-    """Make every error of `app` a problem document."""
+def of(error: SteeringError) -> JSONResponse:
+    """The problem document of one of our errors."""
+    status, title = STATUS[error.code]
+    headers: dict[str, str] = {}
+    if isinstance(error, Busy):
+        headers["Retry-After"] = str(max(1, ceil(error.retry_after_s)))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="flyball"'
+    return problem(status, title, str(error), error.code, headers)
+
+
+def unexpected() -> JSONResponse:
+    """The problem document of what nobody thought of: it stands in the log, not in the answer."""
+    status, title = STATUS["internal"]
+    return problem(status, title, "an unexpected error; the service's log has it", "internal")
+
+
+def install(app: FastAPI, denied: Callable[[Request, str], None]) -> None:
+    """Make every error of `app` a problem document. denied: told of each refusal for want of a role."""
 
     @app.exception_handler(SteeringError)
-    async def steering(_: Request, error: SteeringError) -> JSONResponse:
-        status, title = STATUS[error.code]
-        headers = {"Retry-After": str(max(1, round(error.retry_after_s)))} if isinstance(error, Busy) else None
-        return problem(status, title, str(error), error.code, headers)
+    async def steering(request: Request, error: SteeringError) -> JSONResponse:
+        if isinstance(error, Denied):
+            denied(request, str(error))
+        return of(error)
 
     @app.exception_handler(RequestValidationError)
     async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -59,7 +98,5 @@ def install(app: FastAPI) -> None:
         return problem(error.status_code, title, str(error.detail), code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        # What went wrong stands in the log (starlette raises it on), not in the answer.
-        status, title = STATUS["internal"]
-        return problem(status, title, "an unexpected error; the service's log has it", "internal")
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return unexpected()  # starlette raises it on, and so it comes to the log

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from flyball_server import limits, records
@@ -16,6 +16,7 @@ from flyball_server.core.commands import Command, control_values
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
 from flyball_server.guards import json_schema as guard_schema
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.policy_files import json_schema, summary
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.queries import SeriesRequest, plain
@@ -28,7 +29,8 @@ Count = Annotated[int, Field(ge=0, le=limits.INTEGER_MAX)]
 
 
 class RunSummary(BaseModel):
-    """A run in a listing. status: created, active, stale (active without news for 60 s), finished, failed, deleted, or
+    """A run in a listing. status: created, active, stale and lost (active without news for 60 s,
+    900 s), finished, failed, deleted, or
     damaged (`problem` says what is)."""
 
     run: str
@@ -150,6 +152,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/runs")
     async def list_runs(
+        request: Request,
         project: str | None = None,
         status: str | None = None,
         policy: str | None = None,
@@ -157,23 +160,24 @@ def router(service: Service) -> APIRouter:
         cursor: str | None = None,
         limit: Count = 50,
     ) -> RunPage:
-        """Runs, newest first; deleted ones only by their status. status: created, active, stale, finished, failed,
-        deleted; policy: NAME or NAME@VERSION."""
+        """Runs, newest first; deleted ones only by their status. status: created, active, stale, lost, finished,
+        failed, deleted; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
-        views, following = await service.list_runs(where, cursor, limit)
+        views, following = await service.list_runs(where, cursor, limit, caller_of(request))
         return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)
 
     @routes.get("/runs/{run}")
-    async def get_run(run: str, response: Response) -> RunDetail:
+    async def get_run(run: str, request: Request, response: Response) -> RunDetail:
         """One run: status, attempt, step, settings now, newest signals, policy, staleness, commands, conflicts. Its
         ETag is what a command's If-Match takes."""
-        found = detail(await service.get_run(run))
+        found = detail(await service.get_run(run, caller_of(request)))
         response.headers["ETag"] = f'"{found.seq}"'
         return found
 
     @routes.get("/runs/{run}/series")
     async def series(
         run: str,
+        request: Request,
         signals: Annotated[str, Query(description="comma-separated: loss, lr:GROUP, decided_lr:GROUP ...")] = "loss",
         points: Count = 2000,
         from_step: Annotated[Count | None, Query(alias="from")] = None,
@@ -182,26 +186,28 @@ def router(service: Service) -> APIRouter:
     ) -> dict[str, Any]:
         """Signals and settings over the steps, thinned to the smallest and largest of equal step ranges."""
         names = [name.strip() for name in signals.split(",") if name.strip()]
-        return await service.series(run, SeriesRequest(names, points, from_step, to_step, attempt))
+        asked = SeriesRequest(names, points, from_step, to_step, attempt)
+        return await service.series(run, asked, caller_of(request))
 
     @routes.get("/runs/{run}/decisions")
     async def decisions(
-        run: str, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
+        run: str, request: Request, after: Count = 0, limit: Count = 1000, newest: bool = False, shadow: str = ""
     ) -> dict[str, Any]:
         """The decisions that moved something, with code, reason and numbers, in journal order.
 
         `after`: a journal seq, the `next` of the page before. `newest`: the last `limit` ones instead. `shadow`: those
         of the run's shadow policy of this name.
         """
-        return await service.decisions(run, after=after, limit=limit, newest=newest, shadow=shadow)
+        caller = caller_of(request)
+        return await service.decisions(run, caller, after=after, limit=limit, newest=newest, shadow=shadow)
 
     @routes.get("/runs/{run}/episodes")
-    async def episodes(run: str) -> dict[str, Any]:
+    async def episodes(run: str, request: Request) -> dict[str, Any]:
         """Of a run under `aees`: arms, rewards, losses and steps of its closed episodes, one list each."""
-        return await service.episodes(run)
+        return await service.episodes(run, caller_of(request))
 
     @routes.get("/policies")
-    async def policies() -> dict[str, Any]:
+    async def policies(request: Request) -> dict[str, Any]:
         """Every policy and base schedule with the JSON Schema of its parameters; presets, guards and profiles."""
         return {
             "policies": [
@@ -216,7 +222,7 @@ def router(service: Service) -> APIRouter:
             "guard_schema": guard_schema(),
             "profiles": [
                 {"name": p.name, "summary": p.about, "policy": p.policy, "guard": p.guard}
-                for p in service.profiles.values()
+                for p in service.profiles(caller_of(request)).values()
             ],
         }
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from flyball_server.access import Caller
 from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Fork, Report
+from flyball_server.http_api.guarded import caller_of
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import Service
 
 Number = Annotated[float, Field(description='a number, or "NaN", "Infinity", "-Infinity"')]
@@ -119,9 +119,12 @@ class ReportBody(_Body):
 
 
 class SignalsBody(_Body):
-    """Side signals by name."""
+    """Side signals by name. source, number: who reports, and its count 1, 2, 3 ...: each number is taken once."""
 
-    signals: dict[str, Number]
+    signals: dict[str, Number] = {}
+    source: str = ""
+    number: int = 0
+    note: str = ""
 
 
 class ChangesBody(BaseModel):
@@ -198,7 +201,7 @@ def router(service: Service) -> APIRouter:
         groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
         fork = None if body.fork is None else Fork(**dict(body.fork))
         fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups, "fork": fork}
-        return _attached(await service.attach(Attach(**fields), actor_of(request)))
+        return _attached(await service.attach(Attach(**fields), caller_of(request)))
 
     @routes.post("/runs/{run}/report")
     async def report(run: str, body: ReportBody, request: Request) -> AdviceBody:
@@ -216,24 +219,14 @@ def router(service: Service) -> APIRouter:
             body.end,
             tuple(Control(**dict(c)) for c in body.controls),
         )
-        return _advice(await service.report(message, actor_of(request)))
+        return _advice(await service.report(message, caller_of(request)))
 
     @routes.post("/runs/{run}/signals")
     async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
-        """Signals from another process, such as an evaluation job; the policy sees them with the next step."""
-        return SignalsReply(seq=await service.add_signals(run, body.signals, actor_of(request)))
+        """Signals and notes from another process, such as an evaluation job; the policy sees them at the next step."""
+        return SignalsReply(seq=await service.add_signals(run, SideReport(**dict(body)), caller_of(request)))
 
     return routes
-
-
-def caller_of(request: Request) -> Caller:
-    """Who asks, and what they may do."""
-    return Caller(actor_of(request), "admin")
-
-
-def actor_of(request: Request) -> str:
-    """Who asks, for the record."""
-    return f"http:{request.client.host}" if request.client else "http:"
 
 
 def _receipt(r: ReceiptBody) -> Receipt:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
 from flyball_server import limits
+from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count
-from flyball_server.http_api.steer import actor_of
 from flyball_server.service import Service
 
 
@@ -61,20 +61,21 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["store"])
 
     @routes.get("/store")
-    async def store() -> Store:
+    async def store(request: Request) -> Store:
         """Bytes used, their limit, free bytes of the disk, whether the store is full, and runs found damaged."""
-        return Store(**(await service.usage())._asdict(), damaged=dict(service.damaged()))
+        caller = caller_of(request)
+        return Store(**(await service.usage(caller))._asdict(), damaged=dict(service.damaged(caller)))
 
     @routes.delete("/runs/{run}")
     async def delete(
         run: str, request: Request, reason: Annotated[str, Query(description="why; stays in the tombstone")] = ""
     ) -> Tombstone:
         """Delete a run for good. Its name is not used again; the answer is what is left of it."""
-        return Tombstone(**await service.delete_run(run, reason, actor_of(request)))
+        return Tombstone(**await service.delete_run(run, reason, caller_of(request)))
 
     @routes.get("/tombstones")
-    async def tombstones(after: Count = 0, limit: Count = limits.TOMBSTONES_MAX) -> TombstonePage:
+    async def tombstones(request: Request, after: Count = 0, limit: Count = limits.TOMBSTONES_MAX) -> TombstonePage:
         """The deleted runs, oldest first: which, when, by whom and why."""
-        return TombstonePage(**await service.tombstones(after, limit))
+        return TombstonePage(**await service.tombstones(after, limit, caller_of(request)))
 
     return routes

@@ -154,9 +154,11 @@ def prove(run: str, previous: bytes, rows: Iterable[Stored]) -> None:
         previous = row.hash
 
 
-def unpack(run: str, stored: Stored) -> Iterable[Row]:
-    """The row, or the rows of the segment."""
-    return unpack_segment(run, stored) if stored.last_seq > stored.seq else (unpack_row(run, stored),)
+def unpack(run: str, stored: Stored, kinds: frozenset[str] | None = None) -> Iterable[Row]:
+    """The row, or the rows of the segment; `kinds`: of these kinds only."""
+    if stored.last_seq > stored.seq:
+        return unpack_segment(run, stored, kinds)
+    return (unpack_row(run, stored),) if kinds is None or stored.kind in kinds else ()
 
 
 @lru_cache(LAYOUTS_MAX)
@@ -320,10 +322,13 @@ def _decode(data: memoryview, count: int) -> tuple[bytes, Batch]:
     return bytes.fromhex(head["previous"]), Batch(rows, head["actors"], metas, shapes, sizes, planes)
 
 
-def unpack_segment(run: str, segment: Stored) -> Iterator[Row]:
+def unpack_segment(run: str, segment: Stored, kinds: frozenset[str] | None = None) -> Iterator[Row]:
     """The segment's rows. Their hashes are computed again; behind the last row, Damaged where its hash is not the
-    table's. Reading only the first rows costs little more than these."""
+    table's. Reading only the first rows costs little more than these. kinds: of these only; a segment that has none of
+    them is not unpacked."""
     previous, batch = read_segment(run, segment)
+    if kinds is not None and not any(shape.kind in kinds for shape in batch.shapes):
+        return
     streams = [
         [iter(_pieces(unshuffle(p, WIDTHS[t]).tobytes(), s)) for p, s, (_, t) in zip(ps, ss, form.columns, strict=True)]
         for ps, ss, form in zip(batch.planes, batch.sizes, batch.shapes, strict=True)
@@ -340,7 +345,8 @@ def unpack_segment(run: str, segment: Stored) -> Iterator[Row]:
             json.loads(batch.metas[meta]), columns, previous,
         )  # fmt: skip
         previous = chained(previous, run, row)
-        yield row._replace(hash=previous)
+        if kinds is None or form.kind in kinds:
+            yield row._replace(hash=previous)
     if previous != segment.hash or seq != segment.last_seq:
         raise Damaged(
             f"run {run!r}, rows {segment.seq} to {segment.last_seq} are damaged: their hash chain does not end "

@@ -20,7 +20,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from flyball_server.storage.audit import Audit
     from flyball_server.storage.blocks import Stored
+    from flyball_server.storage.outbox import Delivery, Outbox
 
 #: The hash "before" the first row of a run.
 GENESIS = bytes(32)
@@ -98,6 +100,8 @@ class Append(NamedTuple):
     snapshot: Snapshot | None
     #: Whatever the caller wants back with the result (a future, say); the store does not look at it.
     token: Any
+    #: What others are to be told of these rows, once they are written.
+    deliveries: tuple[Delivery, ...] = ()
 
 
 class Deletion(NamedTuple):
@@ -138,15 +142,18 @@ class Usage(NamedTuple):
 
 class RunFilter(NamedTuple):
     """Which runs to list; None matches all, but deleted ones are only listed by status. `labels` must all match.
-    `stale_before` (with status "active" or "stale"): a run is stale when its `updated_at` is older than this time.
-    `parent`: the forks of this run."""
+    `stale_before`, `lost_before` (with status "active", "stale" or "lost"): an active run is stale when its newest row
+    and the newest sign of life of its job (`Journal.hear`) are older than the one time, and lost when older than the
+    other. `parent`: the forks of this run. `projects`: of any of these only."""
 
     project: str | None = None
     status: str | None = None
     policy: str | None = None
     labels: Mapping[str, str] | None = None
     stale_before: int | None = None
+    lost_before: int | None = None
     parent: str | None = None
+    projects: frozenset[str] | None = None
 
 
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
@@ -156,9 +163,11 @@ Deliver = Callable[[Sequence[tuple[Work, Exception | None]]], None]
 class Reading(Protocol):
     """What a query needs from a store."""
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
-        """The rows with after < seq <= until, in order. Raises Damaged where one cannot be read; hashes are for
-        the reader to check."""
+    def rows(
+        self, run: str, *, after: int = 0, until: int | None = None, kinds: frozenset[str] | None = None
+    ) -> Iterator[Row]:
+        """The rows with after < seq <= until (of these kinds), in order. Raises Damaged where one cannot be read;
+        hashes are for the reader to check. With `kinds` not everything that lies between is read."""
 
     def blocks(self, run: str, columns: Iterable[str]) -> Iterator[Block]:
         """The packed form for series: see `Block`. Much cheaper than `rows` for long runs."""
@@ -166,6 +175,14 @@ class Reading(Protocol):
 
 class Journal(Reading, Protocol):
     """What the engine needs from a store. `memory.MemoryJournal` and `sql.SqlJournal` keep it."""
+
+    @property
+    def audit(self) -> Audit:
+        """The rows that people ask for, of all runs and of STORE."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """What is to be sent to others."""
 
     def start(self, deliver: Deliver) -> None:
         """Open the store (creating or migrating its schema) and begin to accept appends."""
@@ -182,6 +199,13 @@ class Journal(Reading, Protocol):
     def delete(self, deletion: Deletion) -> None:
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
+
+    def hear(self, run: str, at: int) -> None:
+        """Remember that the run's job said at this time (microseconds since 1970 UTC) that it lives, though it had
+        nothing to add to the journal. Returns at once, and may be lost: no fold depends on it."""
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        """Those of the runs whose jobs were heard of, and when last."""
 
     def note(self, note: Note) -> None:
         """Accept a row for STORE. Its result comes through `deliver`: Conflict where STORE has gone on meanwhile. It

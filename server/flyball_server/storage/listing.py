@@ -53,15 +53,19 @@ def conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
     found: list[sa.ColumnElement[bool]] = []
     if where.project is not None:
         found.append(runs.project == where.project)
+    if where.projects is not None:
+        found.append(runs.project.in_(sorted(where.projects)))
     if where.status is None:
         found.append(runs.status != DELETED)
     else:
-        found.append(runs.status == ("active" if where.status == "stale" else where.status))
-    if where.status == "stale":
-        stale_before = where.stale_before
-        found.append(sa.false() if stale_before is None else runs.updated_at < stale_before)
+        found.append(runs.status == ("active" if where.status in ("stale", "lost") else where.status))
+    if where.status in ("stale", "lost"):
+        newest = where.stale_before if where.status == "stale" else where.lost_before
+        found.append(sa.false() if newest is None else _silent_since(newest))
+    if where.status == "stale" and where.lost_before is not None:
+        found.append(~_silent_since(where.lost_before))
     if where.status == "active" and where.stale_before is not None:
-        found.append(runs.updated_at >= where.stale_before)
+        found.append(~_silent_since(where.stale_before))
     if where.policy is not None:  # LIKE would ignore case
         versions = where.policy + "@"
         found.append((runs.policy == where.policy) | (sa.func.substr(runs.policy, 1, len(versions)) == versions))
@@ -71,3 +75,10 @@ def conditions(where: RunFilter) -> list[sa.ColumnElement[bool]]:
         labels = tables.labels.c
         found.append(runs.run.in_(sa.select(labels.run).where(labels.key == key, labels.value == value)))
     return found
+
+
+def _silent_since(before: int) -> sa.ColumnElement[bool]:
+    """Whether a run has had neither a row nor a sign of life since."""
+    runs, heard = tables.runs.c, tables.heard.c
+    later = sa.select(heard.run).where(heard.run == runs.run, heard.at >= before)
+    return (runs.updated_at < before) & ~sa.exists(later)

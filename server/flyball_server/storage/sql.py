@@ -8,9 +8,8 @@ rows merged that the page before found single; both forms say the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 import sqlalchemy as sa
@@ -18,6 +17,7 @@ import sqlalchemy as sa
 from flyball_server import limits
 from flyball_server.core.errors import Busy, Damaged, Invalid
 from flyball_server.storage import checking, tables
+from flyball_server.storage.audit import NOTED, SqlAudit
 from flyball_server.storage.blocks import Stored, check_types, unpack
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.journal import (
@@ -33,14 +33,11 @@ from flyball_server.storage.journal import (
     Usage,
 )
 from flyball_server.storage.listing import conditions, record_of
+from flyball_server.storage.locking import hold
+from flyball_server.storage.outbox import SqlOutbox
 from flyball_server.storage.packing import unseal
 from flyball_server.storage.series import row_blocks, segment_blocks
 from flyball_server.storage.writer import Writer
-
-try:
-    import fcntl
-except ImportError:  # Windows: SQLite's own locks remain, which keep the file whole but not to one process
-    fcntl = None  # type: ignore[assignment]
 
 #: How long a statement waits for a lock that some other program holds on the file.
 LOCK_WAIT_S = 2.0
@@ -79,6 +76,8 @@ class SqlJournal:
         self._read_only = read_only
         self._beside = beside
         self._gauge = Gauge(self._path, bytes_max, disk_free_min)
+        self.audit = SqlAudit(self._read)
+        self.outbox = SqlOutbox(self._read, lambda work: self._open().transact(work))
 
     def start(self, deliver: Deliver) -> None:
         """Raises Invalid where the file is not a journal, and Busy where another process has it open."""
@@ -87,7 +86,7 @@ class SqlJournal:
             if self._beside:
                 self._start_writing(self._engine(pool_size=1, max_overflow=0), deliver)
             return
-        self._lock = _lock(os.path.realpath(self._path))  # two names of one file are one file
+        self._lock = hold(os.path.realpath(self._path))  # two names of one file are one file
         try:
             writing = self._engine(pool_size=1, max_overflow=0)
             self._prepare(writing)
@@ -118,6 +117,15 @@ class SqlJournal:
 
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
+
+    def hear(self, run: str, at: int) -> None:
+        self._open().hear(run, at)
+
+    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+        table = tables.heard.c
+        with self._read() as connection:
+            query = sa.select(table.run, table.at).where(table.run.in_(runs))
+            return {run: at for run, at in connection.execute(query) if type(at) is int}
 
     def note(self, note: Note) -> None:
         if self._writer is None:
@@ -184,7 +192,8 @@ class SqlJournal:
         try:
             with self._read() as connection:
                 known = is_current(connection)
-                self._check_schema(connection)
+                if known:
+                    self._check_schema(connection)
         except Damaged as error:
             self.close()
             raise Invalid(str(error)) from error
@@ -261,10 +270,15 @@ class SqlJournal:
         with self._read() as connection:
             return [record_of(found) for found in connection.execute(query)]
 
-    def rows(self, run: str, *, after: int = 0, until: int | None = None) -> Iterator[Row]:
+    def rows(
+        self, run: str, *, after: int = 0, until: int | None = None, kinds: frozenset[str] | None = None
+    ) -> Iterator[Row]:
+        if kinds is not None and kinds <= NOTED:
+            yield from (one.row for one in self.audit.of(run, after=after, until=until) if one.row.kind in kinds)
+            return
         for page in self._pages(run, after, until):
             for stored in page:
-                for row in unpack(run, stored):
+                for row in unpack(run, stored, kinds):
                     if until is not None and row.seq > until:
                         return
                     if row.seq > after:
@@ -300,7 +314,7 @@ class SqlJournal:
 
     def names(self) -> list[str]:
         found: set[str] = set()
-        for table in tables.metadata.sorted_tables:
+        for table in tables.OF_RUNS:
             try:
                 with self._read() as connection:
                     found.update(map(str, connection.execute(sa.select(table.c.run).distinct()).scalars()))
@@ -351,34 +365,6 @@ class SqlJournal:
 
 def _not_for_writing() -> Busy:
     return Busy("the journal is not started, or was opened beside the service that writes it")
-
-
-def _lock(path: str) -> IO[str]:
-    """Hold PATH.lock for as long as the file is open."""
-    try:
-        lock = Path(path + ".lock").open("a+")  # noqa: SIM115 - held until close
-    except OSError as error:
-        raise Invalid(f"{path} cannot be created or opened: {error.strerror}") from error
-    if fcntl:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip()
-            lock.close()
-            raise Busy(
-                f"{path} is in use by another Flyball server (process {owner or 'unknown'}): stop that one first, or "
-                "name another file"
-            ) from error
-    try:
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-    except OSError as error:
-        with suppress(OSError):  # closing tries to write once more
-            lock.close()
-        raise Busy(f"{path} cannot be opened now: {error.strerror} (writing {path}.lock)") from error
-    return lock
 
 
 def _text(data: bytes) -> str:

@@ -7,6 +7,9 @@ journal    a run's rows, one table row each, or a segment of many (last_seq > se
 snapshots  cached folds (zstd), free to be dropped
 runs       the projection for listing, always of the newest row; `labels` as JSON text
 labels     the same labels once more, one per table row, for filtering
+heard      when a run's job was heard of without anything for the journal; no fold depends on it
+audit      copies of the rows that people ask for, made again from the journal at any time (see `audit`)
+deliveries what is to be sent to others, and what became of it (see `outbox`)
 """
 
 from __future__ import annotations
@@ -66,6 +69,55 @@ runs = sa.Table(
     sa.Index("runs_by_parent", "parent", "created_at", "run", sqlite_where=sa.text("parent <> ''")),
 )
 
+heard = sa.Table(
+    "heard",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("run", sa.Text, primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("project", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("first_step", sa.BigInteger),
+    sa.Column("last_step", sa.BigInteger),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("meta", sa.Text, nullable=False),
+    sa.Column("hash", sa.LargeBinary, nullable=False),
+    sa.Index("audit_by_time", "at", "run", "seq"),
+    sa.Index("audit_of_project", "project", "at", "run", "seq"),
+    sa.Index("audit_by_kind", "kind", "at", "run", "seq"),
+    sa.Index("audit_by_actor", "actor", "at", "run", "seq"),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    # SQLite numbers rows by itself only where the column is an INTEGER.
+    sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("id", sa.Text, nullable=False),
+    sa.Column("hook", sa.Text, nullable=False),
+    sa.Column("event", sa.Text, nullable=False),
+    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("project", sa.Text, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("attempts", sa.BigInteger, nullable=False),
+    sa.Column("next_at", sa.BigInteger, nullable=False),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("done_at", sa.BigInteger, nullable=False),
+    sa.Index("deliveries_by_id", "id", unique=True),
+    sa.Index("deliveries_of_hook", "hook", "status", "number"),
+)
+
 labels = sa.Table(
     "labels",
     metadata,
@@ -74,6 +126,9 @@ labels = sa.Table(
     sa.Column("value", sa.Text, nullable=False),
     sa.Index("labels_by_value", "key", "value", "run"),
 )
+
+#: The tables whose rows belong to runs: what has none in any of these is no run.
+OF_RUNS = (journal, snapshots, runs, heard, audit, labels)
 
 
 def insert_or_update(table: sa.Table, dialect: str) -> sa.Insert:

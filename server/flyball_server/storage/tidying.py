@@ -126,7 +126,7 @@ def lock_store(connection: sa.Connection, seq: int) -> None:
 def remove(connection: sa.Connection, save_row: tables.Prepared, deletion: Deletion) -> None:
     """Take a run away and write its tombstone."""
     run = deletion.record.run
-    for table in (tables.journal, tables.snapshots, tables.labels):
+    for table in (tables.journal, tables.snapshots, tables.labels, tables.heard, tables.audit):
         connection.execute(sa.delete(table).where(table.c.run == run))
     save_run = tables.insert_or_update(tables.runs, connection.dialect.name)
     connection.execute(save_run, [{**deletion.record._asdict(), "labels": json.dumps(dict(deletion.record.labels))}])

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from flyball_server.core.errors import Busy, Conflict, Damaged, SteeringError
-from flyball_server.storage import tables, tidying
+from flyball_server.storage import audit, outbox, tables, tidying
 from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.heads import Head, load_head
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Request(NamedTuple):
-    """Work for the writer's thread that somebody waits for."""
+    """Other work for the writer's thread; most of it somebody waits for."""
 
     work: Callable[[], None]
     done: Future[None]
@@ -75,6 +75,7 @@ class Writer:
         #: Observations written and not yet made up for by compacting: what a round may spend on overdue runs.
         self._owed = 0
         self._save_row = tables.Prepared(sa.insert(tables.journal), engine.dialect)
+        self._save_noted = tables.Prepared(sa.insert(tables.audit), engine.dialect)
         self._save_snapshot = tables.insert_or_update(tables.snapshots, engine.dialect.name)
         self._save_run = tables.insert_or_update(tables.runs, engine.dialect.name)
         self._move_run = tables.Prepared(tables.MOVE_RUN, engine.dialect)
@@ -92,6 +93,9 @@ class Writer:
     def note(self, note: Note) -> None:
         self._put(note)
 
+    def hear(self, run: str, at: int) -> None:
+        self._put(_Request(lambda: self._hear(run, at), Future()))
+
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._ask(lambda: self._insert(record, segments))
 
@@ -100,6 +104,10 @@ class Writer:
 
     def shrink(self) -> None:
         self._ask(self._vacuum)
+
+    def transact(self, work: Callable[[sa.Connection], object]) -> None:
+        """Do the work in a transaction of its own, and wait until it is durable."""
+        self._ask(lambda: self._transact(work))
 
     def _ask(self, work: Callable[[], None]) -> None:
         request = _Request(work, Future())
@@ -184,6 +192,7 @@ class Writer:
             if head.deleted or (expected is not None and head.seq != expected):
                 raise Conflict(f"{run!r} is at {head.seq}, not at {expected}")
             tidying.remove(self._connection, self._save_row, deletion)
+            self._save_noted.execute(self._connection, [audit.table_row(STORE, "", deletion.row)])
         self._heads.pop(run, None)
 
     def _set_down(self, note: Note) -> None:
@@ -192,6 +201,19 @@ class Writer:
         with self._connection.begin():
             tidying.lock_store(self._connection, note.row.seq - 1)
             self._save_row.execute(self._connection, [{"run": STORE, **store(note.row)._asdict()}])
+            self._save_noted.execute(self._connection, [audit.table_row(STORE, "", note.row)])
+
+    def _hear(self, run: str, at: int) -> None:
+        if not self._gone() and not self._gauge.full(self._driver):
+            save = tables.insert_or_update(tables.heard, self._connection.dialect.name)
+            with self._connection.begin():
+                self._connection.execute(save, [{"run": run, "at": at}])
+
+    def _transact(self, work: Callable[[sa.Connection], object]) -> None:
+        if why := self._gone():
+            raise Busy(why)
+        with self._connection.begin():
+            work(self._connection)
 
     def _compact_all(self, run: str) -> None:
         try:
@@ -201,6 +223,8 @@ class Writer:
             while joined:
                 with self._connection.begin():
                     joined = tidying.join(self._connection, self._save_row, run)
+            with self._connection.begin():
+                audit.make_again(self._connection, run)
         finally:
             self._heads.pop(run, None)
 
@@ -226,6 +250,7 @@ class Writer:
                 for one in segments:
                     self._save_row.execute(self._connection, [{"run": run, **one._asdict()}])
                 self._save([], {run: Append(0, (), record, None, None)}, [], {run: record.labels})
+                audit.make_again(self._connection, run)
         finally:
             self._heads.pop(run, None)
 
@@ -261,6 +286,8 @@ class Writer:
         rows: list[dict[str, Any]] = []
         written: dict[str, Append] = {}
         snapshots: list[dict[str, Any]] = []
+        noted: list[dict[str, Any]] = []
+        deliveries: list[dict[str, Any]] = []
         labels: dict[str, Mapping[str, str]] = {}
         try:
             with self._connection.begin():
@@ -273,12 +300,18 @@ class Writer:
                         continue
                     rows += new_rows
                     snapshots += new_snapshot
+                    noted += _noted_rows(append)
+                    deliveries += map(outbox.table_row, append.deliveries)
                     if head.labels != append.record.labels:
                         labels[append.record.run] = append.record.labels
                     self._owed += head.advance(append)
                     written[append.record.run] = append
                     results.append((append, None))
                 self._save(rows, written, snapshots, labels)
+                if noted:
+                    self._save_noted.execute(self._connection, noted)
+                if deliveries:
+                    self._connection.execute(outbox.adding(self._connection.dialect.name), deliveries)
         except BaseException:
             for append in appends:
                 self._heads.pop(append.record.run, None)
@@ -390,6 +423,11 @@ def _table_rows(append: Append) -> tuple[list[dict[str, Any]], list[dict[str, An
     if snapshot is None:
         return rows, []
     return rows, [{"run": run, **snapshot._asdict(), "state": seal([snapshot.state.encode()])}]
+
+
+def _noted_rows(append: Append) -> list[dict[str, Any]]:
+    record = append.record
+    return [audit.table_row(record.run, record.project, one) for row in append.rows if (one := audit.noted(row))]
 
 
 def meaning(error: Exception) -> Exception:
