@@ -14,7 +14,9 @@ from tests.test_commands import Job
 
 import flyball_server
 from flyball_server import comparing, limits
+from flyball_server.access import Caller
 from flyball_server.canaries import fraction
+from flyball_server.http_api import fleet as http_fleet
 
 CONSTANT = {"type": "constant"}
 
@@ -41,11 +43,15 @@ def members_of(found):
     return [one["run"] for one in found["members"]]
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """Who comes later is looked for at once."""
+    monkeypatch.setattr(limits, "CANARY_EVERY_S", 0.05)
+
+
 @pytest.fixture
-def http(tmp_path):
-    store = f"sqlite:///{tmp_path / 'f.db'}"
-    with flyball_server.running(store=store) as service, httpx.Client(base_url=service.http, timeout=30) as client:
-        client.store = store
+def http():
+    with flyball_server.running() as service, httpx.Client(base_url=service.http, timeout=30) as client:
         yield client
 
 
@@ -95,15 +101,14 @@ def test_a_share_chosen_by_hash_is_switched_compared_and_switched_back(http):
     assert "closed: back by http:127.0.0.1: no gain" in refused["detail"]
 
 
-def test_the_rest_is_switched_by_a_promotion_also_after_a_restart(http):
+def test_the_rest_is_switched_by_a_promotion_and_nobody_joins_after_it(http):
     jobs = {name: begin(http, name) for name in "abcdef"}
     started = post(http, "", status=201, selector="run=*", policy="plateau", share=0.4, reason="is it better?")
     members = members_of(started)
     assert 0 < len(members) < 6
     other = post(http, "", status=409, selector="run=a", policy="cycle", share=1, reason="as well")
     assert f"canary {started['id']}" in other["detail"]
-    with httpx.Client(base_url=str(http.base_url), timeout=30) as same:
-        found = post(same, f"/{started['id']}/promote", reason="it is")
+    found = post(http, f"/{started['id']}/promote", reason="it is")
     assert sorted(one["run"] for one in found["results"]) == sorted(started["controls"])
     assert {policy_of(job)[0] for job in jobs.values()} == {"plateau@1"}
     listed = http.get("/v1/canaries").json()["canaries"]
@@ -111,12 +116,11 @@ def test_the_rest_is_switched_by_a_promotion_also_after_a_restart(http):
         (started["id"], "promoted", "it is")
     ]
     late = begin(http, "late")
-    time.sleep(limits.CANARY_EVERY_S + 0.5)
+    time.sleep(0.3)
     assert policy_of(late)[0] == "constant@1", "a closed canary takes nobody in"
 
 
-def test_a_run_that_comes_later_joins_by_its_hash_and_a_restart_forgets_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "CANARY_EVERY_S", 0.05)
+def test_a_run_that_comes_later_joins_by_its_hash_and_a_restart_forgets_nothing(tmp_path):
     store = f"sqlite:///{tmp_path / 'f.db'}"
     with flyball_server.running(store=store) as service, httpx.Client(base_url=service.http, timeout=30) as http:
         jobs = {"first": begin(http, "first")}
@@ -172,6 +176,29 @@ def test_a_wrong_canary_is_refused_and_nothing_begins(http, body, words):
     begin(http, "r")
     assert words in post(http, "", status=422, **{"selector": "run=*", "reason": "why", **body})["detail"]
     assert http.get("/v1/canaries").json()["canaries"] == []
+
+
+def test_who_reaches_only_some_of_the_runs_sees_those_and_ends_nothing(http, monkeypatch):
+    for project in ("default", "vision", "secret"):
+        begin(http, "r", project=project)
+    started = post(http, "", status=201, selector="run=*r", policy="plateau", share=1, reason="is it better?")
+    for role, projects, seen, ending in (
+        ("operator", {"vision"}, ["vision:r"], 403), ("operator", {"other"}, None, 404), ("viewer", None, 3, 403),
+    ):  # fmt: skip
+        caller = Caller("x", role, projects and frozenset(projects))
+        monkeypatch.setattr(http_fleet, "caller_of", lambda _, caller=caller: caller)
+        answer = http.get(f"/v1/canaries/{started['id']}")
+        if seen is None:
+            assert answer.status_code == 404
+            assert http.get("/v1/canaries").json()["canaries"] == []
+        else:
+            assert (members_of(answer.json()) if projects else len(members_of(answer.json()))) == seen
+        refused = http.post(f"/v1/canaries/{started['id']}/back", json={"reason": "why"})
+        assert refused.status_code == ending
+        assert "secret" not in refused.text
+        refused = http.post("/v1/canaries", json={"selector": "run=*", "policy": "cycle", "share": 1, "reason": "x"})
+        assert refused.status_code == (403 if role == "viewer" else 409 if "vision" in projects else 404)
+        assert "secret" not in refused.text
 
 
 def test_spikes_are_counted_once_each_whatever_the_scale_and_the_noise():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 
 import flyball_server
 from flyball.cli import cli
+from flyball_server.access import Caller
+from flyball_server.http_api import commands as http_commands
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,34 @@ def test_a_policy_comes_from_a_name_json_or_a_file(job, say, tmp_path):
     )
 
 
+def test_a_proposal_is_listed_judged_and_taken_back(job, say, monkeypatch):
+    roles = {"bot": "proposer", "ann": "operator"}
+
+    def by_token(request):
+        name = request.headers["Authorization"].removeprefix("Bearer ")
+        return Caller(name, roles[name])
+
+    monkeypatch.setattr(http_commands, "caller_of", by_token)
+    why = ["--reason", "it is flat", "--token"]
+    ids = []
+    for _ in range(3):
+        asked = say("override", job.run, "lr=0.5", "--factor", *why, "bot").stdout
+        assert "override lr x 0.5: proposed, approved by 0 of 1" in asked
+        ids.append(asked.split()[0])
+    listed = say("proposals", job.run, "--token", "ann").stdout.splitlines()
+    assert [line.split()[0] for line in listed[1:]] == ids
+    assert "may not operate" in say("approve", job.run, ids[0], *why, "bot", code=1).stderr
+    assert "proposals (flyball approve)" in say("show", job.run, "--token", "ann").stdout
+    rejected = say("reject", job.run, ids[0], "--reason", "no", "--token", "ann").stdout
+    assert "rejected by ann: no" in rejected
+    assert "withdrawn by bot: it is flat" in say("withdraw", job.run, ids[1], *why, "bot").stdout
+    approved = say("approve", job.run, ids[2], *why, "ann").stdout
+    assert "override lr x 0.5: accepted; lr: body 0.05, head 0.005" in approved
+    job.report()
+    assert job.lr == [0.05, 0.005]
+    assert say("proposals", job.run, "--token", "ann").stdout.count("\n") == 1
+
+
 def test_many_runs_are_shown_before_and_after(job, say):
     words = ["fleet", f"run={job.run}", "override", "lr=4", "--factor", "--reason", "a test"]
     tried = say(*words, "--dry-run").stdout
@@ -173,6 +204,20 @@ def test_many_runs_are_shown_before_and_after(job, say):
     assert again.stdout.endswith("1 accepted\n")
     refused = say("fleet", f"run={job.run}", "override", "kl=1", "--reason", "a test", "--yes", code=1)
     assert "give one of lr, momentum, noise_std" in refused.stdout
+
+
+def test_at_a_terminal_many_runs_are_commanded_after_a_look_and_a_yes(job, say):
+    words = [sys.executable, "-m", "flyball.cli", "fleet", f"run={job.run}", "hold", "--reason", "a test"]
+    environment = {**os.environ, "FLYBALL_SERVER": str(job.http.base_url)}
+    for typed, code, open_ in ((b"n\n", 1, 0), (b"y\n", 0, 1)):
+        ours, theirs = pty.openpty()
+        os.write(ours, typed)
+        done = subprocess.run(words, stdin=theirs, env=environment, capture_output=True, text=True, timeout=60)
+        os.close(ours)
+        os.close(theirs)
+        assert done.returncode == code, done.stderr
+        assert "dry run, nothing changed: 1 accepted" in done.stdout
+        assert len(job.show()["commands"]) == open_
 
 
 def test_freeze_and_canary_from_the_command_line(job, say):

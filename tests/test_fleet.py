@@ -62,7 +62,7 @@ def test_a_dry_run_tells_exactly_what_would_change_and_changes_nothing(http):
     would = results["v:free"]["would"]
     assert would["before"] == {"body": 0.04, "head": 0.01}
     assert would["after"] == pytest.approx({"body": 0.3, "head": 0.03}), "a factor on what the policy says"
-    assert would["supersedes"] == ["c4"]
+    assert would["ends"] == ["c4"]
     assert results["v:held"]["would"]["after"] == pytest.approx({"body": 0.15, "head": 0.015})
     refused = by_run(fleet(http, "project=v,status=finished", kind="hold", dry_run=True))["v:over"]
     assert (refused["status"], refused["code"], refused["would"]) == ("refused", "conflict", None)
@@ -135,7 +135,7 @@ def test_roles_and_projects_hold_for_many_runs_as_for_one():
                 await many.command(request, Caller("eve", "viewer"))
             elsewhere = Caller("far", "operator", frozenset({"another"}))
             assert (await many.command(request._replace(dry_run=True), elsewhere))["results"] == []
-            rows = [row for row in opened.journal.rows(STORE)]
+            rows = list(opened.journal.rows(STORE))
             assert [(row.kind, row.actor) for row in rows] == [("fleet", "bot"), ("fleet_done", "bot")]
             assert rows[0].meta["selector"] == "run=*"
             assert rows[0].meta["command"] == {"kind": "override", "reason": "a test", "factor": 0.5}

@@ -22,6 +22,7 @@ from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import STORE
 from flyball_server.tail import Tail
+from flyball_server.verify import verify, verify_store
 
 ADMIN = Caller("root", "admin")
 
@@ -78,6 +79,10 @@ def test_a_freeze_holds_every_run_refuses_commands_and_ends_with_the_thaw(tmp_pa
         assert job.lr < lr
         assert job.advice["changes"]["momentum"][-1] == [0.9, 0.0], "a hold by hand superseded that"
         assert "not frozen" in said(http.post("/v1/thaw", json={"reason": "out"}), 409)["detail"]
+    journal = open_journal(store, read_only=True)
+    journal.start(lambda _: None)
+    assert (verify(journal, "r").problem, verify_store(journal)) == ("", [])
+    journal.close()
 
 
 def test_what_was_overridden_before_a_freeze_goes_on_after_it():

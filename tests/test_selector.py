@@ -48,6 +48,8 @@ def test_a_selector_is_what_the_store_can_filter_by_and_patterns_of_names():
         ("project=a,,run=b", "is no condition"),
         ("vision", "give NAME=VALUE"),
         ('label.a="x', "is no condition"),
+        ("project=\ud800", "is none"),
+        ("label.a=\x00", "is none"),
         ("run=" + "x" * 3000, "3004 characters"),
     ],
 )
@@ -65,7 +67,7 @@ def test_without_a_status_only_what_has_not_ended_is_meant_and_only_what_the_cal
     assert [one.run for one in selected(records, parsed("run=*"), Caller("x", "viewer", frozenset("v")), 5)] == ["v:c"]
     assert [one.run for one in selected(records, parsed("run=v:*"), ANYBODY, 5)] == ["v:c"]
     selected(records, parsed("status=active"), ANYBODY, 5)
-    assert records.where.stale_before == 5
+    assert records.where.stale_before < 5, "counted back from now"
 
 
 def test_more_runs_than_one_command_may_mean_are_refused(monkeypatch):

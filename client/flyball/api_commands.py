@@ -10,7 +10,7 @@ it may be sent again. That is done once where the connection was lost, and nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from flyball.errors import FlyballError, LinkError
@@ -31,14 +31,15 @@ class Commands:
     done, declined, expired, superseded, released, withdrawn, rejected, approved.
     """
 
-    def _answer(self, method: str, path: str, *, parameters: Any = None, body: Any = None, **options: Any) -> Any:
-        raise NotImplementedError  # Client's own
+    if TYPE_CHECKING:  # Client's own
 
-    def _is_lost(self, error: LinkError) -> bool:
-        raise NotImplementedError  # Client's own
+        def _answer(
+            self, method: str, path: str, *, parameters: Any = None, body: Any = None, **options: Any
+        ) -> dict[str, Any]: ...
 
-    def _new_key(self) -> str:
-        raise NotImplementedError  # Client's own
+        def _is_lost(self, error: LinkError) -> bool: ...
+
+        def _new_key(self) -> str: ...
 
     def command(
         self,
@@ -140,8 +141,7 @@ class Commands:
     def command_status(self, run: str, command: str, *, wait_s: float = 0.0) -> dict[str, Any]:
         """One command or proposal; with `wait_s` (at most 60) as soon as it is applied or over, or the time is."""
         path = run_path(run, f"commands/{quote(command, safe='')}")
-        found: dict[str, Any] = self._answer("GET", path, parameters={"wait_s": wait_s}, timeout=wait_s + 10.0)
-        return found
+        return self._answer("GET", path, parameters={"wait_s": wait_s}, timeout=wait_s + 10.0)
 
     def wait(
         self,
@@ -228,8 +228,7 @@ class Commands:
 
     def canary(self, canary: str) -> dict[str, Any]:
         """One canary: members, controls, and the comparison of both since the switch."""
-        found: dict[str, Any] = self._answer("GET", f"/v1/canaries/{quote(canary, safe='')}", timeout=MANY_S)
-        return found
+        return self._answer("GET", f"/v1/canaries/{quote(canary, safe='')}", timeout=MANY_S)
 
     def canary_promote(self, canary: str, *, reason: str) -> dict[str, Any]:
         """Switch the rest as well."""
@@ -241,12 +240,10 @@ class Commands:
 
     def _judge(self, run: str, proposal: str, verdict: str, reason: str) -> dict[str, Any]:
         body = {"verdict": verdict, "reason": reason}
-        found: dict[str, Any] = self._answer("POST", run_path(run, f"proposals/{quote(proposal, safe='')}"), body=body)
-        return found
+        return self._answer("POST", run_path(run, f"proposals/{quote(proposal, safe='')}"), body=body)
 
     def _many(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = self._answer("POST", path, body=body, timeout=MANY_S)
-        return found
+        return self._answer("POST", path, body=body, timeout=MANY_S)
 
     def _once(
         self,

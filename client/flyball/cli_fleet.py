@@ -62,7 +62,7 @@ def fleet(
     name = kind.replace("-", "_")
     with errors(), Client(server, token) as client:
         if not yes and not dry_run:
-            if not sys.stdin.isatty():
+            if json_output or not sys.stdin.isatty():
                 raise FlyballError("nobody is here to confirm: look with --dry-run, then say --yes")
             _print_results(client.fleet(selector, name, reason=reason, dry_run=True, **said))
             typer.confirm("Do this?", abort=True)
@@ -207,7 +207,7 @@ def _change(one: Mapping[str, Any]) -> str:
         for group, lr in would["before"].items()
         if lr != would["after"][group]
     ]
-    ended = would.get("supersedes") or would.get("releases")
+    ended = would["ends"]
     return "; ".join([", ".join(moved) or "no learning rate moves", *([f"ends {', '.join(ended)}"] if ended else [])])
 
 

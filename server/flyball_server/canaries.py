@@ -16,9 +16,9 @@ from flyball_server import comparing, limits, many, queries, records
 from flyball_server.access import OPERATE, VIEW, Caller
 from flyball_server.command_checks import check_envelope
 from flyball_server.commanding import Commanding
-from flyball_server.core.errors import Conflict, Invalid, NotFound, SteeringError
+from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, SteeringError
 from flyball_server.engine import Engine
-from flyball_server.fleet import Fleet, check_size, whose_key
+from flyball_server.fleet import Fleet, as_said, whose_key
 from flyball_server.freezing import Freezing
 from flyball_server.messages import CommandRequest
 from flyball_server.names import project_of
@@ -105,7 +105,7 @@ class Canaries:
         where one is in another open canary, or frozen."""
         caller.check_role(OPERATE)
         command = check_envelope(request.command)
-        check_size(command)
+        said = as_said(command)
         if not 0 < request.share <= 1:
             raise Invalid(f"share is {request.share!r}: give a part of the runs, above 0 and at most 1")
         whose, selector = whose_key(caller, request.key), parsed(request.selector)
@@ -114,10 +114,9 @@ class Canaries:
             if whose not in self._keys:
                 found = await self._fleet.select(selector, caller)
                 await self._check_start(found, request, command, caller)
-                asked = {"kind": command.kind, "reason": command.reason, **command.fields}
                 meta = {
                     "selector": selector.text,
-                    "command": asked,
+                    "command": said,
                     "share": request.share,
                     "projects": None if caller.projects is None else sorted(caller.projects),
                     "runs": _standing(found),
@@ -247,9 +246,11 @@ class Canaries:
         async with self._turn:
             await self._tail.refresh()
             canary = self._known(canary_id, caller)
-            for run in canary.runs:
-                caller.check(OPERATE, project_of(run), run)
-                self._freezing.check("switch_policy", project_of(run))
+            projects = {project_of(run) for run in canary.runs}
+            if not all(caller.reaches(project) for project in projects):  # which ones is not for the caller to know
+                raise Denied(f"canary {canary.id} has runs in projects that {caller.actor} does not reach")
+            for project in projects:
+                self._freezing.check("switch_policy", project)
             if not canary.closed:
                 meta = {"canary": canary.seq, "how": how, "reason": reason}
                 await self._engine.ledger.append(CLOSED, meta, caller.actor)

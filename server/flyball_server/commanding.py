@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
@@ -111,35 +111,28 @@ class Commanding:
     async def preview(self, request: CommandRequest, caller: Caller) -> dict[str, Any]:
         """What `give` would do now: the command is folded in memory, and nothing is written.
 
-        {"status", "before": {group: lr}, "after": the same under the command, "supersedes" or "releases": [ids], and
-        what the guard left of it: "held", "carried"}. Raises as `give` does.
+        {"status", "before": {group: lr}, "after": the same under the command, "ends": [ids], and what the guard left of
+        it: "held", "carried"}. Raises as `give` does.
         """
         caller.check_run(_right(request.kind), request.run)
         request = check_envelope(request)
         await self._look()
-        live = await self._engine.whole(request.run)
-        async with self._engine.turn(live):
-            self._check_frozen(request.kind, live)
-            run, now = live.run, self._engine.now_us()
-            for event in overdue(run, now):
-                run, _ = fold.apply(live.rules, run, event)
-            _check_expected(run, request)
-            found = checked(request, self._around(live)._replace(run=run), now)
-            _, alone = self._needed(request.kind, live, caller)
-            # Without a lag a command shows in the settings at once.
-            run, verdict = run._replace(lag=None), {"status": "accepted"}
-            ended: list[str] = []
-            before = run.settings.lr
-            for event in _events(run, request, found, caller.actor, "")[0]:
-                run, outcome = fold.apply(live.rules, run, event)
-                verdict = {**verdict, **(outcome.verdict or {})}
-                ended += [event.command] if isinstance(event, CommandMoved) else verdict.pop("superseded", [])
-        names = [group.name for group in live.spec.groups]
-        verdict.pop("lr", None)
-        settings = {"before": before, "after": run.settings.lr}
-        would = {**{when: dict(zip(names, lr, strict=True)) for when, lr in settings.items()}, **verdict}
-        would["status"] = verdict["status"] if alone else "proposed"
-        return {**would, "releases" if request.kind == "release" else "supersedes": ended}
+
+        async def once() -> dict[str, Any]:
+            live = await self._engine.whole(request.run)
+            async with self._engine.turn(live):
+                self._check_frozen(request.kind, live)
+                run, now = live.run, self._engine.now_us()
+                for event in overdue(run, now):
+                    run, _ = fold.apply(live.rules, run, event)
+                _check_expected(run, request)
+                found = checked(request, self._around(live)._replace(run=run), now)
+                would = _folded(live, run, _events(run, request, found, caller.actor, "")[0])
+                if not self._needed(request.kind, live, caller)[1]:
+                    would["status"] = "proposed"
+                return would
+
+        return await retried(once)
 
     async def judge(self, run: str, proposal: str, verdict: str, reason: str, caller: Caller) -> CommandView:
         """Approve or reject a proposal ("approved", "rejected"), or take back one's own ("withdrawn"). With the last
@@ -271,6 +264,21 @@ def _events(
     over = commands.released(beside, found.args)
     ended = [CommandMoved(one, "released" if one in lasting else "withdrawn") for one in over]
     return [*ended, command], len(ended)
+
+
+def _folded(live: LiveRun, run: Run, events: Sequence[Event]) -> dict[str, Any]:
+    """What these events would make of the run: see `Commanding.preview`."""
+    run = run._replace(lag=None)  # without a lag a command shows in the settings at once
+    names, before = [group.name for group in live.spec.groups], run.settings.lr
+    told: dict[str, Any] = {"status": "accepted"}
+    ended: list[str] = []
+    for event in events:
+        run, outcome = fold.apply(live.rules, run, event)
+        told |= outcome.verdict or {}
+        ended += [event.command] if isinstance(event, CommandMoved) else told.pop("superseded", [])
+    told["before"], told["after"] = (dict(zip(names, lr, strict=True)) for lr in (before, run.settings.lr))
+    told.pop("lr", None)
+    return {**told, "ends": ended}
 
 
 def _check_expected(run: Run, request: CommandRequest) -> None:

@@ -57,13 +57,12 @@ class Fleet:
         """
         caller.check_role(PROPOSE)
         command = check_envelope(request.command)
-        check_size(command)
+        said = as_said(command)
         selector = parsed(request.selector)
         if request.dry_run:
             runs = [record.run for record in await self.select(selector, caller)]
             return await self._tried(selector.text, command, runs, caller)
-        whose, content = whose_key(caller, request.key), _content(request)
-        fleet, runs = await self._planned(selector, command, caller, whose, content)
+        fleet, runs = await self._planned(selector, said, whose_key(caller, request.key), caller)
         command = command._replace(key=f"fleet:{fleet}")
         views = await many.each(runs, lambda run: self.give(command._replace(run=run), caller))
         results = [_result(run, found) for run, found in views.items()]
@@ -91,16 +90,16 @@ class Fleet:
         return _answer(text, results, None)
 
     async def _planned(
-        self, selector: Selector, command: CommandRequest, caller: Caller, whose: str, content: str
+        self, selector: Selector, said: Mapping[str, Any], whose: str, caller: Caller
     ) -> tuple[int, list[str]]:
         """The row that says what is asked of which runs: this request's, or that of an earlier one with its key."""
+        content = hashlib.sha256(json.dumps([selector.text, said], sort_keys=True).encode()).hexdigest()[:16]
         await self._tail.refresh()
         if whose not in self._keys:
             runs = [record.run for record in await self.select(selector, caller)]
             if not runs:
                 raise NotFound(f"selector {selector.text!r:.100} means no run: `flyball runs` lists those there are")
-            asked = {"kind": command.kind, "reason": command.reason, **command.fields}
-            meta = {"selector": selector.text, "command": asked, "runs": runs, "key": whose, "content": content}
+            meta = {"selector": selector.text, "command": said, "runs": runs, "key": whose, "content": content}
             row = await self._engine.ledger.append(ASKED, meta, caller.actor)
             await self._tail.refresh()
             if not whose:
@@ -121,14 +120,18 @@ class Fleet:
                 self._keys.popitem(last=False)
 
 
-def check_size(command: CommandRequest) -> None:
-    """Raise Invalid for a command that the store's own journal cannot hold."""
+def as_said(command: CommandRequest) -> dict[str, Any]:
+    """A command without its run, as the store's own journal holds it. Raises Invalid where that cannot be."""
+    ends = {"expires_in_s": command.expires_in_s, "expires_at": command.expires_at}
+    said = {name: value for name, value in ends.items() if value is not None}
+    said = {"kind": command.kind, "reason": command.reason, **command.fields, **said}
     try:
-        size = len(json.dumps(dict(command.fields), allow_nan=False))
+        size = len(json.dumps(said, allow_nan=False))
     except ValueError:
         raise Invalid("command: a number in it is not finite: give one that is") from None
     if size > limits.FLEET_COMMAND_BYTES_MAX:
         raise Invalid(f"command has {size} bytes: give at most {limits.FLEET_COMMAND_BYTES_MAX}")
+    return said
 
 
 def whose_key(caller: Caller, key: str) -> str:
@@ -136,12 +139,6 @@ def whose_key(caller: Caller, key: str) -> str:
     if len(key) > limits.NAME_MAX:
         raise Invalid(f"Idempotency-Key has {len(key)} characters: give at most {limits.NAME_MAX}")
     return hashlib.sha256(f"{caller.actor}\n{key}".encode()).hexdigest() if key else ""
-
-
-def _content(request: FleetRequest) -> str:
-    command = request.command
-    asked = [request.selector, command.kind, command.reason, dict(command.fields), command.expires_in_s]
-    return hashlib.sha256(json.dumps([*asked, command.expires_at], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _result(run: str, found: tuple[str, str] | SteeringError) -> dict[str, Any]:

@@ -72,8 +72,8 @@ class Freezing:
         return {**_described(mine), **await self._sweep(project)}
 
     async def thaw(self, project: str, reason: str, caller: Caller) -> dict[str, Any]:
-        """End a freeze: the holds it gave are released, no others. Raises Denied, Invalid, Conflict where there is
-        none of the whole of it."""
+        """End a freeze: the holds it gave are released, no others. Raises Denied, Invalid, Conflict where there
+        is none."""
         reason = self._checked(project, reason, caller, "say why steering may go on")
         await self._tail.refresh()
         known = self._frozen.get(project)
@@ -148,7 +148,7 @@ class Freezing:
     async def _sweep(self, project: str) -> dict[str, Any]:
         """Put right every active run of the project, or every one; how many are on hold now, and those that failed."""
         where = RunFilter(project=project or None, status="active")
-        active = [record.run for record in await queries.in_thread(every, self._journal, where)]
+        active = await queries.in_thread(lambda: [record.run for record in every(self._journal, where)])
         done = await many.each(active, self._put_right)
         failed = [_failed(run, found) for run, found in done.items() if isinstance(found, SteeringError)]
         return {"held": sum(found is True for found in done.values()), "failed": failed}

@@ -7,6 +7,7 @@ runs is no place for guesses.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ def parsed(text: str) -> Selector:
     """The selector that a text means. Raises Invalid with the condition that means nothing, and what would."""
     if len(text) > limits.SELECTOR_MAX:
         raise Invalid(f"selector has {len(text)} characters: give at most {limits.SELECTOR_MAX}")
+    if not text.isprintable():
+        raise Invalid(f"selector: {text!r:.60} holds a character that is none: give letters, digits and signs")
     if not text.strip():
         raise Invalid("selector is empty: give at least one condition, such as project=vision; run=* means every run")
     values: dict[str, str] = {}
@@ -102,13 +105,12 @@ def selected(journal: Journal, selector: Selector, caller: Caller, now: int) -> 
     return found
 
 
-def every(journal: Journal, where: RunFilter) -> list[RunRecord]:
+def every(journal: Journal, where: RunFilter) -> Iterator[RunRecord]:
     """All records that match, newest first, read in pages."""
-    found: list[RunRecord] = []
     after = None
     while True:
         page = journal.records(where, after=after, limit=limits.PAGE_MAX)
-        found += page
+        yield from page
         if len(page) < limits.PAGE_MAX:
-            return found
+            return
         after = (page[-1].created_at, page[-1].run)
