@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from flyball.api_audit import Record
 from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
 from flyball.secure import checked_token
@@ -34,7 +35,7 @@ DECISIONS_PAGE = 1000
 EXCHANGE_S = 600.0
 
 
-class Client:
+class Client(Record):
     """The routes of one service.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
