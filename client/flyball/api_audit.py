@@ -12,9 +12,6 @@ from urllib.parse import quote
 
 from flyball.errors import FlyballError
 
-if TYPE_CHECKING:
-    import httpx
-
 #: Rows asked for in one request; more come in further ones.
 RECORD_PAGE = 500
 
@@ -26,7 +23,7 @@ class Record:
 
         def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
-        def _streamed(self, path: str, parameters: Mapping[str, Any]) -> AbstractContextManager[httpx.Response]: ...
+        def _streamed(self, path: str, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]: ...
 
     def journal(
         self, run: str, *, kinds: Iterable[str] = (), since: int = 0, columns: bool = False, **where: Any
