@@ -63,6 +63,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "warmup": [{"steps": 200}],
     "gradient_aware": [{"policy": {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96}}],
     "per_group": [{"policy": {"type": "adaptive"}, "groups": {"head": {"policy": {"type": "windowed"}, "scale": 0.5}}}],
+    "spike_guard": [
+        {"policy": "constant", "deviations": 5},
+        {"policy": {"type": "adaptive"}, "confirm": 1, "cooldown_steps": 20, "max_cuts": 3, "max_restores": 1},
+    ],
     "sequence": [
         {"stages": [{"policy": {"type": "warmup", "steps": 200}, "until": 200}, {"policy": {"type": "windowed"}}]}
     ],

@@ -22,7 +22,7 @@ from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
-from flyball_server.messages import Attach, Fork, Report, WhatIfRequest
+from flyball_server.messages import Attach, Fork, Report, SideReport, WhatIfRequest
 from flyball_server.queries import SeriesRequest
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
@@ -78,9 +78,9 @@ class World:
         """Attempt 1 to step 60, with side signals; 2 from step 35 of it, to 70; 3 from 80 on behind a gap; an end."""
         await self.service.attach(attach(run, **fields), ANYBODY)
         await self.told(run, 0, 30)
-        await self.service.add_signals(run, {"val_loss": 0.7}, caller("b"))
+        await self.service.add_signals(run, SideReport({"val_loss": 0.7}), caller("b"))
         await self.told(run, 30, 60)
-        await self.service.add_signals(run, {"val_loss": 9.9}, caller("b"))
+        await self.service.add_signals(run, SideReport({"val_loss": 9.9}), caller("b"))
         again = attach(run, resume=True, policy={})
         await self.service.attach(again._replace(session="s2", from_step=35, from_attempt=1), ANYBODY)
         self.numbers = count(1)
@@ -265,17 +265,17 @@ def test_what_was_reported_before_a_checkpoint_is_seen_behind_it(token):
     async def straight(world):
         await world.service.attach(attach(policy=EVALUATED), ANYBODY)
         await world.told("r", 0, 2)
-        await world.service.add_signals("r", {"val_loss": 1.0}, caller("b"))
+        await world.service.add_signals("r", SideReport({"val_loss": 1.0}), caller("b"))
         await world.told("r", 2, 4)
-        await world.service.add_signals("r", {"val_loss": 5.0}, caller("b"))
+        await world.service.add_signals("r", SideReport({"val_loss": 5.0}), caller("b"))
         await world.told("r", 4, 9)
 
     async def resumed(world):
         await world.service.attach(attach(policy=EVALUATED), ANYBODY)
         await world.told("r", 0, 2)
-        await world.service.add_signals("r", {"val_loss": 1.0}, caller("b"))
+        await world.service.add_signals("r", SideReport({"val_loss": 1.0}), caller("b"))
         await world.told("r", 2, 4)
-        await world.service.add_signals("r", {"val_loss": 5.0}, caller("b"))
+        await world.service.add_signals("r", SideReport({"val_loss": 5.0}), caller("b"))
         again = attach(session="s2", policy={}, resume=True)
         if token:
             await world.told("r", 4, 6)  # goes on, and is killed

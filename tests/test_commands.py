@@ -351,3 +351,26 @@ def test_what_has_ended_takes_notes_only(job):
     job.report(end="finished")
     assert "finished" in job.command("override", value=1, status=409)["detail"]
     assert job.command("note")["status"] == "done"
+
+
+def test_what_a_policy_asks_for_is_over_when_it_is_answered_and_when_the_run_goes_back(http, request):
+    policy = {"type": "spike_guard", "policy": "constant", "confirm": 1, "cooldown_steps": 2, "memory_steps": 90}
+    policy |= {"max_cuts": 0, "max_rewarms": 0, "max_restores": 3}
+    job = Job(http, request.node.name[-20:], policy=policy)
+    job.report(5)
+    asked = job.report(loss="NaN")["directives"]
+    assert [(one["kind"], one["args"]) for one in asked] == [("restore", {"skip_batches": 200, "before_step": 5})]
+    assert (job.get(asked[0]["id"])["status"], job.get(asked[0]["id"])["actor"]) == ("accepted", "policy")
+    job.report(answers=[{"directive": asked[0]["id"], "outcome": "declined", "note": "no checkpoint"}])
+    assert job.get(asked[0]["id"])["status"] == "declined"
+    (again,) = job.report(loss="NaN")["directives"]
+    groups = {"run": job.run, "groups": GROUPS, "resume": True}
+    answer = http.post("/v1/attach", json={**groups, "session": "t", "from_step": 3})
+    assert answer.status_code == 200, answer.text
+    assert (job.get(again["id"])["status"], job.get(again["id"])["over"]) == ("superseded", True)
+    job.session, job.step, job.advice = "t", 3, answer.json()
+    (third,) = job.report(3, loss="NaN")["directives"]
+    assert third["id"] != again["id"]
+    job.command("switch_policy", policy="steady")
+    assert job.get(third["id"])["status"] == "superseded"
+    assert job.report()["directives"] == []

@@ -16,7 +16,7 @@ from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, NotFound
 from flyball_server.core.types import Group
 from flyball_server.engine import Engine
-from flyball_server.messages import Attach, Report
+from flyball_server.messages import Attach, Report, SideReport
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.storage.memory import MemoryJournal
@@ -220,7 +220,7 @@ def test_two_replicas_taking_turns_decide_as_one():
         for i, first in enumerate(range(0, 60, 5)):
             advice.append(await services[(i * i + i // 3) % 2].report(report_message(first, first + 4), ANYBODY))
             if i == 5:
-                await services[i % 2].add_signals("r", {"val_loss": 2.0}, caller("b"))
+                await services[i % 2].add_signals("r", SideReport({"val_loss": 2.0}), caller("b"))
         one = MemoryJournal()
         _, service = await opened(one)
         await service.attach(attach_message(lag=0), ANYBODY)
@@ -228,7 +228,7 @@ def test_two_replicas_taking_turns_decide_as_one():
         for i, first in enumerate(range(0, 60, 5)):
             alone.append(await service.report(report_message(first, first + 4), ANYBODY))
             if i == 5:
-                await service.add_signals("r", {"val_loss": 2.0}, caller("b"))
+                await service.add_signals("r", SideReport({"val_loss": 2.0}), caller("b"))
         assert [a._replace(digest="") for a in advice] == [a._replace(digest="") for a in alone]
         journal = shared.door()
         assert text(folded(journal)) == text(folded(one))
@@ -244,7 +244,9 @@ def test_replicas_writing_at_once_fold_every_step_once():
         await services[0].attach(attach_message(), ANYBODY)
         for first in range(0, 40, 4):
             asked = [s.report(report_message(first, first + 3), ANYBODY) for s in services]
-            asked += [s.add_signals("r", {f"from_{i}": float(first)}, caller("b")) for i, s in enumerate(services)]
+            asked += [
+                s.add_signals("r", SideReport({f"from_{i}": float(first)}), caller("b")) for i, s in enumerate(services)
+            ]
             for answer in await asyncio.gather(*asked):
                 assert isinstance(answer, int) or answer.through == first + 3
         journal = shared.door()
@@ -333,7 +335,7 @@ def test_a_full_inbox_says_busy_and_loses_nothing():
         first = asyncio.create_task(service.report(report_message(0, 0), ANYBODY))
         await asyncio.sleep(0.01)
         others = [
-            asyncio.create_task(service.add_signals("r", {"x": float(i)}, caller("b")))
+            asyncio.create_task(service.add_signals("r", SideReport({"x": float(i)}), caller("b")))
             for i in range(limits.INBOX_MAX + 5)
         ]
         await asyncio.sleep(0.01)

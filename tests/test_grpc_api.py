@@ -182,8 +182,9 @@ def test_a_refused_attach_is_refused_for_good_by_either_skin(service, skin, fiel
 
 def test_both_tables_of_statuses_cover_every_kind_of_error():
     kinds = {kind.code for kind in [errors.SteeringError, *errors.SteeringError.__subclasses__()]}
-    assert set(grpc_api.STATUS) == set(problems.STATUS) == kinds | {errors.Limited.code}
+    assert set(grpc_api.STATUS) == set(problems.STATUS) == kinds | {errors.Limited.code, errors.Stale.code}
     assert len(set(grpc_api.STATUS.values())) == len(kinds), "a status tells the kind"
+    assert grpc_api.STATUS["stale"] == grpc_api.STATUS["conflict"], "and a stale one is a conflict"
     assert grpc_api.STATUS["limited"] == grpc_api.STATUS["busy"], "it is one kind of being busy"
 
 
@@ -206,13 +207,14 @@ class Failing:
         errors.Invalid,
         errors.NotFound,
         errors.Conflict,
+        errors.Stale,
         errors.Denied,
         errors.Unauthenticated,
         errors.Busy,
         errors.Limited,
         errors.SteeringError,
         RuntimeError,
-    ],  # fmt: skip
+    ],
 )
 def test_every_error_of_every_call_has_its_status(error):
     async def scenario():
@@ -357,3 +359,10 @@ def test_other_processes_add_signals_and_read_over_grpc(stub, http):
     with pytest.raises(grpc.RpcError) as caught:
         stub.ListRuns(pb.ListRunsRequest(cursor="x"))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_message_beyond_the_limit_is_refused(service):
+    with grpc.insecure_channel(service.grpc.removeprefix("grpc://")) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            pb_grpc.SteeringStub(channel).GetRun(pb.GetRunRequest(run="r" * limits.BODY_BYTES_MAX), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -153,7 +153,8 @@ class Failing:
 
 
 def built(service, *, is_ready=True):
-    return http_api.build(service, None, None, door=Open(), version="1", is_ready=lambda: is_ready)
+    parts = http_api.Parts(*[None] * len(http_api.Parts._fields))._replace(service=service, many=(None, None, None))
+    return http_api.build(parts, door=Open(), version="1", is_ready=lambda: is_ready)
 
 
 def kinds():
@@ -170,6 +171,7 @@ def test_the_table_of_statuses_covers_every_kind_of_error():
         "invalid": 422,
         "not_found": 404,
         "conflict": 409,
+        "stale": 412,
         "unauthenticated": 401,
         "denied": 403,
         "busy": 503,

@@ -55,6 +55,7 @@ INNER = {
     "gradient_aware": {"policy": "steady"},
     "per_group": {"policy": "steady"},
     "sequence": {"stages": [{"policy": "steady"}]},
+    "spike_guard": {"policy": "steady"},
 }
 SPECS = [
     *({"type": tag, **INNER.get(policy.name, {})} for tag, policy in ALL.items()),

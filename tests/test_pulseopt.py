@@ -98,15 +98,7 @@ def compare(signals, candidates, used, log, config, carried):
     assert len(set(log["selected_combined_names"])) >= 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small a model is trained faster by one thread, and far faster on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
 def test_the_package_and_the_policy_choose_and_reward_alike(name):
     parameters, seed = CASES[name], 17

@@ -56,6 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "groups.yaml",
         "policy.yaml",
         "profiles.yaml",
+        "projects.yaml",
         "staged.yaml",
         "trace.jsonl",
     ]

@@ -51,9 +51,15 @@ CLIENT_LIBRARIES = {
     "flyball.cli": set(),
     "flyball.cli_audit": set(),
     "flyball.cli_branches": set(),
+    "flyball.cli_commands": set(),
+    "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
+    "flyball.adapters.from_device": {"torch"},
+    "flyball.cli_values": set(),
+    "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},
     "flyball.parquet": {"pyarrow"},
+    "flyball.yaml": {"yaml"},
 }
 
 #: Where one layer of the server must not look, and what to do instead. The first matching importer decides.

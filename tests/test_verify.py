@@ -14,7 +14,7 @@ from tests.callers import ANYBODY, caller
 from flyball_server.core.events import Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.engine import Engine
-from flyball_server.messages import Attach, Report
+from flyball_server.messages import Attach, Report, SideReport
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.storage import open_journal
@@ -51,7 +51,7 @@ async def a_run(journal, run="r", policy=None, base=None, guard=None):
 
     for first in range(0, 60, 6):
         await report("s1", 1, list(range(first, first + 6)))
-    await service.add_signals(run, {"val_loss": float("nan"), "other": 1.0}, caller("b"))
+    await service.add_signals(run, SideReport({"val_loss": float("nan"), "other": 1.0}), caller("b"))
     await report("s1", 1, [60, 70, 80])
     await service.attach(attach._replace(session="s2", resume=True, from_step=33, from_attempt=1), ANYBODY)
     await report("s2", 2, list(range(33, 45)), "finished")

@@ -20,6 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from flyball.api_audit import Record
+from flyball.api_commands import Commands
+from flyball.api_commands import run_path as _path
 from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
 from flyball.secure import checked_token
@@ -35,17 +37,17 @@ DECISIONS_PAGE = 1000
 EXCHANGE_S = 600.0
 
 
-class Client(Record):
-    """The routes of one service.
+class Client(Commands, Record):
+    """The routes of one service; those about commands stand in `api_commands`, those of the record in `api_audit`.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
     token; default: FLYBALL_TOKEN. For https:// FLYBALL_CA names who vouches for the service, FLYBALL_CERT and
     FLYBALL_KEY what this process shows. timeout_s: how long connecting and each wait for data may take. Proxies that
     the environment names are not used, as they are not by a training job.
 
-    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied) and LinkError
-    where it cannot be reached or answers no sense. Making one raises FlyballError for an address that is none, and
-    where httpx is missing.
+    Every method raises Refused where the service says no (`code`: not_found, invalid, conflict, denied,
+    unauthenticated) and LinkError where it cannot be reached, has no time, or answers no sense. Making one raises
+    FlyballError for an address, a token or a certificate that is none, and where httpx is missing.
     """
 
     def __init__(self, server: str | None = None, token: str | None = None, timeout_s: float = 10.0) -> None:
@@ -230,6 +232,22 @@ class Client(Record):
         """{"public_key": PEM, "fingerprint"} of the key that the service signs exports with."""
         return self._get("/v1/signing-key")
 
+    def create_token(
+        self, name: str, role: str, *, projects: Iterable[str] | None, expires_in_s: int | None = None
+    ) -> dict[str, Any]:
+        """Make a token, which reaches these projects (None: all). Its `secret` is in this answer and never again."""
+        reach = None if projects is None else list(projects)
+        body = {"name": name, "role": role, "projects": reach, "expires_in_s": expires_in_s}
+        return self._answer("POST", "/v1/tokens", body=body)
+
+    def tokens(self) -> list[dict[str, Any]]:
+        """All tokens, oldest first, expired and revoked ones included; never a secret."""
+        return list(self._get("/v1/tokens")["tokens"])
+
+    def revoke_token(self, token: str, *, reason: str) -> dict[str, Any]:
+        """Revoke a token (its id) for good: within a second it opens nothing any more."""
+        return self._answer("DELETE", f"/v1/tokens/{quote(token, safe='')}", parameters={"reason": reason})
+
     def close(self) -> None:
         """Let go of the connection."""
         self._http.close()
@@ -241,6 +259,12 @@ class Client(Record):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _is_lost(self, error: LinkError) -> bool:
+        return isinstance(error.__cause__, self._unreachable)
+
+    def _new_key(self) -> str:
+        return os.urandom(16).hex()
 
     def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
         asked = {name: value for name, value in (parameters or {}).items() if value is not None}
@@ -298,13 +322,6 @@ def rest_address(server: str | None) -> str:
 
 def _policy(policy: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return {"type": policy} if isinstance(policy, str) else policy
-
-
-def _path(run: str, what: str = "") -> str:
-    """A run's path; its id may hold a ':', and whatever else somebody types."""
-    if not run:
-        raise FlyballError("the run is '': give its id, as `flyball runs` shows it")
-    return f"/v1/runs/{quote(run, safe='')}" + (f"/{what}" if what else "")
 
 
 def _checked(answer: httpx.Response, server: str) -> dict[str, Any]:

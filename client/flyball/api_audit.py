@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import Any
 
-from flyball.errors import FlyballError
+from flyball.api_commands import run_path
 
 #: Rows asked for in one request; more come in further ones.
 RECORD_PAGE = 500
@@ -19,11 +18,11 @@ RECORD_PAGE = 500
 class Record:
     """Methods of `api.Client`. Times are ISO 8601 with a time zone, such as 2027-01-31T12:00:00Z."""
 
-    if TYPE_CHECKING:
+    def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        raise NotImplementedError  # Client's own
 
-        def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
-
-        def _streamed(self, path: str, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]: ...
+    def _streamed(self, path: str, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        raise NotImplementedError  # Client's own
 
     def journal(
         self, run: str, *, kinds: Iterable[str] = (), since: int = 0, columns: bool = False, **where: Any
@@ -36,7 +35,7 @@ class Record:
         asked = {**_where(kinds, where), "columns": columns or None, "limit": RECORD_PAGE}
         following: int | None = since
         while following is not None:
-            page = self._get(_journal(run), {**asked, "since": following})
+            page = self._get(run_path(run, "journal"), {**asked, "since": following})
             yield from page["rows"]
             following = page["next"]
             if page["problem"]:
@@ -55,7 +54,7 @@ class Record:
 
     def journal_csv(self, run: str, *, kinds: Iterable[str] = (), **where: Any) -> Iterator[str]:
         """`journal` as CSV, in pieces of text."""
-        with self._streamed(_journal(run), {**_where(kinds, where), "format": "csv"}) as answer:
+        with self._streamed(run_path(run, "journal"), {**_where(kinds, where), "format": "csv"}) as answer:
             yield from answer.iter_text()
 
     def audit_csv(self, *, kinds: Iterable[str] = (), **where: Any) -> Iterator[str]:
@@ -81,12 +80,6 @@ class Record:
             if page["next"] is None:
                 return
             asked["before"] = page["next"]
-
-
-def _journal(run: str) -> str:
-    if not run:
-        raise FlyballError("the run is '': give its id, as `flyball runs` shows it")
-    return f"/v1/runs/{quote(run, safe='')}/journal"
 
 
 def _where(kinds: Iterable[str], where: Mapping[str, Any]) -> dict[str, Any]:

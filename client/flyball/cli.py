@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from flyball import cli_audit, cli_branches
+from flyball import cli_audit, cli_branches, cli_commands, cli_fleet
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
+from flyball.cli_words import print_steering
 from flyball.errors import FlyballError
 from flyball.exporting import TEXT_FORMATS, Format, export_run
 
@@ -28,7 +29,7 @@ _SETTINGS = ("lr", "applied_lr", "reference_lr", "momentum", "noise_std")
 
 cli = typer.Typer(
     name="flyball",
-    help="Look at training runs that Flyball steers.",
+    help="Look at training runs, and steer them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -103,6 +104,7 @@ def show(run: RunId, json_output: Json = False, server: Server = None, token: To
         ("group", "lr decided", "lr applied", "lr at attach", "momentum", "noise_std"),
         [[group["group"], *(short(group[name]) for name in _SETTINGS)] for group in found["settings"]],
     )
+    print_steering(found)
     section("signals", ("signal", "newest"), [(n, short(value)) for n, value in sorted(found["signals"].items())])
     section(
         "newest decisions",
@@ -296,6 +298,8 @@ def _labels(pairs: list[str]) -> dict[str, str]:
 
 
 cli_branches.add(cli)
+cli_commands.add(cli)
+cli_fleet.add(cli)
 cli_audit.add(cli)
 
 

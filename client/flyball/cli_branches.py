@@ -5,16 +5,15 @@ Rule of this module: as in `cli`, ask the REST SDK and print.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, section, short, typer
+from flyball.cli_values import policy_of
 
 PolicyArg = Annotated[
     str | None,
-    typer.Option(metavar="NAME|JSON|FILE.json", help="A policy: its name, a JSON object, or a file that holds one."),
+    typer.Option(metavar="NAME|JSON|FILE", help="A policy: its name, a JSON object, or a file that holds one."),
 ]
 
 
@@ -39,7 +38,7 @@ def fork(
     """Begin a new run that leaves RUN at a step; its job attaches to it with resume=True."""
     with errors(), Client(server, token) as client:
         options = {} if project is None else {"project": project}
-        found = client.fork(run, name, step=step, attempt=attempt, policy=_policy(policy), **options)
+        found = client.fork(run, name, step=step, attempt=attempt, policy=policy_of(policy), **options)
     if json_output:
         print_json(found)
         return
@@ -83,7 +82,7 @@ def lineage(run: RunId, json_output: Json = False, server: Server = None, token:
 
 def what_if(
     run: RunId,
-    policy: Annotated[str, typer.Option(metavar="NAME|JSON|FILE.json", help="The other policy.")],
+    policy: Annotated[str, typer.Option(metavar="NAME|JSON|FILE", help="The other policy.")],
     attempt: Annotated[int | None, typer.Option(help="Whose line of steps; the newest attempt's without it.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="So many of its decisions.")] = 20,
     json_output: Json = False,
@@ -92,7 +91,7 @@ def what_if(
 ) -> None:
     """Show what another policy would have decided on the signals that RUN recorded."""
     with errors(), Client(server, token) as client:
-        found = client.what_if(run, _policy(policy) or {}, attempt=attempt, limit=limit)
+        found = client.what_if(run, policy_of(policy) or {}, attempt=attempt, limit=limit)
     if json_output:
         print_json(found)
         return
@@ -130,24 +129,3 @@ def print_summary(found: dict[str, Any]) -> None:
 
 def _extreme(one: dict[str, Any] | None) -> str:
     return "-" if one is None else f"{short(one['ratio'])} at step {one['step']}"
-
-
-def _policy(given: str | None) -> dict[str, Any] | None:
-    """A policy as the command line names it."""
-    if given is None:
-        return None
-    text = given.strip()
-    if text.endswith(".json"):
-        try:
-            text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise typer.BadParameter(f"{given} cannot be read: {error.strerror}", param_hint="--policy") from error
-    elif not text.startswith("{"):
-        return {"type": text}
-    try:
-        policy = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{given!r:.80} is no JSON: {error}", param_hint="--policy") from error
-    if not isinstance(policy, dict):
-        raise typer.BadParameter(f"{given!r:.80} is no JSON object", param_hint="--policy")
-    return policy

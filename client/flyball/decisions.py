@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 from flyball import limits
@@ -43,6 +43,8 @@ class Decisions:
         self._multiplier = attach.mode == "multiplier"
         self._bounds = Bounds(attach.guard, attach.groups, self._multiplier)
         self._unread = ""
+        #: What `newest` was before the bounds, which may be widened.
+        self._told: Settings | None = None
         #: The job's own settings, where they are out of its bounds: in force until the service says more.
         self._own = self._bounded_own()
         self._first = -1
@@ -68,18 +70,35 @@ class Decisions:
         try:
             if len(reference) == len(self.reference) and all(isfinite(lr) and lr >= 0 for lr in reference):
                 self.reference = reference
-            if guard and not isinstance(guard, Mapping):
+        except TypeError as error:
+            self._unread = f"the run's recorded reference {reference!r:.80} was ignored: {error}"
+        self._bound(guard or self._attach.guard)
+        self._settings = [self._bounds.within(settings) or settings for settings in self._settings]
+        return self._unread
+
+    def limit(self, guard: Any) -> str:
+        """A command changed the run's limits, which may have become wider: from now on these count, and no others.
+
+        With a lag, what was decided before was told under the limits of then, and is applied at its step as it was.
+        """
+        self._unread = ""
+        self._bound(guard)
+        return self._unread
+
+    def _bound(self, guard: Any) -> None:
+        try:
+            if not isinstance(guard, Mapping):
                 raise ValueError("it is no mapping")
             groups = tuple(g._replace(lr=lr) for g, lr in zip(self._attach.groups, self.reference, strict=True))
-            self._bounds = Bounds(guard or self._attach.guard, groups, self._multiplier)
+            self._bounds = Bounds(guard, groups, self._multiplier)
         except (TypeError, ValueError, ArithmeticError) as error:
             self._unread = f"the run's recorded guard {guard!r:.80} was ignored: {error}"
         self._own = self._bounded_own()
-        self._settings = [self._bounds.within(settings) or settings for settings in self._settings]
-        newest = self.newest
-        if newest is not None:
-            self.newest = newest._replace(settings=self._bounds.within(newest.settings) or newest.settings)
-        return self._unread
+        newest, told = self.newest, self._told
+        if newest is not None and told is not None:
+            bounded = self._bounds.within(told)
+            if bounded is not None and bounded != newest.settings:
+                self.newest = newest._replace(settings=bounded)
 
     def begin(self, from_step: int) -> None:
         """An attempt begins: what was decided before it counts no more, but for the settings in force."""
@@ -90,8 +109,12 @@ class Decisions:
         """The service tells what was decided before the attempt, from this step on."""
         self._first = min(self._first, decided)
 
-    def learn(self, changes: tuple[tuple[int, Settings], ...], through: int) -> str:
-        """Take in what the service decided; what was wrong with it, or ""."""
+    def learn(self, changes: tuple[tuple[int, Settings], ...], through: int, known: int | None = None) -> str:
+        """Take in what the service decided; what was wrong with it, or "".
+
+        known: the decisions up to this step were told before. With a lag each belongs to a step, so that what is said
+        of them now (an override shows at once) begins behind them; None: nothing was told before.
+        """
         error = ""
         for decided, settings in changes:
             bounded = self._bounds.within(settings)
@@ -99,8 +122,14 @@ class Decisions:
                 error = f"unusable settings from the service were ignored: {settings}"
                 continue
             newest = self.newest
-            if newest is None or (decided >= newest.decided and newest.settings != bounded):
-                self.newest = Target(bounded, decided, False)
+            if newest is None or decided >= newest.decided:
+                self._told = settings
+                if newest is None or newest.settings != bounded:
+                    self.newest = Target(bounded, decided, False)
+            if known is not None and decided <= known:
+                if known >= through:
+                    continue
+                decided = known + 1
             if self._lag is not None and (not self._decided or decided > self._decided[-1]):
                 self._decided.append(decided)
                 self._settings.append(bounded)
@@ -122,6 +151,10 @@ class Decisions:
         if found < 0:
             return self.newest or self._own
         return Target(self._settings[found], self._decided[found], need > self.through)
+
+    def basis(self, step: int) -> float:
+        """The newest step whose decision can be in force at `step`: any, where the newest decision will do."""
+        return inf if self._lag is None else min(self._needed(step, self._lag), self.through)
 
     def on_base(self, step: int) -> Target | None:
         """The base schedule's values of `step` under the factor of the newest decision (1 before the first)."""

@@ -5,60 +5,33 @@ Rule of this module: after `attach`, nothing here raises into the training loop 
 
 Order inside one optimizer step: `before_step` writes the newest settings (late, so that nothing between here and
 the update can overwrite them), the optimizer steps, `after_step` reads back what it really used. The library's part,
-writing and reading its optimizer, is behind `Optimizer`.
+writing and reading its optimizer, is behind `optimizer.Optimizer`.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
-import re
 import time
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from flyball import limits
 from flyball.connect import check_token, new_session
+from flyball.controls import NAME, Control
+from flyball.directives import KINDS
 from flyball.link import Link
-from flyball.pending import Pending
+from flyball.optimizer import Conflict, Optimizer
 from flyball.session import Session
 from flyball.status import Status
 from flyball.wire import Settings
 
 log = logging.getLogger("flyball")
 
-#: What a signal may be called.
-SIGNAL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./@%+-]*")
-
-
-class Optimizer(Protocol):
-    """A library's optimizer, as the governor needs it. Nothing here may synchronise a device."""
-
-    def write(
-        self,
-        settings: Settings | None,
-        reference: tuple[float, ...],
-        bounds: tuple[tuple[float, float], ...],
-        noise_seed: int | None,
-    ) -> str:
-        """Write the settings, if any. Returns who else had written since the last step, in words, or "".
-
-        reference: the learning rate per group that factors multiply. bounds: what the product of a factor and an
-        in-process scheduler's value must lie in, per group; settings themselves lie in it already. noise_seed: what
-        gradient noise is drawn from; None: there is none to add. Where the optimizer cannot take noise, `read_back`
-        says that none was added.
-        """
-
-    def read_back(self) -> Settings:
-        """What the step really used; then undo what must not outlast it (multiplier mode)."""
-
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
-        """A value as a float, or (where allowed) as one still on its way from a device. Raises where it is none."""
-
-    def detach(self) -> None:
-        """Let go of the optimizer."""
+#: What answers a directive: it gets the arguments, and returns a note or nothing.
+Handler = Callable[[Mapping[str, Any]], str | None]
 
 
 class Governor:
@@ -77,10 +50,14 @@ class Governor:
         self._reported = -1
         self._decided: int | None = None
         self._late = False
-        self._conflict = ""
-        self._receipted: tuple[Settings, Settings | None, bool] | None = None
+        self._conflict: Conflict | None = None
+        self._confirm = 0
+        self._controls: Mapping[str, float] = session.controls.values
+        self._handlers: dict[str, Handler] = {}
+        self._receipted: tuple[Settings, Settings | None, bool, Mapping[str, float]] | None = None
         self._wanted: Settings | None = None
         self._warned: set[str] = set()
+        self._causes: set[str] = set()
         self._names: set[str] = set()
         self._first_call = True
         self._closed = False
@@ -121,7 +98,36 @@ class Governor:
             self._reported = step
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
+            self._busy_ns += time.monotonic_ns() - started
+            if self._session.directives.pending:
+                self._carry_out()
+            return
         self._busy_ns += time.monotonic_ns() - started
+
+    def control(self, name: str, value: float, *, min: float, max: float) -> Control:
+        """Declare a scalar of this training that people may steer: read `.value` of what this returns wherever it is
+        used. It begins with `value`, stays between `min` and `max`, and keeps the last value while the service is away.
+
+        Raises ValueError for a name, value or bounds that make no sense, a name that is declared with others, and more
+        than CONTROLS_MAX controls.
+        """
+        control = self._session.control(name, value, min, max)
+        self._link.wake()
+        return control
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """Have `handler` called where the service asks for a `checkpoint`, `restore`, `rewind`, `evaluate` or `stop`.
+
+        It gets the arguments, runs inside `governor.step` on the thread that trains, and may take its time; what it
+        returns is the answer's note. One that raises declines. Without a handler a stop sets `should_stop`, and all
+        else is declined.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r:.80}: give one of {', '.join(KINDS)}")
+        if not callable(handler):
+            raise TypeError(f"handler is {handler!r:.80}: give a function that takes the arguments, a mapping")
+        self._handlers[kind] = handler
+        self._session.directives.handle(kind)
 
     @property
     def status(self) -> Status:
@@ -139,7 +145,8 @@ class Governor:
 
     @property
     def should_stop(self) -> bool:
-        """Whether training should end here (on_outage="stop", and the service is away)."""
+        """Whether training should end here: the service asked for it, or is away with on_outage="stop". The reason is
+        in `status.stop_reason`."""
         return self._session.should_stop
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +174,9 @@ class Governor:
             self._link.wait(lambda: self._session.drained, wait_s, "what was reported before")
         self._session.reattach(new_session(), attempt, step, seq, digest)
         self._next_step, self._reported = 0, -1
-        self._receipted = self._wanted = self._decided = None
+        self._receipted = self._wanted = self._decided = self._conflict = None
+        self._confirm = 0
+        self._optimizer.forget()
         self._link.restart()
         self._link.wait(lambda: self._session.attached is not None, wait_s, "the new attempt")
 
@@ -212,6 +221,9 @@ class Governor:
             session.tick(started / 1e9)
             if session.lag is not None and session.missing(step):
                 started += self._wait(lambda: not session.missing(step), f"the decision for step {step}")
+            confirm = session.to_confirm(step)
+            if confirm:
+                self._confirm = confirm
             target = session.target(step)
             if target is None:
                 conflict = self._optimizer.write(None, session.reference, session.bounds, None)
@@ -221,9 +233,8 @@ class Governor:
                 noisy = wanted.noise_std is not None and any(wanted.noise_std)
                 seed = session.noise_seed(step) if noisy else None
                 conflict = self._optimizer.write(wanted, session.reference, session.bounds, seed)
-            if conflict:
-                self._conflicts += 1
-                self._conflict = conflict
+            if conflict is not None:
+                self.note(conflict)
         except Exception as error:  # whatever goes wrong here must not end the training job
             self._once(f"settings could not be applied: {error!r}")
         self._busy_ns += time.monotonic_ns() - started
@@ -232,16 +243,31 @@ class Governor:
         """Just after the optimizer stepped: read back, and write a receipt where something changed."""
         started = time.monotonic_ns()
         try:
-            used = self._optimizer.read_back()
-            seen = (used, self._wanted, self._late)
-            if seen != self._receipted or (self._conflict and self._conflict not in self._warned):
+            used, conflict = self._optimizer.read_back()
+            if conflict is not None:
+                self.note(conflict)
+            seen = (used, self._wanted, self._late, self._controls)
+            confirms = self._confirm
+            if confirms and self._controls is not self._session.controls.values:
+                confirms = 0  # a control was set in mid-step: the next step is the first that is under the command
+            if seen != self._receipted or self._conflict is not None or confirms:
                 self._receipted = seen
-                self._receipt(used)
+                self._receipt(used, confirms, None if conflict is None else conflict.wanted_lr)
+            # A control may be read at any time, so what it changed to in mid-step holds from the next one on.
+            self._controls = self._session.controls.values
         except Exception as error:
             self._once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
         self._busy_ns += time.monotonic_ns() - started
+
+    def note(self, conflict: Conflict) -> None:
+        """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
+        self._conflicts += 1
+        if conflict.cause not in self._causes and len(self._causes) < limits.CAUSES_MAX:
+            self._causes.add(conflict.cause)
+            log.warning("flyball: %s", conflict.text)
+            self._conflict = conflict
 
     # -- leaves --------------------------------------------------------------------------------------
 
@@ -255,11 +281,29 @@ class Governor:
         self._waited_ns += waited
         return waited
 
-    def _receipt(self, used: Settings) -> None:
-        conflict = "" if self._conflict in self._warned else self._conflict
-        if conflict:
-            self._once(conflict)
-        self._session.receipt(self._next_step, self._decided, used, self._late, conflict, 1)
+    def _receipt(self, used: Settings, confirms: int, wanted_lr: tuple[float, ...] | None) -> None:
+        conflict, self._conflict = "" if self._conflict is None else self._conflict.text, None
+        self._session.receipt(
+            self._next_step, self._decided, used, self._late, conflict, 1,
+            confirms=confirms, controls=self._controls, wanted_lr=wanted_lr,
+        )  # fmt: skip
+        if confirms:
+            self._confirm = 0
+            self._link.wake()
+
+    def _carry_out(self) -> None:
+        """Call the handlers of what the service asked for."""
+        session = self._session
+        while (asked := session.directive()) is not None:
+            outcome, note = "done", None
+            try:
+                note = self._handlers[asked.kind](asked.args)
+            except Exception as error:
+                outcome, note = "declined", f"{type(error).__name__}: {error}"
+                log.warning("flyball: %s was declined: its handler failed", asked.kind, exc_info=True)
+            # A handler may have gone back to a checkpoint: what step it is, is asked afterwards.
+            session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
+            self._link.wake()
 
     def _number(self, name: str, value: Any, may_pend: bool) -> Any:
         """`value` as a float (or a Pending one, where that may be); None where it is none."""
@@ -279,7 +323,7 @@ class Governor:
 
     def _is_name(self, name: str) -> bool:
         """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""
-        if len(name) <= limits.NAME_MAX and SIGNAL_NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
+        if len(name) <= limits.NAME_MAX and NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
             self._names.add(name)
             return True
         message = (
@@ -293,16 +337,9 @@ class Governor:
         return False
 
     def _once(self, message: str) -> None:
-        if message not in self._warned and len(self._warned) < 1000:
+        if message not in self._warned and len(self._warned) < limits.CAUSES_MAX:
             self._warned.add(message)
             log.warning("flyball: %s", message)
-
-
-def plain_number(value: Any) -> float:
-    """A Python or NumPy number as a float. Raises TypeError or ValueError where it is none."""
-    if isinstance(value, bool | str | bytes | bytearray):
-        raise TypeError(f"a {type(value).__name__} is no number")
-    return float(value)
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

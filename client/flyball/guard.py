@@ -1,7 +1,8 @@
 """The client's own limits: the last check before a number reaches the optimizer.
 
 Rule of this module: it needs no service. What it lets through is finite, not negative, and inside the bounds
-given at attach, whatever the other side of the wire says.
+given at attach, whatever the other side of the wire says. Bounds only, group by group: largest changes, warm-up,
+cooldown and the ratios between groups need the run's past, which the service has.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ RECEIPTS_BATCH_MAX = 1024
 CHANGES_MAX = 4096
 #: The link counts as down for `on_outage` after so long without an answer that was due.
 OUTAGE_AFTER_S = 5.0
+#: A job that has nothing to say is heard of, and hears what is new, once in so long: a step may take minutes.
+HEARTBEAT_S = 15.0
 #: Pauses between attempts to connect: doubled from the first to the last, with jitter.
 BACKOFF_FIRST_S = 0.05
 BACKOFF_LAST_S = 5.0
@@ -31,5 +33,23 @@ EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Declared controls of one run.
+CONTROLS_MAX = 32
+#: Directives remembered, so that none is carried out twice, and those that may wait for the training thread at once.
+DIRECTIVES_MAX = 256
+DIRECTIVES_PENDING_MAX = 64
+#: How often an answer that the service did not take may be sent once more, where it asks again.
+ANSWERS_AGAIN = 2
+#: Commands that wait for the first step under them; what comes beyond that is confirmed with a later one.
+CONFIRMS_MAX = 64
+#: Notices remembered, so that none is logged twice, and the length of a notice or of an answer's note.
+NOTICES_MAX = 256
+NOTE_CHARS = 500
+#: Causes of conflicts and of warnings told apart; beyond that they are counted, and neither logged nor reported.
+CAUSES_MAX = 1000
+#: The steps after attach at which schedulers are looked for, and looked at again: one that went on is named.
+BESIDE_STEPS = (4, 8)
+#: How often one job looks for who wrote into its optimizer: each look walks through all objects of the process.
+WRITER_SEARCHES_MAX = 16
 #: Rows of a Parquet file that are kept in memory and written together.
 PARQUET_ROWS = 65_536

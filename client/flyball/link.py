@@ -168,6 +168,8 @@ class Link:
                 session.on_rejected(str(error))
                 return  # a refusal ends a gRPC stream: on to a new one
             session.on_advice(advice, time.monotonic())
+            for line in session.notices():
+                log.warning("flyball: %s", line)
             self._tell()
 
     def _lost(self, error: str) -> None:

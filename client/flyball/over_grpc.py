@@ -148,8 +148,9 @@ def _report(m: wire.Report) -> pb.Report:
         step=m.steps,
         signals=[_column(name, values) for name, values in m.signals.items()],
         receipts=[_receipt(r) for r in m.receipts],
-        answers=[pb.DirectiveAnswer(directive=a.directive, outcome=a.outcome, note=a.note) for a in m.answers],
+        answers=[pb.DirectiveAnswer(**answer._asdict()) for answer in m.answers],
         end=m.end,
+        controls=[pb.Control(**control._asdict()) for control in m.controls],
     )
 
 
@@ -172,6 +173,10 @@ def _receipt(r: wire.Receipt) -> pb.Receipt:
         late=r.late,
         conflict=r.conflict,
         ranks=r.ranks,
+        confirms=r.confirms,
+        controls=r.controls,
+        wanted_lr=r.wanted_lr,
+        of_ranks=r.of_ranks,
     )
 
 
@@ -191,11 +196,13 @@ def _attached(m: pb.Attached) -> wire.Attached:
         reason=m.reason,
         reference=tuple(m.reference),
         seed=m.seed,
-        guard=_guard(m.guard_json),
+        guard=_json(m.guard_json),
+        controls=dict(m.controls),
+        confirm=m.confirm,
     )
 
 
-def _guard(text: str) -> Any:
+def _json(text: str) -> Any:
     """The mapping in `text`; the text itself where it is no JSON, for the session to say so."""
     try:
         return json.loads(text or "{}")
@@ -214,7 +221,11 @@ def _advice(m: pb.Advice) -> wire.Advice:
         phase=m.phase,
         code=m.code,
         reason=m.reason,
-        directives=tuple(wire.Directive(d.id, d.kind, json.loads(d.args_json or "{}")) for d in m.directives),
+        directives=tuple(wire.Directive(d.id, d.kind, _json(d.args_json)) for d in m.directives),
+        confirm=m.confirm,
+        controls=dict(m.controls),
+        guard=_json(m.guard_json),
+        notices=tuple(m.notices),
     )
 
 

@@ -37,6 +37,7 @@ class HttpTransport:
         host, port = parts.hostname or "127.0.0.1", parts.port
         self._path = parts.path.rstrip("/")
         self._closed = False
+        self._older = False
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -50,7 +51,9 @@ class HttpTransport:
     def attach(self, message: wire.Attach) -> wire.Attached:
         """POST /v1/attach."""
         try:
-            return wire.attached_of(self._post("/v1/attach", wire.attach_json(message)))
+            data = self._post("/v1/attach", wire.attach_json(message))
+            self._older = "confirm" not in data
+            return wire.attached_of(data)
         except (KeyError, TypeError, ValueError) as error:
             raise LinkError(f"the answer to attach makes no sense: {error!r}") from error
 
@@ -58,7 +61,7 @@ class HttpTransport:
         """POST /v1/runs/RUN/report."""
         path = f"/v1/runs/{quote(message.run, safe='')}/report"
         try:
-            return wire.advice_of(self._post(path, wire.report_json(message)))
+            return wire.advice_of(self._post(path, wire.report_json(message, older=self._older)))
         except (KeyError, TypeError, ValueError) as error:
             raise LinkError(f"the answer to a report makes no sense: {error!r}") from error
 

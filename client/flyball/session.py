@@ -21,16 +21,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 from flyball import limits
 from flyball.base import Base
 from flyball.columns import Signals, columns
+from flyball.confirms import Confirms
+from flyball.controls import Control, Controls
 from flyball.decisions import Decisions, Target
+from flyball.directives import Directives
+from flyball.notices import Notices
 from flyball.rng import noise_seed
 from flyball.status import Status
-from flyball.wire import Advice, Answer, Attach, Attached, Receipt, Report, Settings
+from flyball.wire import Advice, Attach, Attached, Directive, Receipt, Report, Settings
 
 
 class Session:
@@ -54,7 +59,12 @@ class Session:
         self._lock = threading.Lock()
         self._observations: deque[tuple[int, Signals]] = deque()
         self._receipts: deque[Receipt] = deque()
-        self._answers: deque[Answer] = deque(maxlen=64)
+        self.controls = Controls()
+        self.directives = Directives()
+        self._notices = Notices()
+        self._confirms = Confirms(attach.lag)
+        #: Optimizer steps that this process has observed.
+        self._stepped = 0
         #: The job counts its steps from 0; the run counts on from here. Not known before the first Attached where a
         #: run is resumed "after its newest step".
         self._offset = attach.from_step or (attach.fork.step if attach.fork else 0)
@@ -68,6 +78,8 @@ class Session:
         self._end = ""
         self._ended = False
         self._last_sent = now
+        #: Since when an answer is due; None where nothing was sent, or only a heartbeat.
+        self._due_since: float | None = None
         self._last_answer: float | None = None
         self._away_since: float | None = now
         self._advice: Attached | Advice | None = None
@@ -82,6 +94,7 @@ class Session:
                 buffer.popleft()
                 self._dropped += 1
             buffer.append((step + self._offset, signals))
+            self._stepped = step + 1
             return len(buffer) % limits.FLUSH_OBSERVATIONS == 0 or (self.lag is not None and not self.outage)
 
     def target(self, step: int) -> Target | None:
@@ -118,10 +131,28 @@ class Session:
         """Somebody waits: the next report leaves at once."""
         self._urgent = True
 
+    def to_confirm(self, step: int) -> int:
+        """The `confirm` that optimizer `step` is the first to be under, once; 0: none. Ask before `target`."""
+        if not self._confirms.waiting:
+            return 0
+        with self._lock:
+            return self._confirms.due(self._decisions.basis(step + self._offset))
+
     def receipt(
-        self, step: int, decided: int | None, settings: Settings, late: bool, conflict: str, ranks: int
+        self,
+        step: int,
+        decided: int | None,
+        settings: Settings,
+        late: bool,
+        conflict: str,
+        ranks: int,
+        *,
+        confirms: int = 0,
+        controls: Mapping[str, float] | None = None,
+        wanted_lr: tuple[float, ...] | None = None,
     ) -> None:
-        """Record what was really applied at `step`. decided: a target's; None: nothing was decided yet."""
+        """Record what was really applied at `step`. decided: a target's; None: nothing was decided yet. confirms: what
+        `to_confirm` said, and then the receipt is urgent."""
         with self._lock:
             step += self._offset
             decided = step - 1 if decided is None else decided
@@ -129,7 +160,32 @@ class Session:
             if len(self._receipts) >= limits.RECEIPTS_MAX:
                 self._receipts.popleft()
                 self._dropped += 1
-            self._receipts.append(Receipt(self._receipt_number, step, decided, settings, late, conflict, ranks))
+            self._confirms.given = confirmed = max(self._confirms.given, confirms)
+            self._receipts.append(
+                Receipt(
+                    self._receipt_number, step, decided, settings, late, conflict, ranks, confirmed,
+                    controls or {}, wanted_lr,
+                )
+            )  # fmt: skip
+            self._urgent = self._urgent or confirms > 0
+
+    def control(self, name: str, value: Any, low: Any, high: Any) -> Control:
+        """Declare a control, or find it again. Raises ValueError where the declaration makes no sense."""
+        with self._lock:
+            control = self.controls.declare(name, value, low, high)
+            self._urgent = self._urgent or bool(self.controls.untold)
+            return control
+
+    def directive(self) -> Directive | None:
+        """The next directive for the training thread; it is handed out once, and is to be answered."""
+        with self._lock:
+            return self.directives.next()
+
+    def answer(self, directive: str, outcome: str, note: str, step: int) -> None:
+        """Optimizer `step` is the next one, and the directive was carried out ("done") or "declined"."""
+        with self._lock:
+            self.directives.answer(directive, outcome, note, step + self._offset)
+            self._urgent = True
 
     def end(self, outcome: str) -> None:
         """The job ends: the last report says how ("finished" or "failed"; "" leaves it open)."""
@@ -138,13 +194,20 @@ class Session:
 
     @property
     def should_stop(self) -> bool:
-        """on_outage="stop", and there is an outage."""
-        return self._on_outage == "stop" and self.outage
+        """Whether the service asked to stop, or there is an outage and on_outage="stop"."""
+        return bool(self.stop_reason)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the job should stop; "" where it should not."""
+        away = "the service is away, and on_outage is 'stop'" if self._on_outage == "stop" and self.outage else ""
+        return self.directives.stop or away
 
     @property
     def drained(self) -> bool:
         """Whether everything was acknowledged, the end included."""
-        return not (self._observations or self._receipts or self._answers or (self._end and not self._ended))
+        answers = self.directives.unanswered
+        return not (self._observations or self._receipts or answers or (self._end and not self._ended))
 
     # -- the link thread -----------------------------------------------------------------------------
 
@@ -156,6 +219,8 @@ class Session:
             previous = self.attached
             if previous is None or previous.attempt != message.attempt:
                 self._decisions.begin(message.from_step)
+                self._confirms.begin()
+                self.controls.begin()
             if previous is None and to.resume and to.from_step is None:
                 self._shift(message.from_step - self._offset)
             # From now on this is a reconnect: if another process resumes the run meanwhile, it is not taken back.
@@ -176,6 +241,9 @@ class Session:
             else:
                 # Steps the service knows are sent once more: their recorded decisions are still wanted here.
                 self._acknowledge(message.from_step - 1, message.receipts_through)
+            self.controls.tell_all()
+            self.controls.adopt(message.controls)
+            self._confirms.ask(message.confirm, message.through, False)
         self._advice = message
         self._heard("steering", now)
         self.last_error = error
@@ -189,30 +257,34 @@ class Session:
             return None
         with self._lock:
             waiting = len(self._observations)
+            untold = self.controls.untold
+            heartbeat = now - self._last_sent >= limits.HEARTBEAT_S
             due = (
                 self._urgent
                 or waiting >= limits.FLUSH_OBSERVATIONS
                 or now - self._last_sent >= limits.FLUSH_INTERVAL_S
                 or (self.lag is not None and waiting > 0)
             )
-            if not due or self.drained:
+            if untold:
+                # By themselves: a declaration that is refused must not take observations with it.
+                self._took_all = waiting == 0
+                blank = Report(attached.run, self.attach.session, attached.attempt, (), {}, (), (), "")
+                return self._send(blank._replace(controls=untold), now)
+            if (not due or self.drained) and not heartbeat:
                 return None
             head = list(islice(self._observations, limits.BATCH_MAX))
             receipts = tuple(islice(self._receipts, limits.RECEIPTS_BATCH_MAX))
             all_receipts = len(receipts) == len(self._receipts)
-            answers = tuple(self._answers)
+            answers = self.directives.answers
         # Columns are built without the lock: the training thread may go on appending meanwhile.
         steps, signals = columns(head)
         self._took_all = len(steps) == waiting
         end = self._end if self._took_all and all_receipts else ""
-        if not (steps or receipts or answers or end):
+        if not (steps or receipts or answers or end or heartbeat):
             return None
         self._urgent = False
-        self._last_sent = now
-        self._in_flight = Report(
-            attached.run, self.attach.session, attached.attempt, steps, signals, receipts, answers, end
-        )
-        return self._in_flight
+        session, attempt = self.attach.session, attached.attempt
+        return self._send(Report(attached.run, session, attempt, steps, signals, receipts, answers, end), now)
 
     def pause(self, now: float) -> float:
         """How long the link may sleep before it asks for a report again, if nobody wakes it."""
@@ -227,13 +299,24 @@ class Session:
             report, self._in_flight = self._in_flight, None
             if report is None:  # it belongs to an attempt that was given up meanwhile
                 return
-            self._drop_answers(report)
+            self.directives.sent(report.answers)
             self._ended = self._ended or bool(report.end)
-            error = self._decisions.learn(message.changes, message.through)
-            self._acknowledge(message.through, message.receipts_through)
-            for directive in message.directives:
-                note = f"this client has no handler for {directive.kind}"
-                self._answers.append(Answer(directive.id, "declined", note))
+            if message.guard:
+                self._decisions.limit(message.guard)
+                self.bounds = self._decisions.absolute
+            through, known = message.through, None
+            if self.lag is not None:
+                # Steps that the service has and whose decisions were not told yet are still to be asked for.
+                known = self._decisions.through
+                through = min(through, report.steps[-1] if report.steps else known)
+            error = self._decisions.learn(message.changes, through, known)
+            self._acknowledge(through, message.receipts_through)
+            self.controls.told(report.controls)
+            self.controls.adopt(message.controls)
+            self.directives.take(message.directives, self._stepped + self._offset)
+            stop = self.directives.stop
+            self._notices.take((*message.notices, stop) if stop else message.notices)
+            self._confirms.ask(message.confirm, message.through, bool(report.steps))
         self._advice = message
         self._heard("steering", now)
         self.last_error = error
@@ -257,7 +340,8 @@ class Session:
             self.last_error = error
             if report is None:
                 return
-            self._drop_answers(report)
+            self.directives.sent(report.answers)
+            self.controls.told(report.controls, refused=True)
             if report.steps:
                 self._dropped += len(report.steps)
                 self._acknowledge(report.steps[-1], -1)
@@ -277,14 +361,22 @@ class Session:
         if self._away_since is None:
             self._away_since = now
 
+    def notices(self) -> list[str]:
+        """What people did, for the job's log, each line once."""
+        with self._lock:
+            return self._notices.new()
+
     def tick(self, now: float) -> None:
         """Time passes: an answer that is long due makes an outage."""
         away = self._away_since
         if away is not None:
             never = self.attached is None and self.state == "away"
             self.outage = self.outage or never or now - away >= limits.OUTAGE_AFTER_S
-        elif self._in_flight is not None and now - self._last_sent >= limits.OUTAGE_AFTER_S:
-            self.outage = True
+        elif self._in_flight is not None:
+            if self._due_since is None and not self.drained:
+                self._due_since = now  # what waits behind a heartbeat is due as well
+            if self._due_since is not None and now - self._due_since >= limits.OUTAGE_AFTER_S:
+                self.outage = True
 
     def reattach(self, session: str, from_attempt: int | None, step: int, seq: int, digest: str) -> None:
         """Go back to a checkpoint taken before optimizer `step`, under a new session id: the job counts from there.
@@ -314,6 +406,8 @@ class Session:
                 self._origin = self.attached.attempt
             self._in_flight = None
             self.attached = None
+            self._stepped = 0
+            self._confirms.begin()
             self._decisions.newest = None
             self._offset = step
             first = kept[0][0] if kept else step
@@ -371,6 +465,7 @@ class Session:
             reason="" if advice is None else advice.reason,
             last_error=self.last_error,
             should_stop=self.should_stop,
+            stop_reason=self.stop_reason,
             **counters,
         )
 
@@ -379,6 +474,12 @@ class Session:
     def _may_wait(self) -> bool:
         open_ = self.state not in ("refused", "superseded", "closed")
         return self.lag is not None and not self.circuit_open and open_
+
+    def _send(self, report: Report, now: float) -> Report:
+        self._in_flight, self._last_sent = report, now
+        says = report.steps or report.receipts or report.answers or report.controls or report.end
+        self._due_since = now if says else None  # nobody waits for the answer to a heartbeat
+        return report
 
     def _heard(self, state: str, now: float) -> None:
         self.state = state
@@ -398,10 +499,6 @@ class Session:
         """Whether what happened at `step` lies on the line of an attempt (None: the one that is not known yet)."""
         own = None if self.attached is None else self.attached.attempt
         return attempt in (None, own) or (attempt == self._origin and step < self._offset)
-
-    def _drop_answers(self, report: Report) -> None:
-        for _ in range(min(len(report.answers), len(self._answers))):
-            self._answers.popleft()
 
     def _acknowledge(self, through: int, receipts_through: int) -> None:
         while self._observations and self._observations[0][0] <= through:

@@ -13,6 +13,7 @@ class Status(NamedTuple):
     state: connecting, steering, away, refused, superseded or closed. attempt, step: where the job is; `step` is the
     next optimizer step. through: the newest step in the service's journal (-1: none). waiting: observations not
     acknowledged yet. dropped: observations and receipts lost to the buffers' limits or refused as invalid.
+    should_stop, stop_reason: whether training should end here, and why ("" where not).
     outage: whether `on_outage` is in force. circuit_open: whether steps have stopped waiting (lag=k). stale_s:
     seconds since the service last answered (None: it never did). settings: the newest ones received.
     bad_values: values that were no numbers and were recorded as not measured. skipped: calls of `step` without an
@@ -40,5 +41,6 @@ class Status(NamedTuple):
     missed: int
     conflicts: int
     should_stop: bool
+    stop_reason: str
     added_us: float
     waited_s: float

@@ -69,7 +69,8 @@ class Attached(NamedTuple):
     """The answer to Attach. `changes` ends with the settings to begin with; with a lag, what was decided before stands
     first.
 
-    seed, guard: the run's own, as recorded; a service older than they are leaves them out.
+    seed, guard: the run's own, as recorded; controls: the values of its declared ones; confirm: see Advice. A service
+    older than they are leaves them out.
     """
 
     run: str
@@ -87,10 +88,16 @@ class Attached(NamedTuple):
     reference: tuple[float, ...]
     seed: int = 0
     guard: Mapping[str, Any] = MappingProxyType({})
+    controls: Mapping[str, float] = MappingProxyType({})
+    confirm: int = 0
 
 
 class Receipt(NamedTuple):
-    """What was really applied from optimizer step `step` on."""
+    """What was really applied from optimizer step `step` on.
+
+    confirms: the newest `confirm` whose settings are in force at this step. controls: the values of the declared
+    controls. wanted_lr: what was written, where something else was read back. of_ranks: 0 says `ranks`.
+    """
 
     number: int
     step: int
@@ -99,14 +106,28 @@ class Receipt(NamedTuple):
     late: bool = False
     conflict: str = ""
     ranks: int = 1
+    confirms: int = 0
+    controls: Mapping[str, float] = MappingProxyType({})
+    wanted_lr: tuple[float, ...] | None = None
+    of_ranks: int = 0
 
 
 class Answer(NamedTuple):
-    """The answer to a directive: outcome is "done" or "declined"."""
+    """The answer to a directive: outcome is "done" or "declined"; step: the next optimizer step then."""
 
     directive: str
     outcome: str
     note: str
+    step: int = 0
+
+
+class Control(NamedTuple):
+    """Any other scalar of the job that is steered; value: what the job begins with."""
+
+    name: str
+    value: float
+    min: float
+    max: float
 
 
 class Report(NamedTuple):
@@ -120,10 +141,11 @@ class Report(NamedTuple):
     receipts: tuple[Receipt, ...]
     answers: tuple[Answer, ...]
     end: str
+    controls: tuple[Control, ...] = ()
 
 
 class Directive(NamedTuple):
-    """Something the service asks for besides settings: checkpoint, restore, evaluate, stop."""
+    """Something the service asks for besides settings: checkpoint, restore, rewind, evaluate, stop."""
 
     id: str
     kind: str
@@ -131,7 +153,11 @@ class Directive(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """The answer to a report. `changes`: settings by the step whose observation decided them."""
+    """The answer to a report. `changes`: settings by the step whose observation decided them.
+
+    confirm: a command up to this journal row awaits a receipt. guard: the run's limits, where a command changed them;
+    empty: as before. notices: what people did, for the job's log. A service older than they are leaves them out.
+    """
 
     attempt: int
     through: int
@@ -143,48 +169,80 @@ class Advice(NamedTuple):
     code: str
     reason: str
     directives: tuple[Directive, ...]
+    confirm: int = 0
+    controls: Mapping[str, float] = MappingProxyType({})
+    guard: Mapping[str, Any] = MappingProxyType({})
+    notices: tuple[str, ...] = ()
 
 
 def attach_json(message: Attach) -> dict[str, Any]:
     """Attach as JSON values. What is not asked for is left out: a service older than it would refuse it."""
-    data = {**message._asdict(), "groups": [group._asdict() for group in message.groups]}
-    for name, default in Attach._field_defaults.items():
-        if data[name] == default:
-            del data[name]
+    data = {**_asked(message), "groups": [group._asdict() for group in message.groups]}
     if message.fork is not None:
         data["fork"] = message.fork._asdict()
     return data
 
 
-def report_json(message: Report) -> dict[str, Any]:
-    """Report as JSON values; the run rides in the path."""
-    return {
+#: Fields that a service which never asks for confirming does not know, and would refuse.
+_NEWER = ("confirms", "controls", "wanted_lr", "of_ranks")
+
+
+def report_json(message: Report, *, older: bool = False) -> dict[str, Any]:
+    """Report as JSON values; the run rides in the path. What has nothing to say is left out, as in `attach_json`.
+
+    older: for a service whose Attached says nothing about `confirm`; what such a one does not know is left out as well.
+    """
+    if older:
+        defaults = {name: Receipt._field_defaults[name] for name in _NEWER}
+        receipts = tuple(receipt._replace(**defaults) for receipt in message.receipts)
+        answers = tuple(answer._replace(step=0) for answer in message.answers)
+        message = message._replace(receipts=receipts, answers=answers, controls=())
+    data: dict[str, Any] = {
         "session": message.session,
         "attempt": message.attempt,
         "step": list(message.steps),
         "signals": {name: [_plain(v) for v in column] for name, column in message.signals.items()},
         "receipts": [_receipt_json(receipt) for receipt in message.receipts],
-        "answers": [answer._asdict() for answer in message.answers],
+        "answers": [_asked(answer) for answer in message.answers],
         "end": message.end,
     }
+    if message.controls:
+        data["controls"] = [control._asdict() for control in message.controls]
+    return data
 
 
 def attached_of(data: Mapping[str, Any]) -> Attached:
     """Attached from JSON values. Raises KeyError, TypeError or ValueError where it is none."""
-    fields = {name: data[name] for name in Attached._fields if name in data or name not in Attached._field_defaults}
+    fields = _told(data, Attached)
     return Attached(**{**fields, "changes": _changes_of(data["changes"]), "reference": tuple(data["reference"])})
 
 
 def advice_of(data: Mapping[str, Any]) -> Advice:
     """Advice from JSON values. Raises KeyError, TypeError or ValueError where it is none."""
     directives = tuple(Directive(d["id"], d["kind"], d.get("args", {})) for d in data["directives"])
-    fields = {name: data[name] for name in Advice._fields}
+    fields = {**_told(data, Advice), "notices": tuple(data.get("notices", ()))}
     return Advice(**{**fields, "changes": _changes_of(data["changes"]), "directives": directives})
 
 
+def _asked(message: Any) -> dict[str, Any]:
+    """A message's fields without those that are at their default."""
+    defaults = message._field_defaults
+    return {name: value for name, value in message._asdict().items() if name not in defaults or value != defaults[name]}
+
+
+def _told(data: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """The fields of `kind` in `data`; only those with a default may be missing, or null."""
+    defaults = kind._field_defaults
+    return {name: data[name] for name in kind._fields if name not in defaults or data.get(name) is not None}
+
+
 def _receipt_json(receipt: Receipt) -> dict[str, Any]:
-    data = receipt._asdict()
+    data = _asked(receipt)
     settings = data.pop("settings")
+    if receipt.wanted_lr is not None:
+        data["wanted_lr"] = [_plain(value) for value in receipt.wanted_lr]
+    if receipt.controls:
+        data["controls"] = {name: _plain(value) for name, value in receipt.controls.items()}
     for name, row in settings._asdict().items():
         data[name] = None if row is None else [_plain(value) for value in row]
     return data

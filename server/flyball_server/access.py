@@ -18,7 +18,7 @@ REPORT = "report"  #: add signals and notes to a run
 DRIVE = "drive"  #: be a run's training job: attach, report, fork
 PROPOSE = "propose"  #: propose a command, for somebody else to approve
 OPERATE = "operate"  #: give commands, approve and reject proposals, import
-ADMIN = "admin"  #: tokens, freeze, deleting runs, what concerns the whole store
+ADMIN = "administer"  #: tokens, freeze, deleting runs, what concerns the whole store
 
 _RIGHTS = {
     "viewer": (VIEW,),

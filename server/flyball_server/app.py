@@ -27,13 +27,17 @@ from flyball_server import grpc_api, http_api
 from flyball_server.access import Caller
 from flyball_server.auditing import Auditing
 from flyball_server.auth import Door, OpenDoor, TokenDoor
+from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
+from flyball_server.fleet import Fleet
+from flyball_server.freezing import Freezing
 from flyball_server.hook_files import load_hooks
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
+from flyball_server.projects import NOWHERE, load_projects
 from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
@@ -42,6 +46,7 @@ from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
+from flyball_server.tail import Tail
 from flyball_server.tls import open_tls
 from flyball_server.tokens import Tokens
 from flyball_server.webhooks import Hooks
@@ -60,19 +65,24 @@ def version() -> str:
 async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str, str, Tokens], None]) -> None:
     """Serve until `stop` is set, then drain and return. `started` is told the HTTP and gRPC addresses, with schemes.
 
-    Raises OSError where an address is taken, Invalid for a wrong profile or an address of a store
+    Raises OSError where an address is taken, Invalid for a wrong profile or project or an address of a store
     that means nothing, an error naming the file where the store cannot be opened.
     """
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
+    projects = load_projects(settings.projects) if settings.projects else NOWHERE
     named_hooks = load_hooks(settings.webhooks, os.environ) if settings.webhooks else {}
     tls = open_tls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     sock = _bind(settings.http)
     journal = open_journal(settings.store, bytes_max=settings.store_bytes_max, disk_free_min=settings.disk_free_min)
     hooks = Hooks(named_hooks, journal, _now_us)
     engine = Engine(journal, rules_of, _now_us, hooks)
-    service = Service(engine, journal, profiles)
-    commanding = Commanding(engine, journal, profiles)
-    tokens, refusals = Tokens(engine.ledger, engine.now_us, os.urandom), Refusals(engine.ledger)
+    tail = Tail(engine.ledger)
+    freezing = Freezing(engine, journal, tail)
+    service = Service(engine, journal, profiles, projects, freezing)
+    commanding = Commanding(engine, journal, profiles, projects, freezing=freezing)
+    fleet = Fleet(engine, journal, commanding, tail)
+    canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
+    tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
     door = _door(settings, tokens, refusals)
     ready = threading.Event()
     credentials = None if tls is None else tls.grpc()
@@ -85,7 +95,9 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         exchange = Exchange(engine, journal, signer, version(), heads)
         if settings.auth:
             await _check_tokens(tokens, settings.store)
-        parts = http_api.Parts(service, commanding, exchange, tokens, Auditing(engine, journal), heads, hooks)
+        auditing = Auditing(engine, journal)
+        many = http_api.Many(fleet, freezing, canaries)
+        parts = http_api.Parts(service, commanding, many, exchange, tokens, auditing, heads, hooks)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
         options: dict[str, Any] = {} if tls is None else tls.uvicorn()
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
@@ -99,8 +111,15 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         http_task = asyncio.create_task(http_server.serve(sockets=[sock]))
         while not http_server.started and not http_task.done():
             await asyncio.sleep(0.005)
-        running = (commanding.sweep(), hooks.run(), heads.keep_signing(settings.heads_every_s))
-        sweeping = [asyncio.create_task(one) for one in running]
+        await tail.refresh_if_possible()  # before anybody is heard: who asks for a run may not see it unfrozen
+        works = (
+            commanding.sweep(),
+            tail.watch(),
+            canaries.watch(),
+            hooks.run(),
+            heads.keep_signing(settings.heads_every_s),
+        )
+        working = [asyncio.create_task(work) for work in works]
         ready.set()
         s = "" if tls is None else "s"
         http_address = _address(settings.http, sock.getsockname()[1])
@@ -113,10 +132,10 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         await grpc_server.stop(grace=1.0)
         http_server.should_exit = True
         stopping.cancel()
-        for task in sweeping:
-            task.cancel()
+        for work in working:
+            work.cancel()
         await http_task
-        await asyncio.gather(*sweeping, return_exceptions=True)
+        await asyncio.gather(*working, return_exceptions=True)
     finally:
         await refusals.close()
         await engine.close()
@@ -139,7 +158,7 @@ async def beside(store: str) -> AsyncIterator[Tokens]:
         engine = _engine(open_journal(store))
         await engine.start()
     try:
-        yield Tokens(engine.ledger, engine.now_us, os.urandom)
+        yield Tokens(engine.ledger, Tail(engine.ledger), engine.now_us, os.urandom)
     finally:
         await engine.close()
 

@@ -22,10 +22,11 @@ from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import ASIDE, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group
-from flyball_server.guards import expanded
+from flyball_server.guards import expanded, strictest
 from flyball_server.messages import Attach, Fork, WhatIfRequest
 from flyball_server.names import project_of
 from flyball_server.profiles import Profile
+from flyball_server.projects import Projects
 from flyball_server.queries import cutoffs, in_thread, steps_of
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 
@@ -71,13 +72,21 @@ def check_fork(fork: Fork, run: Run) -> tuple[int, int]:
 
 
 def forked(
-    request: Attach, parent: Spec, left: Run, origin: Origin, profiles: Mapping[str, Profile]
+    request: Attach,
+    parent: Spec,
+    left: Run,
+    origin: Origin,
+    *,
+    profiles: Mapping[str, Profile],
+    projects: Projects,
 ) -> tuple[Spec, Origin]:
     """The specification and origin of the run that `request` begins as a fork of `parent`, left in the state `left`.
 
     What the request does not say is the parent's. Under the parent's policy, base, mode and seed the state goes on.
     Another policy begins afresh: at the settings in force where it leaves, or, with a base schedule or in multiplier
-    mode, from the parent's references. Raises Invalid where the groups are others than the parent's.
+    mode, from the parent's references. The limits of project and service are those of today.
+
+    Raises Invalid where the groups are others than the parent's, or its limits and today's cannot both hold.
     """
     names, now = [g.name for g in parent.groups], [g.name for g in request.groups]
     if now and names != now:
@@ -89,12 +98,16 @@ def forked(
         mode=request.mode or parent.mode,
         policy=request.policy or parent.policy,
         base=request.base if own or request.base is not None else parent.base,
-        guard=request.guard or parent.guard,
+        guard=request.guard or (parent.guard if parent.asked_guard is None else parent.asked_guard),
         seed=request.seed or parent.seed,
         labels=request.labels or parent.labels,
         groups=parent.groups,
     )
-    spec = spec_from(asked, profiles)
+    spec = spec_from(asked, profiles, projects)
+    if not request.guard:
+        wanted = spec.guard if spec.asked_guard is None else spec.asked_guard
+        guard = strictest(("the new run", spec.guard), (f"the run {parent.run}", parent.guard))
+        spec = spec._replace(guard=guard, asked_guard=None if guard == wanted else wanted)
     if not own and spec.profile == "":
         spec = spec._replace(profile=parent.profile)
     same = all(getattr(spec, name) == getattr(parent, name) for name in ("policy", "base", "mode", "seed"))

@@ -18,10 +18,11 @@ from flyball_server.core.events import Receipt, Spec
 from flyball_server.core.run import ANSWERS_KEPT, Run
 from flyball_server.core.types import Group
 from flyball_server.guards import expanded, joined, limits_of
-from flyball_server.messages import Attach, Report
+from flyball_server.messages import Attach, Report, SideReport
 from flyball_server.names import NAME, check_signal_name, run_id
 from flyball_server.policy_files import resolve
 from flyball_server.profiles import Profile, use_profile
+from flyball_server.projects import NOWHERE, Projects
 
 
 def check_room(run: Run, signals: Iterable[str]) -> None:
@@ -45,8 +46,9 @@ def checked_receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:
     return receipt._replace(settings=settings._replace(momentum=momentum))
 
 
-def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
-    """The run's specification as it goes into the journal: checked, with every default filled in."""
+def spec_from(request: Attach, profiles: Mapping[str, Profile], projects: Projects = NOWHERE) -> Spec:
+    """The run's specification as it goes into the journal: checked, with every default filled in, and with a guard as
+    strict as project and service want it."""
     project = request.project or "default"
     for field, value in (("project", project), ("run", request.run), ("session", request.session)):
         if len(value) > limits.NAME_MAX or not NAME.fullmatch(value):
@@ -79,9 +81,11 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
     check_seed(seed)
     if len(request.shadows) > limits.SHADOWS_MAX:
         raise Invalid(f"shadows: {len(request.shadows)} are too many; at most {limits.SHADOWS_MAX}")
-    unknown = limits_of(guard).groups.keys() - {g.name for g in request.groups}
+    names = [g.name for g in request.groups]
+    unknown = limits_of(guard).groups.keys() - set(names)
     if unknown:
         raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
+    capped = projects.capped(project, guard, names)
     spec = Spec(
         run=run_id(project, request.run),
         project=project,
@@ -90,12 +94,13 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile]) -> Spec:
         groups=request.groups,
         policy=resolved,
         base=base,
-        guard=guard,
+        guard=capped,
         mode=request.mode,
         seed=seed,
         profile="" if profile is None else profile.name,
         # In the order in which a stored row gives them back.
         shadows={name: _shadow(name, asked, base, profiles) for name, asked in sorted(request.shadows.items())},
+        asked_guard=None if capped == guard else guard,
     )
     _check_text(spec)
     return spec
@@ -204,6 +209,8 @@ def check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
     said += ["shadows"] if request.shadows else []
     for field in said:
         old, new = getattr(recorded, field), getattr(spec, field)
+        if field == "guard":  # what project and service added, then or now, is not the process's matter
+            old, new = (one.guard if one.asked_guard is None else one.asked_guard for one in (recorded, spec))
         if field == "shadows":  # what they stand on is the run's own
             old, new = ({name: one["policy"] for name, one in shadows.items()} for shadows in (old, new))
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
@@ -258,6 +265,26 @@ def check_report(request: Report) -> None:
             raise Invalid(f"signals: {name} has {len(column)} values for {n} steps")
     if request.end not in ("", "finished", "failed"):
         raise Invalid(f"end is {request.end!r}: give 'finished' or 'failed', or leave it out")
+
+
+def check_side_report(said: SideReport) -> None:
+    """Raise Invalid for a report from beside the driver that says nothing, or cannot be."""
+    if not said.signals and not said.note:
+        raise Invalid("signals is empty: name at least one, such as val_loss, or give a note")
+    check_signal_names(said.signals)
+    if len(said.note) > limits.REASON_MAX:
+        raise Invalid(f"note has {len(said.note)} characters: give at most {limits.REASON_MAX}")
+    if said.source and (len(said.source) > limits.NAME_MAX or not NAME.fullmatch(said.source)):
+        raise Invalid(f"source is {said.source!r:.60}: use letters, digits, '.', '_' or '-'")
+    if bool(said.source) != bool(said.number) or not 0 <= said.number <= limits.INTEGER_MAX:
+        raise Invalid(f"number is {said.number} and source {said.source!r:.60}: give both, counting from 1, or neither")
+    check_text("note", said.note)
+
+
+def check_text(field: str, text: str) -> None:
+    """Half a surrogate pair could be stored, and never be told to anybody: raise Invalid."""
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+        raise Invalid(f"{field} holds half of a surrogate pair, which is no text: send it as UTF-8")
 
 
 def check_controls(controls: Sequence[Control]) -> None:

@@ -27,6 +27,7 @@ from flyball_server.policy_files import json_schema, load_policy
 from flyball_server.policy_files import summary as about
 from flyball_server.presets import GUARDS, PRESETS
 from flyball_server.profiles import Profile, load_profiles
+from flyball_server.projects import NOWHERE, Projects, load_projects
 from flyball_server.settings import Settings
 from flyball_server.simulate import read_groups, simulate
 
@@ -48,6 +49,9 @@ def serve(
     ] = None,
     profiles: Annotated[
         str | None, typer.Option(help="File of named policies and guards that jobs may ask for (JSON, YAML or TOML).")
+    ] = None,
+    projects: Annotated[
+        str | None, typer.Option(help="File of limits for the runs of each project, and of all (JSON, YAML or TOML).")
     ] = None,
     store_bytes_max: Annotated[
         int | None, typer.Option(help="Bytes the store may take; beyond it appends are refused. Default: no limit.")
@@ -84,17 +88,18 @@ def serve(
     json_output: Annotated[bool, typer.Option("--json", help="Print the addresses as one JSON line.")] = False,
 ) -> None:
     """Start the service. Options win over FLYBALL_HTTP, FLYBALL_GRPC, FLYBALL_STORE, FLYBALL_PROFILES,
-    FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY, FLYBALL_HEADS_EVERY_S, FLYBALL_WEBHOOKS,
-    FLYBALL_AUTH, FLYBALL_TLS_CERT, FLYBALL_TLS_KEY, FLYBALL_TLS_CLIENT_CA, FLYBALL_REQUESTS_PER_S and
-    FLYBALL_INSECURE.
+    FLYBALL_PROJECTS, FLYBALL_STORE_BYTES_MAX, FLYBALL_DISK_FREE_MIN, FLYBALL_SIGNING_KEY, FLYBALL_HEADS_EVERY_S,
+    FLYBALL_WEBHOOKS, FLYBALL_AUTH, FLYBALL_TLS_CERT, FLYBALL_TLS_KEY, FLYBALL_TLS_CLIENT_CA, FLYBALL_REQUESTS_PER_S
+    and FLYBALL_INSECURE.
 
     SIGTERM and SIGINT drain it: requests under way finish, the journal is flushed, the exit code is 0.
     """
     given: dict[str, Any] = {
-        "http": http, "grpc": grpc, "store": store, "profiles": profiles, "store_bytes_max": store_bytes_max,
-        "disk_free_min": disk_free_min, "signing_key": signing_key, "heads_every_s": heads_every_s,
-        "webhooks": webhooks, "auth": auth or None, "tls_cert": tls_cert, "tls_key": tls_key,
-        "tls_client_ca": tls_client_ca, "requests_per_s": requests_per_s, "insecure": insecure or None,
+        "http": http, "grpc": grpc, "store": store, "profiles": profiles, "projects": projects,
+        "store_bytes_max": store_bytes_max, "disk_free_min": disk_free_min, "signing_key": signing_key,
+        "heads_every_s": heads_every_s, "webhooks": webhooks, "auth": auth or None, "tls_cert": tls_cert,
+        "tls_key": tls_key, "tls_client_ca": tls_client_ca, "requests_per_s": requests_per_s,
+        "insecure": insecure or None,
     }  # fmt: skip
     _log_in_utc()
     with errors():
@@ -154,12 +159,14 @@ def policies(
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of its parameters.")] = False,
     profiles: Annotated[Path | None, typer.Option(help="List (and check) the profiles in this file, too.")] = None,
+    projects: Annotated[Path | None, typer.Option(help="The same of a file of projects and their limits.")] = None,
 ) -> None:
     """List the policies, presets, base schedules and guards, or describe one."""
     with errors():
         known = load_profiles(profiles) if profiles else {}
+        limited = load_projects(projects) if projects else NOWHERE
         if name is None:
-            for kind, title, text in _listed(known):
+            for kind, title, text in _listed(known, limited):
                 print(f"{kind:<8}{title:<20} {text}")
             return
         if name in known:
@@ -180,12 +187,15 @@ def policies(
                 print(f"{field:<26} {default:<12} {facts.get('description', '')}")
 
 
-def _listed(profiles: Mapping[str, Profile]) -> Iterator[tuple[str, str, str]]:
+def _listed(profiles: Mapping[str, Profile], projects: Projects) -> Iterator[tuple[str, str, str]]:
     yield from (("policy", policy.tag, about(policy.name)) for policy in POLICIES.values())
     yield from (("preset", name, preset.about) for name, preset in PRESETS.items())
     yield from (("base", name, about(name, base=True)) for name in SCHEDULES)
     yield from (("guard", name, guard.about) for name, guard in GUARDS.items())
     yield from (("profile", profile.name, profile.about) for profile in profiles.values())
+    for project in projects:
+        limits = json.dumps(projects.capped(project.name, {}), sort_keys=True)
+        yield "project", project.name, f"{project.about or project.said}: {limits}, approvals {project.approvals}"
 
 
 cli_store.add(cli)

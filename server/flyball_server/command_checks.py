@@ -6,13 +6,13 @@ Rule of this module: a refusal names the field, the value and the remedy, and no
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from math import isfinite
 from typing import Any, NamedTuple
 
 from flyball_server import limits
-from flyball_server.checks import alternative
+from flyball_server.checks import alternative, check_text
 from flyball_server.core import commands
 from flyball_server.core.base import nearest
 from flyball_server.core.errors import Conflict, Invalid, NotFound
@@ -53,7 +53,7 @@ class Around(NamedTuple):
     spec: Spec
     run: Run
     profiles: Mapping[str, Profile]
-    capped: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]
+    capped: Callable[[str, Mapping[str, Any], Iterable[str]], Mapping[str, Any]]
 
 
 def check_envelope(request: CommandRequest) -> CommandRequest:
@@ -75,8 +75,7 @@ def check_envelope(request: CommandRequest) -> CommandRequest:
     if len(request.key) > limits.NAME_MAX:
         raise Invalid(f"Idempotency-Key has {len(request.key)} characters: give at most {limits.NAME_MAX}")
     for name, text in (("reason", reason), ("fields", json.dumps(dict(request.fields), ensure_ascii=False))):
-        if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
-            raise Invalid(f"{name} holds half of a surrogate pair, which is no text: send it as UTF-8")
+        check_text(name, text)
     return request._replace(reason=reason)
 
 
@@ -202,7 +201,7 @@ def _bounds(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
     unknown = limits_of(asked).groups.keys() - {group.name for group in spec.groups}
     if unknown:
         raise Invalid(f"guard.groups: there is no group {', '.join(sorted(unknown))}; give the optimizer's own names")
-    guard = dict(around.capped(spec.project, asked))
+    guard = dict(around.capped(spec.project, asked, [group.name for group in spec.groups]))
     words = {"guard": json.dumps(guard, sort_keys=True)}
     return {
         "guard": dict(given),
@@ -231,7 +230,8 @@ def _profile(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
         known = ", ".join(around.profiles) or "none"
         raise Invalid(f"profile is {name!r:.60}: the service has no such profile; it has {known}")
     asked = {**around.spec.guard, **profile.guard}
-    guard = dict(around.capped(around.spec.project, asked))
+    names = [group.name for group in around.spec.groups]
+    guard = dict(around.capped(around.spec.project, asked, names))
     found = _to({"base": None, **profile.policy}, guard, profile.name, around)
     found["words"]["profile"] = profile.name
     return {**found, "clamped": guard != asked}

@@ -73,9 +73,15 @@ def command_of(journal: Journal, run: str, command: str) -> CommandView:
 def _followed(run: str, noted: Iterator[Noted]) -> dict[str, CommandView]:
     found: dict[str, CommandView] = {}
     for _, _, row in noted:
+        if _leaves_asks(row):
+            found |= {one: _moot(view, row) for one, view in found.items() if view.actor == POLICY and not view.over}
         if row.kind == "commanded":
             view = _begun(run, row)
             found[view.id] = view
+            for one in (view.verdict or {}).get("superseded", ()):
+                if one in found:
+                    entry = _entry(row, "superseded", by=view.id)
+                    found[one] = found[one]._replace(status="superseded", history=(*found[one].history, entry))
             if view.proposal in found:
                 found[view.proposal] = found[view.proposal]._replace(command=view.id)
         elif row.kind == "proposed":
@@ -90,6 +96,17 @@ def _followed(run: str, noted: Iterator[Noted]) -> dict[str, CommandView]:
         elif row.kind == "judged" and row.meta["proposal"] in found:
             found[row.meta["proposal"]] = _judged(found[row.meta["proposal"]], row)
     return found
+
+
+def _leaves_asks(row: Row) -> bool:
+    """Whether what the policy asked for before this row is done with: the run goes back, or has another policy."""
+    if row.kind == "attached":
+        return row.meta["restored"] is not None
+    return row.kind == "commanded" and "carried" in (row.meta.get("verdict") or {})
+
+
+def _moot(view: CommandView, row: Row) -> CommandView:
+    return view._replace(status="superseded", history=(*view.history, _entry(row, "superseded")))
 
 
 def _begun(run: str, row: Row) -> CommandView:

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
@@ -21,13 +21,16 @@ from flyball_server.command_checks import Around, Checked, check_envelope, check
 from flyball_server.command_log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
 from flyball_server.core import commands
+from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
+from flyball_server.freezing import Freezing
+from flyball_server.ledger import retried
+from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest
 from flyball_server.profiles import Profile
-from flyball_server.retrying import retried
 from flyball_server.rules import spec_under
 from flyball_server.storage.journal import Journal
 
@@ -37,8 +40,8 @@ _log = logging.getLogger(__name__)
 class Projects(Protocol):
     """What a project says about commands."""
 
-    def capped(self, project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The limits as far as the project and the service let them go."""
+    def capped(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
+        """The limits as far as the project and the service let them go, for a run with these groups."""
 
     def approvals(self, project: str) -> int:
         """How many people a command takes."""
@@ -55,33 +58,41 @@ class Commanding:
     """The use cases over one engine and its journal."""
 
     def __init__(
-        self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile], projects: Projects | None = None
+        self,
+        engine: Engine,
+        journal: Journal,
+        profiles: Mapping[str, Profile],
+        projects: Projects | None = None,
+        freezing: Freezing | None = None,
     ) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles = profiles
         self._projects = projects
+        self._freezing = freezing
 
     async def give(self, request: CommandRequest, caller: Caller) -> Given:
         """Give a run a command, or propose it. The answer comes when the journal has it.
 
         Raises NotFound, Denied, Invalid, Stale where somebody gave a command that the caller did not know of, Conflict
-        where the run has ended, Busy.
+        where the run has ended or is frozen, Busy.
         """
+        caller.check_run(_right(request.kind), request.run)
         request = check_envelope(request)
+        await self._look()
 
         async def once() -> Given:
-            live = await self._reached(request.run, caller, OPERATE if request.kind == "note" else PROPOSE)
+            live = await self._engine.whole(request.run)
             async with self._engine.turn(live):
                 key = _key(request, caller)
                 known = _known(live.run, key, request)
                 if known:
                     return Given(await self._view(live, known), repeated=True)
+                self._check_frozen(request.kind, live)
                 await self.expire(live)
                 _check_expected(live.run, request)
                 found = checked(request, self._around(live), self._engine.now_us())
-                needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
-                alone = caller.may(OPERATE) and (needed <= 1 or request.kind == "note")
+                needed, alone = self._needed(request.kind, live, caller)
                 seq = live.run.seq + 1
                 if alone:
                     events, at = _events(live.run, request, found, caller.actor, key)
@@ -97,15 +108,50 @@ class Commanding:
 
         return await retried(once)
 
+    async def preview(self, request: CommandRequest, caller: Caller) -> dict[str, Any]:
+        """What `give` would do now: the command is folded in memory, and nothing is written.
+
+        {"status", "before": {group: lr}, "after": the same under the command, "supersedes" or "releases": [ids], and
+        what the guard left of it: "held", "carried"}. Raises as `give` does.
+        """
+        caller.check_run(_right(request.kind), request.run)
+        request = check_envelope(request)
+        await self._look()
+        live = await self._engine.whole(request.run)
+        async with self._engine.turn(live):
+            self._check_frozen(request.kind, live)
+            run, now = live.run, self._engine.now_us()
+            for event in overdue(run, now):
+                run, _ = fold.apply(live.rules, run, event)
+            _check_expected(run, request)
+            found = checked(request, self._around(live)._replace(run=run), now)
+            _, alone = self._needed(request.kind, live, caller)
+            # Without a lag a command shows in the settings at once.
+            run, verdict = run._replace(lag=None), {"status": "accepted"}
+            ended: list[str] = []
+            before = run.settings.lr
+            for event in _events(run, request, found, caller.actor, "")[0]:
+                run, outcome = fold.apply(live.rules, run, event)
+                verdict = {**verdict, **(outcome.verdict or {})}
+                ended += [event.command] if isinstance(event, CommandMoved) else verdict.pop("superseded", [])
+        names = [group.name for group in live.spec.groups]
+        verdict.pop("lr", None)
+        settings = {"before": before, "after": run.settings.lr}
+        would = {**{when: dict(zip(names, lr, strict=True)) for when, lr in settings.items()}, **verdict}
+        would["status"] = verdict["status"] if alone else "proposed"
+        return {**would, "releases" if request.kind == "release" else "supersedes": ended}
+
     async def judge(self, run: str, proposal: str, verdict: str, reason: str, caller: Caller) -> CommandView:
         """Approve or reject a proposal ("approved", "rejected"), or take back one's own ("withdrawn"). With the last
         approval that it takes it becomes a command. Raises as `give` does; Denied for one's own proposal."""
+        caller.check_run(PROPOSE if verdict == "withdrawn" else OPERATE, run)
         if verdict not in ("approved", "rejected", "withdrawn"):
             raise Invalid(f"verdict is {verdict!r:.40}: give approved, rejected or withdrawn")
         reason = check_envelope(CommandRequest(run, "note", reason, {})).reason
+        await self._look()
 
         async def once() -> CommandView:
-            live = await self._reached(run, caller, PROPOSE if verdict == "withdrawn" else OPERATE)
+            live = await self._engine.whole(run)
             async with self._engine.turn(live):
                 await self.expire(live)
                 known = next((one for one in live.run.steering.proposals if one.id == proposal), None)
@@ -117,6 +163,8 @@ class Commanding:
                     raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
                 events: list[Event] = [Judged(proposal, verdict, caller.actor, reason)]
                 following = f"{proposal}"
+                if verdict == "approved":
+                    self._check_frozen(known.kind, live)
                 if verdict == "approved" and len(known.approved) + 1 >= known.needed:
                     request = CommandRequest(run, known.kind, known.reason, known.args)
                     found = checked(request, self._around(live), self._engine.now_us())
@@ -136,7 +184,7 @@ class Commanding:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
         while True:
-            live = await self._reached(run, caller, VIEW)
+            live = await self._seen(run, caller)
             view = await self._view(live, command)
             left = until - loop.time()
             if left <= 0 or view.settled:
@@ -148,7 +196,7 @@ class Commanding:
         behind this one, None at the end."""
         if not 1 <= limit <= limits.PAGE_MAX:
             raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
-        live = await self._reached(run, caller, VIEW)
+        live = await self._seen(run, caller)
         rows = (self._journal, live.spec.run)
         found = await queries.in_thread(commands_of, *rows)
         views = [view for view in found if view.seq > after and not (open_only and view.over)]
@@ -175,10 +223,23 @@ class Commanding:
                         if not isinstance(error, SteeringError):
                             _log.exception("ending the commands of run %s failed", live.spec.run)
 
-    async def _reached(self, run: str, caller: Caller, right: str) -> LiveRun:
-        live = await self._engine.whole(run)
-        caller.check(right, live.spec.project, run)
-        return live
+    async def _seen(self, run: str, caller: Caller) -> LiveRun:
+        caller.check_run(VIEW, run)
+        return await self._engine.whole(run)
+
+    async def _look(self) -> None:
+        """Learn of freezes that other processes wrote."""
+        if self._freezing is not None:
+            await self._freezing.look()
+
+    def _check_frozen(self, kind: str, live: LiveRun) -> None:
+        if self._freezing is not None:
+            self._freezing.check(kind, live.spec.project)
+
+    def _needed(self, kind: str, live: LiveRun, caller: Caller) -> tuple[int, bool]:
+        """How many people a command takes, and whether the caller alone suffices."""
+        needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
+        return needed, caller.may(OPERATE) and (needed <= 1 or kind == "note")
 
     def _around(self, live: LiveRun) -> Around:
         spec = spec_under(live.spec, live.run)
@@ -189,20 +250,23 @@ class Commanding:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command)
 
 
-def _uncapped(project: str, guard: Mapping[str, Any]) -> Mapping[str, Any]:
+def _right(kind: str) -> str:
+    """What it takes to ask for a command at all; a note is nothing to approve."""
+    return OPERATE if kind == "note" else PROPOSE
+
+
+def _uncapped(project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
     return guard
 
 
 def _events(
     run: Run, request: CommandRequest, found: Checked, actor: str, key: str, proposal: str = ""
 ) -> tuple[list[Event], int]:
-    """The command with the ends of those it supersedes or releases, and its place among them. What supersedes begins
-    from the settings in force, and so comes before what it supersedes goes."""
+    """The command, behind the ends of those it releases; and its place among them."""
     beside = run.steering.commands
     command = Commanded(request.kind, found.args, actor, request.reason, key, found.until, found.expires_at, proposal)
     if request.kind != "release":
-        over = commands.superseded(beside, request.kind, found.args)
-        return [command, *(CommandMoved(one, "superseded") for one in over)], 0
+        return [command], 0
     lasting = {one.id for one in commands.lasting(beside)}
     over = commands.released(beside, found.args)
     ended = [CommandMoved(one, "released" if one in lasting else "withdrawn") for one in over]

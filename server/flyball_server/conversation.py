@@ -13,7 +13,7 @@ from flyball_server.core.commands import CONFIRMED, DIRECTIVES, RULING, Command,
 from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Judged, Observed, Receipt
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
-from flyball_server.engine import LiveRun
+from flyball_server.live import LiveRun
 from flyball_server.messages import Advice, Attached, Directive, Report
 from flyball_server.rules import spec_under
 
@@ -122,9 +122,15 @@ def advice(live: LiveRun, changes: Sequence[tuple[int, Settings]]) -> Advice:
         directives=tuple(Directive(c.id, c.kind, c.args) for c in run.steering.commands if c.kind in DIRECTIVES),
         confirm=confirm(run),
         controls=values(run),
-        guard=spec_under(live.spec, run).guard if any(_awaits(c) and c.kind in RULING for c in waiting) else {},
+        # An empty one would say nothing: where all limits were taken away, that has to be said.
+        guard=spec_under(live.spec, run).guard or {"max_lr": None} if _are_new(waiting) else {},
         notices=tuple(_notice(c) for c in waiting if _awaits(c) or c.kind in DIRECTIVES),
     )
+
+
+def _are_new(commands: Sequence[Command]) -> bool:
+    """Whether the job may not know the limits yet."""
+    return any(_awaits(command) and command.kind in RULING for command in commands)
 
 
 def _notice(command: Command) -> str:

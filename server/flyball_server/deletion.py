@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from flyball_server import ledger, limits, records
+from flyball_server.checks import check_text
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.proving import checked
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Row, RunRecord
@@ -28,8 +29,7 @@ def check_reason(reason: str, wanted: str = "say why the run is deleted") -> str
         raise Invalid(f"reason is empty: {wanted}; it stays in the store's journal")
     if len(reason) > limits.REASON_MAX:
         raise Invalid(f"reason has {len(reason)} characters: give at most {limits.REASON_MAX}")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in reason):
-        raise Invalid("reason holds half of a surrogate pair, which is no text: send it as UTF-8")
+    check_text("reason", reason)
     return reason
 
 

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
-from flyball_server.core.run import Rules, Run
+from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
+from flyball_server.herald import Herald
 from flyball_server.ledger import Ledger, Lost
+from flyball_server.live import LiveRun
 from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
@@ -43,61 +45,6 @@ from flyball_server.storage.journal import (
 from flyball_server.storage.outbox import Delivery
 
 T = TypeVar("T")
-
-
-class Herald(Protocol):
-    """Who tells others what happens. Nothing here waits or raises."""
-
-    def outgoing(
-        self, record: RunRecord, before: Run, events: Sequence[Event], outcomes: Sequence[Outcome], at: int
-    ) -> tuple[Delivery, ...]:
-        """What is to be told of events that are about to be written; it is written with them."""
-
-    def added(self, deliveries: Iterable[Delivery]) -> None:
-        """These were written."""
-
-    def damaged(self, run: str, words: str) -> None:
-        """A run was found damaged."""
-
-
-class LiveRun:
-    """One run in memory: its newest durable state and the place its next row goes to."""
-
-    def __init__(self, spec: Spec, origin: Origin | None, rules: Rules, run: Run, record: RunRecord) -> None:
-        self.spec = spec
-        self.origin = origin
-        self.rules = rules
-        self.run = run
-        self.record = record
-        self.lock = asyncio.Lock()
-        self.waiting = 0
-        self.stale = False
-        #: When something last came from its job, by the event loop's clock; None: nothing since it was loaded.
-        self.heard: float | None = None
-        self._watchers: list[asyncio.Future[None]] = []
-        self.snapshot_at = run.observations
-        #: The newest batches' settings, for steps that a client sends again.
-        self.recent: deque[tuple[int, int, Sequence[tuple[int, Settings]]]] = deque(maxlen=64)
-
-    async def changed(self, within_s: float) -> None:
-        """Return when something was committed here, or the time is over."""
-        future = asyncio.get_running_loop().create_future()
-        self._watchers.append(future)
-        await asyncio.wait([future], timeout=within_s)
-        if future in self._watchers:
-            self._watchers.remove(future)
-
-    def tell(self) -> None:
-        """Wake whoever waits for a change."""
-        watchers, self._watchers = self._watchers, []
-        for future in watchers:
-            if not future.done():
-                future.set_result(None)
-
-    @property
-    def ruling(self) -> Rules:
-        """The rules in force, which a command may have changed."""
-        return fold.ruling(self.rules, self.run)
 
 
 class Turn:
@@ -442,20 +389,3 @@ def _live(found: Loaded) -> LiveRun:
     live = LiveRun(found.spec, found.origin, found.rules, found.run, found.record)
     live.snapshot_at = found.snapshot_at
     return live
-
-
-def next_attempt(
-    live: LiveRun,
-    parent: int,
-    from_step: int,
-    session: str,
-    client: str,
-    lag: int | None,
-    restored: Run | None,
-    claimed: Mapping[str, Any] | None = None,
-) -> Attached:
-    """The event that opens the run's next attempt."""
-    if from_step < 0:
-        raise Invalid(f"from_step is {from_step}: steps are counted from 0")
-    state = None if restored is None else fold.dump(restored)
-    return Attached(live.run.attempt + 1, parent, from_step, session, client, lag, state, claimed)

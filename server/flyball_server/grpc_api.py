@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from math import ceil
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -23,7 +24,7 @@ from flyball_server.core.commands import Control
 from flyball_server.core.errors import Busy, Denied, Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
-from flyball_server.messages import Advice, Attach, Attached, Fork, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import RunView, Service
 from flyball_server.storage.journal import RunFilter
 
@@ -85,7 +86,8 @@ class Steering(pb_grpc.SteeringServicer):
     async def AddSignals(self, request: pb.AddSignalsRequest, context: Any) -> pb.AddSignalsReply:  # noqa: N802
         """Side signals from another process."""
         async with self._call(context) as call:
-            seq = await self._service.add_signals(request.run, dict(request.signals), await call.admit())
+            said = SideReport(dict(request.signals), request.source, request.number, request.note)
+            seq = await self._service.add_signals(request.run, said, await call.admit())
         return pb.AddSignalsReply(seq=seq)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.RunStatus:  # noqa: N802
@@ -129,7 +131,7 @@ class _Call:
     def __init__(self, door: Door, context: Any) -> None:
         peer = context.peer()
         self._door = door
-        self._peer = Peer(f"grpc:{peer}", peer.rpartition(":")[0])
+        self._peer = Peer(f"grpc:{peer}", _address(peer))
         found = [value for name, value in context.invocation_metadata() or () if name == "authorization"]
         # Of several nobody knows which one counts.
         self._authorization = found[0] if len(found) == 1 and isinstance(found[0], str) else None
@@ -146,6 +148,12 @@ class _Call:
     def denied(self, why: str) -> None:
         if self._caller is not None:
             self._door.denied(self._caller, self._peer, why)
+
+
+def _address(peer: str) -> str:
+    """The address in what gRPC calls a peer, such as ipv4:127.0.0.1:5000, as HTTP has it."""
+    kind, _, rest = peer.partition(":")
+    return unquote(rest.rpartition(":")[0]).strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 def serve(

@@ -6,7 +6,7 @@ Rule of this module: whatever is wrong is refused here, with the path of the key
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from flyball_server.core.guard import GroupLimits, Limits
 from flyball_server.presets import GUARDS
 
 _ADAPTER = TypeAdapter(Limits)
+_WINDOW_STEPS = Limits().window_steps
 
 
 def expanded(guard: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +43,61 @@ def joined(profile: Mapping[str, Any], guard: Mapping[str, Any], name: str) -> d
                 "leave it out"
             )
     return {**guard, **profile}
+
+
+def strictest(*guards: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The limits of all of several guards at once; each is given with whose it is, for messages, the run's own first.
+
+    Upper limits: the smallest; lower ones, warm-up and cooldown: the largest. Of change per window the smaller ratio
+    over the longer window, which holds a run back more than either alone. A group has its limits from all that name it;
+    a scale, which is no limit, may be lowered by an earlier guard and not raised.
+    Raises Invalid, naming both, where a scale is raised, and where a lower limit is above another's upper one.
+    """
+    out, said = _tightest([(source, guard) for source, guard in guards], "guard")
+    names = list(dict.fromkeys(name for _, guard in guards for name in guard.get("groups") or {}))
+    groups = {}
+    for name in names:
+        own = [(source, guard["groups"][name]) for source, guard in guards if name in (guard.get("groups") or {})]
+        groups[name], _ = _tightest(own, f"guard.groups.{name}")
+    if said.get("groups"):
+        out["groups"] = groups
+    return out
+
+
+#: Of two values of a limit, the stricter one.
+_STRICTER: Mapping[str, Callable[[Any, Any], Any]] = {
+    "min_lr": max, "max_lr": min, "min_factor": max, "max_factor": min, "max_change": min,
+    "max_change_per_window": min, "warmup_steps": max, "cooldown_steps": max, "keep_ratios": max, "scale": min,
+}  # fmt: skip
+
+
+def _tightest(guards: list[tuple[str, Mapping[str, Any]]], path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The strictest values of one level, and whose each is."""
+    out: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    for source, guard in guards:
+        for key, value in guard.items():
+            known = out.get(key)
+            if key == "scale" and known is not None and known > value:
+                raise Invalid(
+                    f"{path}.scale: {known!r} of {said[key]} is not allowed; {source} says {value!r}, and nobody may "
+                    "raise that: give at most as much, or leave it out"
+                )
+            # A window's length counts with its ratio, below.
+            if known is None or (value is not None and key in _STRICTER and _STRICTER[key](known, value) != known):
+                out[key], said[key] = value, source
+    lengths = [g.get("window_steps") for _, g in guards if g.get("max_change_per_window") is not None]
+    if any(length is not None for length in lengths):
+        out["window_steps"] = max(_WINDOW_STEPS if length is None else length for length in lengths)
+    elif lengths:
+        out.pop("window_steps", None)
+    for low, high in (("min_lr", "max_lr"), ("min_factor", "max_factor")):
+        if None not in (out.get(low), out.get(high)) and out[low] > out[high]:
+            raise Invalid(
+                f"{path}.{low}: {out[low]!r} of {said[low]} is above {high} = {out[high]!r} of {said[high]}: one of "
+                "the two has to give way"
+            )
+    return out, said
 
 
 def limits_of(guard: Mapping[str, Any]) -> Limits:

@@ -22,6 +22,29 @@ CONTROLS_MAX = 32
 COMMANDS_MAX = 32
 #: How far away the end of a command may be: ten years.
 EXPIRES_MAX_S = 3650 * 86400.0
+#: Runs that one fleet command or canary may mean, and how many of them are worked on at the same time.
+FLEET_MAX = 2000
+FLEET_PARALLEL = 32
+#: Bytes of a fleet command as JSON, without its runs.
+FLEET_COMMAND_BYTES_MAX = 64 * 1024
+#: Idempotency keys of fleet commands that are remembered, the newest.
+FLEET_KEYS_KEPT = 10_000
+#: Characters of a selector.
+SELECTOR_MAX = 2000
+#: How often the store's journal is looked at for a freeze or a canary that another process made known.
+TAIL_POLL_S = 0.5
+#: Thaws whose reason is remembered for runs that come back later, the newest.
+THAWS_KEPT = 256
+#: Canaries that may be open at a time, those that are remembered, and how often runs that came later are looked for.
+CANARIES_OPEN_MAX = 32
+CANARIES_KEPT = 256
+CANARY_EVERY_S = 2.0
+#: Runs of one arm of a canary that are compared, those first by hash; what is read at a time; newest losses of each;
+#: observations that a smoothed loss is the median of.
+CANARY_COMPARED_MAX = 500
+CANARY_READS = 4
+CANARY_LOSSES_MAX = 20_000
+CANARY_WINDOW = 64
 #: Bytes of a directive's arguments as JSON.
 DIRECTIVE_BYTES_MAX = 4096
 #: How long one request may wait for a command to be over, and how often a change by another replica is looked for.
@@ -29,6 +52,8 @@ WAIT_MAX_S = 60.0
 WAIT_POLL_S = 1.0
 #: How often commands that end at a time are looked for.
 EXPIRE_EVERY_S = 1.0
+#: People whose approval a project may demand for a proposed command.
+APPROVALS_MAX = 10
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -57,10 +82,11 @@ DECISIONS_MAX = 10_000
 POINTS_MAX = 20_000
 #: Series in one request.
 SERIES_MAX = 32
-#: A run without news for so long is called stale.
+#: A run without news for so long is called stale, and lost; its job goes on as if nothing had been, when it comes back.
 STALE_AFTER_S = 60.0
-#: One without news for so long is called lost.
-LOST_AFTER_S = 3600.0
+LOST_AFTER_S = 900.0
+#: How often the store is told of a job that lives and has nothing to add to the journal.
+HEARD_EVERY_S = 20.0
 #: Streams at a time; each is one training job.
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.

@@ -100,6 +100,16 @@ class Report(NamedTuple):
     controls: tuple[Control, ...] = ()
 
 
+class SideReport(NamedTuple):
+    """What a process beside the driver has to say. source, number: the reporter and its count 1, 2, 3 ..., "" and 0
+    where it does not count. note: words for the record."""
+
+    signals: Mapping[str, float]
+    source: str = ""
+    number: int = 0
+    note: str = ""
+
+
 class Directive(NamedTuple):
     """What the service asks of the job besides settings."""
 

@@ -67,6 +67,10 @@ PRESETS: Mapping[str, Preset] = {
         {"type": "adaptive", "use_reward": True, "reward_up": 1.05, "reward_down": 0.8},
         "Reinforcement fine-tuning: the reward moves learning rate and momentum, the loss as well.",
     ),
+    "spike_safe": Preset(
+        {"type": "spike_guard", "policy": {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96}},
+        "`steady`, with a playbook for spikes: cut, cut and ramp back, go back to a checkpoint, stop.",
+    ),
     "steady": Preset(
         {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96},
         "Follow the loss in small steps, down only twice as fast as up: a good first choice.",

@@ -100,6 +100,18 @@ def series(journal: Reading, spec: Spec, run: Run, request: SeriesRequest) -> di
     }
 
 
+def signal(journal: Reading, spec: Spec, run: Run, name: str) -> tuple[Ints, Floats]:
+    """Steps and values of a signal of the driver on the newest attempt's line, none left out."""
+    want, until = _wanted(name, spec), cutoffs(run, run.attempt)
+    found: list[tuple[Ints, Floats]] = [(np.empty(0, np.int64), np.empty(0))]
+    for block in journal.blocks(spec.run, {"=step", name, name + "?"}):
+        if block.kind == "observed" and block.attempt in until and name in block.arrays:
+            steps, values = _values(block, want, steps_of(block))
+            keep = steps < until[block.attempt]
+            found.append((steps[keep], values[keep]))
+    return np.concatenate([s for s, _ in found]), np.concatenate([v for _, v in found])
+
+
 class Marked(NamedTuple):
     """Whose decisions are asked for: the run's own (shadow: "") or a shadow's, and the rules that explain them."""
 

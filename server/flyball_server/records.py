@@ -109,7 +109,8 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
         return Declared(row.attempt, tuple(Control(*one) for one in row.meta["controls"])), NOTHING
     meta = dict(row.meta)
     meta.pop("shadow_marks", None)
-    marks, verdict = tuple(_mark(m) for m in meta.pop("marks", ())), meta.pop("verdict", None)
+    marks = tuple(_mark(m) for m in meta.pop("marks", ()))
+    verdict = meta.pop("verdict", None) if row.kind == "commanded" else None  # of a judgement it is a field
     found = _CLASSES[row.kind]
     if "attempt" in found._fields:
         meta["attempt"] = row.attempt
@@ -150,6 +151,8 @@ def _spec_json(spec: Spec) -> dict[str, Any]:
     data = {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
     if not data["shadows"]:
         del data["shadows"]
+    if data["asked_guard"] is None:
+        del data["asked_guard"]
     return data
 
 

@@ -5,38 +5,43 @@ Rule of this module: check who asks and what is asked for, then leave the work t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flyball_server import branches, deletion, limits, proving, queries
 from flyball_server.access import ADMIN, DRIVE, REPORT, VIEW, Caller
+from flyball_server.attempts import Attempts
 from flyball_server.checks import (
     check_report,
     check_resumption,
     check_room,
-    check_same,
-    check_signal_names,
+    check_side_report,
     spec_from,
 )
 from flyball_server.conversation import advice, attached, new_events, overdue, reason
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound, SteeringError
-from flyball_server.core.events import Origin, Reported, Spec
+from flyball_server.core.events import Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
-from flyball_server.engine import Engine, LiveRun, next_attempt
+from flyball_server.engine import Engine
+from flyball_server.freezing import Freezing
 from flyball_server.ledger import retried
+from flyball_server.live import LiveRun
 from flyball_server.loading import Deleted
-from flyball_server.messages import Advice, Attach, Attached, Report, WhatIfRequest
+from flyball_server.messages import Advice, Attach, Attached, Report, SideReport, WhatIfRequest
 from flyball_server.names import project_of
 from flyball_server.profiles import Profile
+from flyball_server.projects import NOWHERE, Projects
 from flyball_server.proving import Undamaged
 from flyball_server.rules import rules_of
+from flyball_server.staleness import aged, status_of
 from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
 from flyball_server.what_if import Asked, answer
 
 T = TypeVar("T")
-#: What a run may be; stale: active, but without news for STALE_AFTER_S.
-STATUSES = ("created", "active", "stale", "finished", "failed", DELETED)
+#: What a run may be; stale, lost: active, but without news for STALE_AFTER_S, LOST_AFTER_S.
+STATUSES = ("created", "active", "stale", "lost", "finished", "failed", DELETED)
 
 
 class RunView(NamedTuple):
@@ -54,10 +59,20 @@ class RunView(NamedTuple):
 class Service:
     """The service over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal, profiles: Mapping[str, Profile] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        journal: Journal,
+        profiles: Mapping[str, Profile] | None = None,
+        projects: Projects = NOWHERE,
+        freezing: Freezing | None = None,
+    ) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles: Mapping[str, Profile] = profiles or {}
+        self._projects = projects
+        self._freezing = freezing
+        self._attempts = Attempts(engine, journal, self._profiles, projects)
         self._what_ifs = 0
 
     async def attach(self, request: Attach, caller: Caller) -> Attached:
@@ -68,8 +83,10 @@ class Service:
         caller.check(DRIVE, request.project or "default")
         if request.fork is not None:
             caller.check_run(DRIVE, request.fork.run)
-        spec = spec_from(request, self._profiles)
+        spec = spec_from(request, self._profiles, self._projects)
         check_resumption(request)
+        if self._freezing is not None:
+            await self._freezing.look_if_possible()
 
         async def once() -> Attached:
             try:
@@ -77,10 +94,12 @@ class Service:
             except Deleted as error:
                 raise Conflict(f"{error}; a deleted run's name is not used again: choose another") from None
             except NotFound:
-                live = await self._begin(request, spec, caller.actor)
+                live = await self._attempts.begin(request, spec, caller.actor)
             async with self._engine.turn(live):
                 if live.run.session != request.session:
-                    await self._open(live, request, spec, caller)
+                    await self._attempts.open(live, request, spec, caller)
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 return attached(live, await self._engine.earlier(live))
 
         return await retried(once)
@@ -96,7 +115,7 @@ class Service:
         caller.check(DRIVE, request.project or "default")
 
         async def once() -> RunView:
-            live = await self._forked(request, caller.actor, beyond=False)
+            live = await self._attempts.forked(request, caller.actor, beyond=False)
             return self._view(live.record, live)
 
         return await retried(once)
@@ -142,6 +161,8 @@ class Service:
             async with self._engine.turn(live):
                 if over := overdue(live.run, self._engine.now_us()):
                     await self._engine.commit(live, over, "service")
+                if self._freezing is not None:
+                    await self._freezing.keep(live)
                 run = live.run
                 if request.attempt != run.attempt:
                     raise Conflict(
@@ -161,31 +182,44 @@ class Service:
                 if events:
                     outcomes = await self._engine.commit(live, events, caller.actor)
                     changes = [*resent, *(c for outcome in outcomes for c in outcome.changes)]
+                self._hear(live)
                 return advice(live, changes)
 
         return await retried(once)
 
-    async def add_signals(self, run: str, signals: Mapping[str, float], caller: Caller) -> int:
-        """Signals from another process; the policy sees them with the next observation. Returns the journal seq."""
+    async def add_signals(self, run: str, said: SideReport, caller: Caller) -> int:
+        """Signals and notes from another process; the policy sees the signals with the next observation. Returns the
+        journal's newest row. Of a source that numbers its reports each is taken once."""
         caller.check_run(REPORT, run)
-        if not signals:
-            raise Invalid("signals is empty: name at least one, such as val_loss")
-        check_signal_names(signals)
+        check_side_report(said)
 
         async def once() -> int:
             live = await self._engine.find(run)
             async with self._engine.turn(live):
-                check_room(live.run, live.run.side.keys() | signals.keys())
+                if said.source and said.number <= live.run.steering.reporters.get(said.source, 0):
+                    return live.run.seq
+                check_room(live.run, live.run.side.keys() | said.signals.keys())
                 # Before the first step there is none to stand behind; the first one it is then.
-                event = Reported(max(live.run.through, 0), dict(signals))
+                event = Reported(max(live.run.through, 0), *said)
                 await self._engine.commit(live, [event], caller.actor)
                 return live.run.seq
 
         return await retried(once)
 
+    def _hear(self, live: LiveRun) -> None:
+        """A job that says nothing new between two steps lives all the same."""
+        live.heard = now = self._engine.now_us()
+        if now - max(live.record.updated_at, live.told) >= limits.HEARD_EVERY_S * 1e6:
+            live.told = now
+            with contextlib.suppress(Busy):
+                self._journal.hear(live.spec.run, now)
+
     async def get_run(self, run: str, caller: Caller) -> RunView:
         """One run with its folded state."""
         live = await self._found(run, caller)
+        if live.record.status == "active":
+            heard = await queries.in_thread(self._journal.heard, [run])
+            live.heard = max(live.heard, heard.get(run, 0))
         return self._view(live.record, live)
 
     async def list_runs(
@@ -200,12 +234,13 @@ class Service:
         if where.status is not None:
             if where.status not in STATUSES:
                 raise Invalid(f"status is {where.status!r}: give one of {', '.join(STATUSES)}")
-            where = where._replace(stale_before=self._stale_before())
+            where = aged(where, self._engine.now_us())
         after = queries.parse_cursor(cursor)
         records = await queries.in_thread(self._journal.records, where, after=after, limit=limit + 1)
         page = records[:limit]
         following = f"{page[-1].created_at}~{page[-1].run}" if len(records) > limit else ""
-        return [self._view(record, None) for record in page], following
+        heard = await queries.in_thread(self._journal.heard, [one.run for one in page if one.status == "active"])
+        return [self._view(record, None, heard.get(record.run, 0)) for record in page], following
 
     async def series(self, run: str, request: queries.SeriesRequest, caller: Caller) -> dict[str, Any]:
         """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
@@ -275,7 +310,6 @@ class Service:
         """
         caller.check_run(ADMIN, run)
         reason = deletion.check_reason(reason)
-        actor = caller.actor
 
         async def once() -> dict[str, Any]:
             live: LiveRun | None = None
@@ -285,13 +319,13 @@ class Service:
                 record = await queries.in_thread(self._journal.record, run)
             if live is None or self._engine.damage.words(run):
                 left = live.record if live is not None else record or deletion.bare_record(run)
-                return deletion.described(await self._engine.delete(left, live, reason, actor))
+                return deletion.described(await self._engine.delete(left, live, reason, caller.actor))
             async with self._engine.turn(live):
                 view = self._view(live.record, live)
                 if view.status == "active":
                     wait_s = limits.STALE_AFTER_S - view.stale_s
                     raise Conflict(f"run {run}: it is {view.status}: let it end, or wait {wait_s:.0f} s without news")
-                return deletion.described(await self._engine.delete(live.record, live, reason, actor))
+                return deletion.described(await self._engine.delete(live.record, live, reason, caller.actor))
 
         return await retried(once)
 
@@ -315,14 +349,8 @@ class Service:
         usage = await queries.in_thread(self._journal.usage)
         return {"status": "ready", "store": usage.state}
 
-    def _stale_before(self) -> int:
-        return self._engine.now_us() - int(limits.STALE_AFTER_S * 1e6)
-
-    def _view(self, record: RunRecord, live: LiveRun | None) -> RunView:
-        stale_s = max(0, self._engine.now_us() - record.updated_at) / 1e6
-        status = record.status
-        if status == "active" and stale_s > limits.STALE_AFTER_S:
-            status = "stale"
+    def _view(self, record: RunRecord, live: LiveRun | None, heard: int = 0) -> RunView:
+        status, stale_s = status_of(record, heard if live is None else live.heard, self._engine.now_us())
         problem = self._engine.damage.words(record.run)
         if status == "damaged" and not problem:
             problem = f"run {record.run!r}: its record makes no sense"
@@ -331,73 +359,3 @@ class Service:
         if live is None:
             return RunView(record, status, stale_s, None, None, "", problem)
         return RunView(record, status, stale_s, live.spec, live.run, reason(live), problem)
-
-    async def _begin(self, request: Attach, spec: Spec, actor: str) -> LiveRun:
-        """A run that is not known: from its first step, as a fork, or from a checkpoint taken elsewhere."""
-        if request.fork is not None:
-            return await self._forked(request, actor, beyond=True)
-        if not request.resume:
-            return await self._engine.create(spec, actor)
-        if request.on_unknown == "refuse":
-            raise NotFound(
-                f"run {spec.run!r} is not known, so it cannot be resumed: attach without resume to begin it, or with "
-                "on_unknown='import' to go on here from the checkpoint of another service"
-            )
-        if not request.policy:
-            raise Invalid(f"policy is not given, and none is recorded here for run {spec.run!r}: give it, too")
-        attempt, step = request.from_attempt or 0, request.from_step or 0
-        origin = Origin("token", spec.run, attempt, step, request.seq, request.digest, None)
-        return await self._engine.create(spec, actor, origin)
-
-    async def _forked(self, request: Attach, actor: str, *, beyond: bool) -> LiveRun:
-        """beyond: a checkpoint may be newer than what arrived before it was left; else that is a mistake."""
-        fork = request.fork
-        assert fork is not None
-        parent = await self._engine.find(fork.run)
-        attempt, step = branches.check_fork(fork, parent.run)
-        if fork.digest and not await branches.holds(self._journal, parent.spec.run, fork.seq, fork.digest):
-            raise branches.unknown_token(parent.spec.run, fork.seq, fork.digest)
-        left = await self._engine.restored(parent, attempt, step)
-        if not beyond and left.through + 1 < step:
-            end = await queries.in_thread(branches.line_end, self._journal, parent.spec, parent.run, attempt)
-            if end + 1 < step:
-                raise Invalid(f"fork.step is {step}, but the line of attempt {attempt} ends with step {end}")
-        seq, digest = (fork.seq, fork.digest) if fork.digest else (parent.record.seq, parent.record.hash.hex())
-        origin = Origin("fork", fork.run, attempt, step, seq, digest, None)
-        spec, origin = branches.forked(request, parent.spec, left, origin, self._profiles)
-        if await queries.in_thread(self._journal.record, spec.run) is not None:
-            raise Conflict(f"run {spec.run!r} exists already: choose another name")
-        return await self._engine.create(spec, actor, origin)
-
-    async def _open(self, live: LiveRun, request: Attach, spec: Spec, caller: Caller) -> None:
-        """Open the next attempt, going back on the line where that is asked for."""
-        run = live.run
-        if run.attempt > 0 and not request.resume:
-            raise Conflict(
-                f"run {spec.run!r} exists already (attempt {run.attempt}, step {run.through}, {run.status}): choose "
-                "another name, or attach with resume=True to open a new attempt of it"
-            )
-        if run.attempt == 0 and live.origin is not None and not (request.resume or request.fork):
-            left = repr(live.origin.run) if caller.reaches(project_of(live.origin.run)) else "another run"
-            raise Conflict(
-                f"run {spec.run!r} exists already, as a fork of {left} at step {live.origin.step}: load that run's "
-                "checkpoint of this step and attach with resume=True"
-            )
-        if request.fork is None:  # what a fork's rules are was decided when it was begun
-            check_same(live.spec, spec, request)
-        await branches.check_session(self._journal, live.run, request, spec.run)
-        restored = claimed = None
-        from_step = run.through + 1 if request.from_step is None else request.from_step
-        attempt = run.attempt if request.from_attempt is None else request.from_attempt
-        if request.digest and live.origin is not None and request.digest == live.origin.digest:
-            attempt = min(1, run.attempt)  # the very checkpoint that this run began with
-        elif request.digest and not await branches.holds(self._journal, spec.run, request.seq, request.digest):
-            if request.on_unknown == "refuse":
-                raise branches.unknown_token(live.spec.run, request.seq, request.digest)
-            attempt, claimed = run.attempt, {"seq": request.seq, "digest": request.digest}
-        if not min(1, run.attempt) <= attempt <= run.attempt:
-            raise NotFound(f"run {spec.run}: attempt {attempt} is not known (newest: {run.attempt})")
-        if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
-            restored = await self._engine.restored(live, attempt, from_step)
-        event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
-        await self._engine.commit(live, [event], caller.actor)

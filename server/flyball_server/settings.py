@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     store_bytes_max: int | None = Field(default=None, gt=0)
     disk_free_min: int = Field(default=limits.DISK_FREE_MIN_BYTES, ge=0)
     profiles: str = ""
+    projects: str = ""
     signing_key: str = ""
     heads_every_s: float = Field(default=limits.HEADS_EVERY_S, gt=0)
     webhooks: str = ""

@@ -6,7 +6,6 @@ bytes, which nobody finds by trying, so the hash need not be slow: slow hashes a
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import re
@@ -21,6 +20,7 @@ from flyball_server.deletion import check_reason
 from flyball_server.ledger import Ledger
 from flyball_server.names import NAME
 from flyball_server.storage.journal import Row
+from flyball_server.tail import Tail
 
 #: The kinds of rows.
 CREATED, REVOKED = "token_created", "token_revoked"
@@ -65,25 +65,16 @@ class Token(NamedTuple):
 class Tokens:
     """All tokens of a store, and the use cases about them. chance: so many random bytes."""
 
-    def __init__(self, ledger: Ledger, now_us: Callable[[], int], chance: Callable[[int], bytes]) -> None:
+    def __init__(self, ledger: Ledger, tail: Tail, now_us: Callable[[], int], chance: Callable[[int], bytes]) -> None:
         self._ledger = ledger
         self._now_us = now_us
         self._chance = chance
-        self._reading = asyncio.Lock()
-        self._newest: Row | None = None
+        #: Learn what was written since, here or by another process. Raises Busy, and Damaged where rows are.
+        self.refresh = tail.refresh
+        tail.on(CREATED, self._learn)
+        tail.on(REVOKED, self._learn)
         self._by_seq: dict[int, Token] = {}
         self._by_digest: dict[str, int] = {}
-
-    async def refresh(self) -> None:
-        """Learn what was written since, here or by another process. Raises Busy, and Damaged where rows are."""
-        async with self._reading:
-            more = True
-            while more:
-                rows = await self._ledger.rows(self._newest)
-                for row in rows:
-                    self._learn(row)
-                    self._newest = row
-                more = len(rows) >= limits.LEDGER_PAGE
 
     def find(self, secret: str) -> tuple[Token | None, str]:
         """The valid token of this secret, or None and why not, for the record (the caller is not told)."""

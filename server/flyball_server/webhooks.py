@@ -28,6 +28,7 @@ from flyball_server.core.run import Run
 from flyball_server.hook_events import told
 from flyball_server.hook_files import Hook
 from flyball_server.names import project_of
+from flyball_server.staleness import aged
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord
 from flyball_server.storage.outbox import DELIVERED, FAILED, PENDING, Delivery
 
@@ -227,9 +228,8 @@ class Hooks:
         for run, words in damaged.items():
             unique = hashlib.sha256(words.encode()).hexdigest()
             facts.append(_Fact("damaged", _record(self._journal, run), 0, unique, now, words, {"problem": words}))
-        stale_before, lost_before = now - int(limits.STALE_AFTER_S * 1e6), now - int(limits.LOST_AFTER_S * 1e6)
         for event in sorted(self._wanted & {"stale", "lost"}):
-            where = RunFilter(status=event, stale_before=stale_before, lost_before=lost_before)
+            where = aged(RunFilter(status=event), now)
             facts += self._silent(event, where, now)
         return facts
 

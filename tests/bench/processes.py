@@ -50,6 +50,8 @@ def service() -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="flyball-bench-") as folder:
         store = Path(folder, "f.db")
         command = ["flyball_server.cli", "serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--json"]
+        # One load generator stands for many callers.
+        command += ["--requests-per-s", "1e9"]
         with _running([*command, "--store", f"sqlite:///{store}"], store) as server:
             yield server
 

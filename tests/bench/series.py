@@ -16,7 +16,8 @@ from tests.bench.processes import Server, service, stop
 from tests.bench.table import Row
 
 from flyball_server import queries
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
+from flyball_server.live import LiveRun
 from flyball_server.rules import rules_of
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal

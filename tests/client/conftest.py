@@ -1,4 +1,4 @@
-"""What tests of the client share: torch on one thread, and a policy that only says what a test tells it to.
+"""What tests of the client share: a policy that only says what a test tells it to, and torch on one thread.
 
 Rule of this module: the policy is in the table for one test at a time, in this process only.
 """
@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from flyball_server.core.policies import ALL, POLICIES
 from flyball_server.core.types import Decision, Policy
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """torch's threads wait by spinning, and there are hardly more cores than the service and this test need."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _alone(one_thread):
+    """Every test here may train."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,9 +69,9 @@ class Spy:
         self.used, self.told = [], []
         optimizer.register_step_pre_hook(lambda *_: self.used.append(gradients(optimizer)))
         receipt = governor._session.receipt
-        governor._session.receipt = lambda step, decided, settings, *rest: (
+        governor._session.receipt = lambda step, decided, settings, *rest, **more: (
             self.told.append(settings.noise_std),
-            receipt(step, decided, settings, *rest),
+            receipt(step, decided, settings, *rest, **more),
         )
 
 

@@ -155,9 +155,9 @@ def test_momentum_that_something_else_resets_is_written_again_though_nothing_new
 def journalled(governor):
     """The momenta in every receipt from here on."""
     told, receipt = [], governor._session.receipt
-    governor._session.receipt = lambda step, decided, settings, *rest: (
+    governor._session.receipt = lambda step, decided, settings, *rest, **more: (
         told.append(settings.momentum),
-        receipt(step, decided, settings, *rest),
+        receipt(step, decided, settings, *rest, **more),
     )
     return told
 

@@ -19,6 +19,7 @@ from flyball_proto.v1 import steering_pb2 as pb
 from flyball_server import grpc_api, messages
 from flyball_server.core import events
 from flyball_server.core import types as core
+from flyball_server.core.commands import Control
 from flyball_server.http_api import steer
 
 KINDS = {
@@ -124,26 +125,28 @@ def test_receipts_agree():
     proto = of_proto(pb.Receipt)
     flat = {"lr", "momentum", "noise_std"}
     # The three rows are one field, Settings, in the tuples.
-    tuples = without(proto, *flat) | {"settings": ("message", False)}
-    assert of_hints(wire.Receipt) == of_hints(events.Receipt) == tuples
-    assert of_hints(steer.ReceiptBody) == proto | without(EMPTY_LISTS, "betas")
+    tuples = without(proto, *flat) | {"settings": ("message", False), "wanted_lr": ("list", True)}
+    service = of_hints(events.Receipt)
+    service["wanted_lr"] = service.pop("wanted")  # settings are all it is about there
+    assert of_hints(wire.Receipt) == service == tuples
+    assert of_hints(steer.ReceiptBody) == proto | without(EMPTY_LISTS, "betas") | {"wanted_lr": ("list", True)}
     assert wire.Settings._fields == core.Settings._fields == ("lr", "momentum", "noise_std")
     assert of_hints(wire.Settings) == of_hints(core.Settings)
 
 
 def test_advice_agrees():
-    proto = of_proto(pb.Advice)
-    assert of_hints(wire.Advice) == proto | {"changes": ("list", False)}
+    proto = of_proto(pb.Advice, renamed=JSON_TEXTS)
+    assert of_hints(wire.Advice) == of_hints(messages.Advice) == proto | {"changes": ("list", False)}
     assert of_hints(steer.AdviceBody) == proto
-    # The service has no directives to give yet.
-    assert of_hints(messages.Advice) == without(proto, "directives") | {"changes": ("list", False)}
 
 
 def test_changes_answers_directives_and_side_signals_agree():
     assert of_hints(steer.ChangesBody) == of_proto(pb.Changes) | without(EMPTY_LISTS, "betas")
     assert of_proto(pb.DirectiveAnswer) == of_hints(wire.Answer) == of_hints(steer.AnswerBody)
     assert without(of_hints(events.DirectiveAnswered), "attempt") == of_hints(wire.Answer)
-    assert of_proto(pb.Directive, renamed={"args_json": "args"}) == of_hints(wire.Directive)
+    directive = of_proto(pb.Directive, renamed={"args_json": "args"})
+    assert directive == of_hints(wire.Directive) == of_hints(messages.Directive) == of_hints(steer.DirectiveBody)
+    assert of_proto(pb.Control) == of_hints(wire.Control) == of_hints(Control) == of_hints(steer.ControlBody)
     # HTTP: the run is in the path, the actor is who calls.
     assert without(of_proto(pb.AddSignalsRequest), "run", "actor") == of_hints(steer.SignalsBody)
     assert of_proto(pb.AddSignalsReply) == of_hints(steer.SignalsReply)
@@ -155,9 +158,12 @@ def test_tuples_are_in_the_same_order_so_that_they_may_be_handed_over_by_place()
         (wire.Report, messages.Report),
         (wire.Group, core.Group),
         (wire.Settings, core.Settings),
-        (wire.Receipt, events.Receipt),
+        (wire.Control, Control),
+        (wire.Directive, messages.Directive),
+        (wire.Advice, messages.Advice),
     ):
         assert mine._fields == theirs._fields
+    assert wire.Receipt._fields == tuple("wanted_lr" if name == "wanted" else name for name in events.Receipt._fields)
 
 
 def test_what_an_http_body_leaves_out_means_what_proto_leaves_out_means():
@@ -186,12 +192,17 @@ def reports(draw):
     column = st.lists(st.none() | numbers, min_size=n, max_size=n)
     row = st.tuples(*[numbers] * g)
     rows = st.builds(wire.Settings, row, st.none() | row, st.none() | row)
-    receipt = st.builds(wire.Receipt, ints, ints, ints, rows, st.booleans(), words, ints)
+    receipt = st.builds(
+        wire.Receipt, ints, ints, ints, rows, st.booleans(), words, ints, ints,
+        st.dictionaries(words, numbers, max_size=2), st.none() | row, ints,
+    )  # fmt: skip
+    answer = st.builds(wire.Answer, words, st.sampled_from(["done", "declined"]), words, ints)
+    control = st.builds(wire.Control, words, *[st.floats(-1e9, 1e9)] * 3)
     return wire.Report(
         draw(words), draw(words), draw(ints), draw(st.lists(ints, min_size=n, max_size=n)),
         draw(st.dictionaries(words, column, max_size=3)), tuple(draw(st.lists(receipt, max_size=2))),
-        tuple(draw(st.lists(st.builds(wire.Answer, words, st.sampled_from(["done", "declined"]), words), max_size=2))),
-        draw(st.sampled_from(["", "finished", "failed"])),
+        tuple(draw(st.lists(answer, max_size=2))),
+        draw(st.sampled_from(["", "finished", "failed"])), tuple(draw(st.lists(control, max_size=2))),
     )  # fmt: skip
 
 
@@ -217,6 +228,8 @@ def test_a_report_arrives_as_it_was_sent_over_both_wires(message):
     assert in_words(over_proto.steps) == in_words(message.steps) == in_words(body.step)
     assert [a[1:] for a in over_proto.answers] == [tuple(a) for a in message.answers]
     assert [tuple(a.model_dump().values()) for a in body.answers] == [tuple(a) for a in message.answers]
+    assert [tuple(c) for c in over_proto.controls] == [tuple(c) for c in message.controls]
+    assert [tuple(c.model_dump().values()) for c in body.controls] == [tuple(c) for c in message.controls]
 
 
 @given(
@@ -272,14 +285,22 @@ finite = st.floats(0, 1e9)
         ),
         min_size=1,
         max_size=4,
-    )
+    ),
+    asked=st.tuples(
+        st.lists(st.builds(messages.Directive, words, words, plain), max_size=2).map(tuple),
+        ints,
+        st.dictionaries(words, st.floats(-1e9, 1e9), max_size=2),
+        plain,
+        st.lists(words, max_size=2).map(tuple),
+    ),
 )
-def test_settings_come_back_alike_over_both_wires(rows):
-    message = messages.Advice(1, 2, 3, 4, "d", rows, "p", "c", "r")
+def test_an_advice_comes_back_alike_over_both_wires(rows, asked):
+    message = messages.Advice(1, 2, 3, 4, "d", rows, "p", "c", "r", *asked)
     over_proto = over_grpc._advice(pb.Advice.FromString(grpc_api.write_advice(message).SerializeToString()))
     over_http = wire.advice_of(json.loads(steer._advice(message).model_dump_json()))
     assert over_http == over_proto
     assert in_words(over_http.changes) == in_words(rows)
+    assert in_words(over_http[9:]) == in_words(asked)
 
 
 @given(
@@ -301,8 +322,9 @@ def test_an_attached_of_an_older_service_is_one_too():
         "r", 1, 2, 3, 4, 5, "d", "p@1", 3, core.Settings((0.1,)), "", "", "", (0.1,), 7, {"a": 1}
     )
     body = steer._attached(message).model_dump()
-    older = wire.attached_of({name: value for name, value in body.items() if name not in ("seed", "guard")})
-    assert (older.seed, older.guard) == (0, {})
+    newer = ("seed", "guard", "controls", "confirm")
+    older = wire.attached_of({name: value for name, value in body.items() if name not in newer})
+    assert (older.seed, older.guard, older.controls, older.confirm) == (0, {}, {}, 0)
     assert older._replace(seed=7, guard={"a": 1}) == wire.attached_of(body)
 
 

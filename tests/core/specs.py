@@ -21,6 +21,7 @@ AEES: dict[str, Any] = {
     "noise_candidates": [0, 0.01],
 }
 INNER: dict[str, Any] = {"type": "windowed", "window_size": 5, "cooldown_steps": 0}
+SPIKES: dict[str, Any] = {"type": "spike_guard", "confirm": 2, "min_samples": 20, "rewarm_steps": 30}
 SPECS: dict[str, dict[str, Any]] = {
     **{name: {"type": name} for name, policy in POLICIES.items() if not policy.parts},
     **{f"preset {name}": {"type": name} for name in PRESETS},
@@ -46,6 +47,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "policy": {"type": "adaptive"},
         "groups": {"head": {"policy": INNER, "scale": 0.5}, "fro*": {"scale": 2.0}},
     },
+    "spike_guard": {**SPIKES, "policy": INNER, "deviations": 2.0, "cooldown_steps": 5, "memory_steps": 60},
     "sequence": {
         "type": "sequence",
         "stages": [
@@ -81,6 +83,15 @@ MORE: dict[str, dict[str, Any]] = {
         "vanish_patience": 3,
     },
     "per_group, of scales": {"type": "per_group", "policy": {"type": "greedy"}, "groups": {"*": {"scale": 0.5}}},
+    "spike_guard, of defaults": {"type": "spike_guard", "policy": {"type": "constant"}},
+    "spike_guard, without limits": {
+        **SPIKES,
+        "policy": {"type": "gradient_aware", "policy": {"type": "adaptive", "use_reward": True}},
+        "max_cuts": 5,
+        "max_rewarms": 3,
+        "max_restores": 0,
+        "base": {"type": "cosine", "T_max": 1000},
+    },
     "sequence, of two": {
         "type": "sequence",
         "stages": [{"policy": {"type": "warmup", "steps": 50}, "until": 50}, {"policy": {"type": "cycle"}}],

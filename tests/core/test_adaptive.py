@@ -755,11 +755,11 @@ def met(parameters, rows, first):
     config = ADAPTIVE.config(**STATED, **parameters)
     state, decision = ADAPTIVE.init(config, STATED_GROUPS, 0)
     assert dump_state(state) == first
-    assert decision == (state.out, state.momentum, None, "track", "initial", None, False)
+    assert decision == (state.out, state.momentum, None, "track", "initial", None, False, ())
     for step, (loss, reward, expected, phase, code, numbers) in enumerate(rows):
         state, decision = ADAPTIVE.step(config, state, Observation(step, loss, reward))
         assert dump_state(state) == [*expected, first[-1]], step
-        assert decision == (state.out, state.momentum, None, phase, code, numbers, False), step
+        assert decision == (state.out, state.momentum, None, phase, code, numbers, False, ()), step
 
 
 def named(*numbers):

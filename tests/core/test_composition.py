@@ -473,7 +473,7 @@ def test_controllers_get_their_own_groups_and_are_joined_in_the_order_of_the_run
     state, decision = policy.step(config, load_state(policy, dump_state(state))._replace(out=before), seen[1])
     assert decision.lr is before is state.out
     assert decision[1:] == (
-        (0.1, 0.8, None, None), None, "default: p | b: p", "default: c | b: c", {"b": {"y": 2}}, False,
+        (0.1, 0.8, None, None), None, "default: p | b: p", "default: c | b: c", {"b": {"y": 2}}, False, (),
     )  # fmt: skip
     assert policy.finish(config, state) == said(
         10.0, 10.0, 60.0, 0.0, phase="b: s", code="b: end", fields={"b": {"n": 2}}

@@ -427,7 +427,7 @@ def test_the_whole_state_from_the_start_to_a_second_burst_without_a_refractory()
     plan, zero, sums = [BASE, 16 * BASE, 4 * BASE, 24 * BASE, [1.0], 7], [0.0] * 5, [2.0, 0.0, 2.0, 0.0, 2.0]
     low, high, ones = [BASE, BASE, [BASE]], [16 * BASE, 16 * BASE, [16 * BASE]], [1.0] * 4
     state, decision = CYCLE.init(config, ONE_GROUP, 7)
-    assert decision == ((BASE,), None, None, "exploit", "initial", None, False)
+    assert decision == ((BASE,), None, None, "exploit", "initial", None, False, ())
     assert dump_state(state) == [*low, "exploit", 0, 0, 0, 0, [], [], zero, plan]
     for loss, code, *expected in (
         (1.0, "filling_window", *low, "exploit", 0, 0, 0, 0, [], [1.0], zero),

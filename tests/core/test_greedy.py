@@ -383,7 +383,7 @@ TABLE = (
 def test_a_run_through_every_move_has_these_states_and_sentences():
     config, plan = GREEDY.config(**ALL), [0.5, 1.0, 1.0, [1.0, 4.0]]
     state, decision = GREEDY.init(config, (Group("a", 1.0), Group("b", 4.0)), 0)
-    assert decision == ((1.0, 4.0), None, None, "track", "initial", None, False)
+    assert decision == ((1.0, 4.0), None, None, "track", "initial", None, False, ())
     assert GREEDY.explain(config, decision) == "Starting with the learning rates of the optimizer."
     assert dump_state(state) == [1.0, [1.0, 4.0], None, 0, 0, 0, 0, 0, 0, [], plan]
     for number, (loss, code, phase, milestone, lr, *counts, text) in enumerate(TABLE):
@@ -408,7 +408,7 @@ def test_in_any_state_a_missing_metric_and_an_unusable_loss_touch_only_what_they
             for loss, row in ((None, 1), (1.0, 0)):
                 after, missing = GREEDY.step(config, held, Observation(2, loss, others={"x": value}))
                 assert after == state._replace(bad_run=row)
-                assert missing == (state.lrs, None, None, decision.phase, "no_metric", None, False)
+                assert missing == (state.lrs, None, None, decision.phase, "no_metric", None, False, ())
                 assert GREEDY.explain(config, missing) == (
                     "The mean x was not measured, or is not a usable number: nothing counts."
                 )

@@ -56,6 +56,7 @@ def limits(draw):
         window_steps=draw(st.integers(1, 9)),
         warmup_steps=draw(st.integers(0, 9)),
         cooldown_steps=draw(st.integers(0, 4)),
+        keep_ratios=draw(st.booleans()),
         groups=draw(st.sampled_from([{}, {"b": own}])),
     )
 
@@ -237,6 +238,7 @@ def test_a_frozen_group_stays_frozen(bounds):
         ({"warmup_steps": -1}, ["warmup_steps", "-1", "0 or more"]),
         ({"cooldown_steps": -3}, ["cooldown_steps", "-3", "0 or more"]),
         ({"maxlr": 1.0}, ["guard.maxlr", "no such limit", "max_lr"]),
+        ({"keep_ratios": 1}, ["guard.keep_ratios", "1"]),
         ({"groups": {"b": {"scale": 0.0}}}, ["guard.groups.b", "scale", "0.0", "greater than 0"]),
         ({"groups": {"b": {"sclae": 1.0}}}, ["guard.groups.b.sclae", "no such limit", "scale"]),
         ({"groups": ["b"]}, ["guard.groups"]),
@@ -418,6 +420,74 @@ def test_every_bound_holds_at_its_edge_and_what_it_did_is_noted(limits, step, lr
     assert (out, state.note) == (Settings(expected), note)
     assert held(limits, state, PAIR, None, step) == expected
     assert held(limits, state_of(relative(lr)), PAIR, ATTACHED, step) == expected
+
+
+KEEP = {"keep_ratios": True}
+
+
+@pytest.mark.parametrize(
+    ("limits", "lr", "expected", "note"),
+    [
+        (Limits(max_lr=1.5, **KEEP), (3.0, 0.75, 0.0), (1.5, 0.375, 0.0), "guard_max"),
+        (Limits(min_lr=0.5, **KEEP), (1.0, 0.25, 0.0), (2.0, 0.5, 0.0), "guard_min"),
+        (Limits(max_lr=1.5, min_lr=0.25, **KEEP), (3.0, 0.75, 0.0), (1.5, 0.375, 0.0), "guard_max"),
+        (Limits(groups={"b": GroupLimits(max_lr=0.25)}, **KEEP), DOUBLE, (1.0, 0.25, 0.0), "guard_max"),
+        (Limits(groups={"b": GroupLimits(scale=0.5)}, max_lr=1.0, **KEEP), DOUBLE, (1.0, 0.125, 0.0), "guard_max"),
+        (Limits(max_factor=1.5, **KEEP), DOUBLE, (1.5, 0.375, 0.0), "guard_max"),
+        (Limits(max_factor=4.0, **KEEP), DOUBLE, DOUBLE, ""),
+        (Limits(min_lr=0.0, **KEEP), (2.0, 0.0, 0.0), (2.0, 0.0, 0.0), ""),
+        # There is no common scale: the limits win, and where they contradict each other the upper ones.
+        (Limits(max_lr=1.5, min_lr=0.75, **KEEP), DOUBLE, (1.5, 0.75, 0.0), "guard_max"),
+        (Limits(max_lr=0.5, min_factor=1.0, **KEEP), DOUBLE, (0.5, 0.5, 0.0), "guard_max"),
+        # 0 has no ratio to anything, but a bound is a bound.
+        (Limits(min_lr=0.5, max_lr=1.0, **KEEP), (2.0, 0.0, 0.0), (1.0, 0.5, 0.0), "guard_max"),
+    ],
+)
+def test_with_ratios_kept_a_bound_scales_all_groups_alike(limits, lr, expected, note):
+    for base, wanted in ((None, lr), (ATTACHED, lr)):
+        start = state_of(wanted if base is None else relative(wanted))
+        state, out = settle(limits, start, PAIR, base, 9, wants(*wanted))
+        assert out.lr == pytest.approx(expected, rel=1e-15)
+        assert state.note == note
+
+
+@pytest.mark.parametrize(
+    ("limits", "lr", "expected"),
+    [
+        (Limits(max_change=2.0, **KEEP), (8.0, 2.0, 0.0), (2.0, 0.5, 0.0)),
+        (Limits(max_change=2.0, **KEEP), (0.1, 0.025, 0.0), (0.5, 0.125, 0.0)),
+        (Limits(max_change=2.0, **KEEP), (3.0, 0.25, 0.0), (2.0, 0.25 * 2 / 3, 0.0)),
+        (Limits(max_change_per_window=3.0, max_change=9.0, **KEEP), (6.0, 0.5, 0.0), (3.0, 0.25, 0.0)),
+        (Limits(max_change=2.0, **KEEP), (1.0, 0.25, 0.0), SAME),
+        # Groups drift apart faster than one decision may: each goes as far as it can.
+        (Limits(max_change=2.0, **KEEP), (10.0, 0.25, 0.0), (2.0, 0.25, 0.0)),
+    ],
+)
+def test_with_ratios_kept_a_rate_limit_slows_all_groups_alike(limits, lr, expected):
+    state, out = settle(limits, state_of(), PAIR, None, 3, wants(*lr))
+    assert out.lr == pytest.approx(expected, rel=1e-15)
+    assert state.note == ("" if expected is SAME else "guard_max_change")
+    on_base = GuardState((1.0, 1.0, 1.0), None, 0, (1.0, 1.0, 1.0), "")
+    state, out = settle(limits, on_base, PAIR, ATTACHED, 3, wants(*lr))
+    assert out.lr == pytest.approx(expected, rel=1e-15)
+    assert state.factors[2] == 1.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    top=st.floats(1e-3, 1e3),
+    own=st.none() | st.floats(1e-3, 1e3),
+    rate=st.none() | st.floats(1.01, 10),
+    wanted=st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=6),
+)
+def test_ratios_once_kept_survive_every_upper_limit(top, own, rate, wanted):
+    limits = Limits(max_lr=top, max_change=rate, groups={"b": GroupLimits(max_lr=own)}, keep_ratios=True)
+    state = begin(PAIR, on_base=False)
+    for step, factor in enumerate(wanted, -1):
+        state, out = settle(limits, state, PAIR, None, step, wants(factor, 0.25 * factor, 0.0))
+        assert out.lr[1] / out.lr[0] == pytest.approx(0.25, rel=1e-12)
+        assert out.lr[0] <= top
+        assert own is None or out.lr[1] <= own
 
 
 def test_frozen_groups_may_stand_anywhere_and_all_may_be_frozen():

@@ -368,7 +368,7 @@ def test_with_all_rules_off_nothing_is_written_whatever_comes():
         state, decision = RULES.step(config, state, Observation(0, seen, seen, seen))
         assert state is before
         assert decision.lr is first.lr
-        assert decision[1:] == (None, None, "-", "inert", None, False)
+        assert decision[1:] == (None, None, "-", "inert", None, False, ())
 
 
 @pytest.mark.parametrize(
@@ -771,11 +771,11 @@ def test_every_part_of_the_state_and_of_the_decision_is_as_stated():
     ]  # fmt: skip
     state, decision = RULES.init(config, groups, 0)
     assert dump_state(state) == [1.0, 1.0, start, high, *gone, empty, empty, 1.0, 1.0, [0, 500], 0.0, 0, plan]
-    assert decision == (tuple(start), tuple(high), None, "-", "initial", None, False)
+    assert decision == (tuple(start), tuple(high), None, "-", "initial", None, False, ())
     for step, (seen, expected, code, numbers) in enumerate(rows):
         state, decision = RULES.step(config, state, Observation(step, *seen))
         assert dump_state(state) == expected, step
-        assert decision == (state.lrs, state.momentum, None, "-", code, numbers, False), step
+        assert decision == (state.lrs, state.momentum, None, "-", code, numbers, False, ()), step
 
 
 def test_every_part_of_the_state_of_a_cycle_is_as_stated():

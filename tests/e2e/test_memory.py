@@ -18,7 +18,8 @@ import os
 import psutil
 import flyball
 from flyball.connect import connect
-from flyball.governor import Governor, plain_number
+from flyball.governor import Governor
+from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
 
 def say(**what):
@@ -31,10 +32,13 @@ class Optimizer:
         if settings is not None and settings.lr[0] != self.lr:
             self.lr = settings.lr[0]
             self.changes += 1
-        return ""
+        return None
 
     def read_back(self):
-        return Settings((self.lr,))
+        return Settings((self.lr,)), None
+
+    def forget(self):
+        pass
 
     def number(self, value, may_pend):
         return plain_number(value)

@@ -35,6 +35,7 @@ TARGETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plateau": ("core/policies/plateau.py", ("test_plateau.py",)),
     "rules": ("core/policies/rules.py", ("test_rules.py",)),
     "sequence": ("core/policies/sequence.py", ("test_composition.py",)),
+    "spike_guard": ("core/policies/spike_guard.py", ("test_spike_guard.py",)),
     "warmup": ("core/policies/warmup.py", ("test_composition.py",)),
     "windowed": ("core/policies/windowed.py", ("test_windowed.py",)),
 }

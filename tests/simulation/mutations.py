@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from flyball.decisions import Decisions
 from flyball.guard import Bounds
 from flyball.session import Session
-from flyball_server import loading, service
+from flyball_server import branches, loading, service
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy
-from flyball_server.engine import Engine, Lost, Turn
-from flyball_server.service import Service
+from flyball_server.engine import Engine, Turn
+from flyball_server.ledger import Lost
 from flyball_server.storage.journal import Append
 from flyball_server.storage.memory import MemoryJournal
 
@@ -98,7 +98,7 @@ def takes_back_the_relieved(patch):
     async def check(*_):
         pass
 
-    patch.setattr(Service, "_check_session", check)
+    patch.setattr(branches, "check_session", check)
 
 
 @planted("the snapshot is of the run before the commit")

@@ -16,6 +16,7 @@ from flyball_proto.v1 import steering_pb2 as pb
 from flyball_server import grpc_api
 from flyball_server.core.errors import Busy, SteeringError
 from flyball_server.engine import Engine
+from flyball_server.messages import SideReport
 from flyball_server.service import Service
 
 #: How long a link waits for one answer.
@@ -64,7 +65,7 @@ class Server:
                 attached = await self.service.attach(attach, caller("job"))
                 self.world.answered(self, attached.run, attached.seq, attached.digest)
                 return grpc_api.write_attached(attached).SerializeToString()
-            await self.service.add_signals(kind, data, caller("reporter"))
+            await self.service.add_signals(kind, SideReport(data), caller("reporter"))
             return b""
         except SteeringError as error:
             return error

@@ -15,10 +15,15 @@ from typing import Any
 import torch
 
 from flyball.adapters.around import behind, factor, finally_do
+from flyball.adapters.beside import Beside
+from flyball.adapters.from_device import FromDevice
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
+from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
+from flyball.adapters.writers import Writers
 from flyball.connect import connect
-from flyball.governor import Governor, plain_number
+from flyball.governor import Governor
+from flyball.optimizer import Conflict, plain_number
 from flyball.options import check_seconds
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
@@ -136,12 +141,15 @@ class _Groups:
         self._reference = tuple(group.lr for group in declared)
         self._bounds: tuple[tuple[float, float], ...] = ((0.0, inf),)
         self._factors: tuple[Settings, list[float]] | None = None
-        self._known: list[Any] | None = None
+        #: In the first steps, where nobody else may write.
+        self._beside = None if multiplier else Beside(optimizer)
+        self._writers = Writers(optimizer, tuple(group.name for group in declared))
+        #: What stood in the groups when this looked last: after writing, and after the step. None: not looked at.
+        self._stands: list[Stand] | None = None
         #: Multiplier mode, during a step: the group, the object it held, and a tensor's value.
         self._restore: list[tuple[dict[str, Any], Any, torch.Tensor | None]] = []
         self._used: Settings | None = None
         self._added: tuple[float, ...] | None = None
-        self._held: list[tuple[Any, Any, Any]] = []
         self._ends: list[Callable[[], None]] = []
         self._closure: Callable[[], Any] | None = None
 
@@ -151,6 +159,7 @@ class _Groups:
         self._ends = [
             self._optimizer.register_step_pre_hook(functools.partial(self._before, governor)).remove,
             self._optimizer.register_step_post_hook(lambda *_: governor.after_step()).remove,
+            self._optimizer.register_load_state_dict_post_hook(self._loaded).remove,
         ]
         if self._multiplier:
             # torch runs no post-hook where a step raises.
@@ -181,12 +190,14 @@ class _Groups:
         reference: tuple[float, ...],
         bounds: tuple[tuple[float, float], ...],
         noise_seed: int | None,
-    ) -> str:
-        """See `governor.Optimizer`."""
+    ) -> Conflict | None:
+        """See `optimizer.Optimizer`."""
         self._added, self._bounds = None, bounds
         groups = self._optimizer.param_groups
-        same = settings is self._wanted and self._used is not None and self._untouched(groups)
-        conflict = "" if same else self._write(settings, reference, groups)
+        same = settings is self._wanted and self._used is not None and untouched(groups, self._stands or ())
+        conflict = None if same else self._write(settings, reference, groups)
+        if self._beside is not None:
+            conflict = conflict or self._look(self._beside)
         if noise_seed is not None and settings is not None and settings.noise_std is not None:
             add = functools.partial(self._add_noise, settings.noise_std, noise_seed)
             if self._closure is None:
@@ -195,17 +206,37 @@ class _Groups:
                 self._closure = behind(self._closure, add)
         return conflict
 
+    def _look(self, beside: Beside) -> Conflict | None:
+        found = beside.look()
+        if beside.over or self._writers.named:
+            self._beside = None
+        return None if self._writers.named else found
+
     def _add_noise(self, std: tuple[float, ...], seed: int) -> None:
         self._added = self._noise.add(std, seed)
 
-    def _write(self, settings: Settings | None, reference: tuple[float, ...], groups: list[dict[str, Any]]) -> str:
+    def forget(self) -> None:
+        """See `optimizer.Optimizer`."""
+        self._stands = self._used = None
+        self._writers.loaded = False
+
+    def _loaded(self, _: Any) -> None:
+        self._used = None  # the very same numbers may stand in other groups now
+        self._writers.loaded = True
+
+    def _write(
+        self, settings: Settings | None, reference: tuple[float, ...], groups: list[dict[str, Any]]
+    ) -> Conflict | None:
         self._used, self._reference = None, reference
+        conflict = None if self._multiplier else self._foreign(groups, settings)
+        self._writers.loaded = False
+        self._stands = None
         if self._multiplier:
             self._multiply(settings, groups)
-            return ""
-        conflict = self._foreign(groups)
+            return None
         if settings is not None:
-            for group, lr in zip(groups, self._spread(settings.lr, groups), strict=True):
+            wanted = self._spread(settings.lr, groups)
+            for group, lr in zip(groups, wanted, strict=True):
                 current = group["lr"]
                 if isinstance(current, torch.Tensor):
                     # In place: a new object would recompile a compiled step.
@@ -214,74 +245,72 @@ class _Groups:
                     group["lr"] = lr
             if settings.momentum is not None:
                 self._set_momentum(groups, settings.momentum)
+            self._stands = standing(groups, wanted)
         self._wanted = settings
         return conflict
 
-    def read_back(self) -> Settings:
-        """See `governor.Optimizer`."""
+    def read_back(self) -> tuple[Settings, Conflict | None]:
+        """See `optimizer.Optimizer`."""
         groups, used = self._optimizer.param_groups, self._used
-        if used is not None and self._untouched(groups):
+        if used is not None and untouched(groups, self._stands or ()):
             if used.noise_std is not self._added:
                 used = self._used = used._replace(noise_std=self._added)
-            return used
+            return used, None
+        conflict = self._in_between(groups)
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
-        self._known = None if self._multiplier else lr
         momentum = tuple(momentum_of(g, d) for g, d in zip(groups, self._declared, strict=False))
         self._put_back()
         n = len(self._declared)
         # Where no group has momentum, or ever had, there is nothing to tell.
         told = any(momentum) or any(d.momentum or d.betas for d in self._declared)
         used = Settings(tuple(lr[:n]), momentum if told else None, self._added)
-        if not self._multiplier and not any(isinstance(group["lr"], torch.Tensor) for group in groups):
+        self._stands = None if self._multiplier else standing(groups, lr)
+        if conflict is None and not self._multiplier and not any(isinstance(g["lr"], torch.Tensor) for g in groups):
             # From here on, as long as every group holds the very same objects, nothing can have changed.
             self._used = used
-            self._held = [(group["lr"], group.get("momentum"), group.get("betas")) for group in groups]
-        return used
-
-    def _untouched(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether every group holds the very objects that were read back last. (A tensor never counts as such.)"""
-        if len(groups) != len(self._held):
-            return False
-        for group, (lr, momentum, betas) in zip(groups, self._held):  # noqa: B905 - the hot path
-            if group["lr"] is not lr or group.get("momentum") is not momentum or group.get("betas") is not betas:
-                return False
-        return True
+        return used, conflict
 
     def number(self, value: Any, may_pend: bool) -> float | Pending:
-        """See `governor.Optimizer`."""
+        """See `optimizer.Optimizer`."""
         if not isinstance(value, torch.Tensor):
             return plain_number(value)
         if value.numel() != 1:
             raise TypeError(f"a tensor of shape {tuple(value.shape)} is no single number")
         if may_pend and value.is_cuda:
-            return _FromDevice(value.detach())
+            return FromDevice(value.detach())
         return float(value.item())
 
-    def _foreign(self, groups: list[dict[str, Any]]) -> str:
-        """Who else wrote a learning rate since the last step, in words, or ""."""
-        known = self._known
-        if known is None:
-            return ""
-        for i, (group, before) in enumerate(zip(groups, known, strict=False)):
-            now = group["lr"]
-            if now is not before and not _on_device(now) and now != before:
-                name = self._declared[i].name if i < len(self._declared) else f"group{i}"
-                return f"somebody else writes the learning rate of group {name}"
-        return ""
+    def _foreign(self, groups: list[dict[str, Any]], settings: Settings | None) -> Conflict | None:
+        """Who else wrote since the last step, if anybody."""
+        if self._stands is None or settings is None:
+            return None
+        found = changes(groups, self._stands, settings.momentum)
+        return self._writers.conflict(found, "before the step", "{found} was found where {wanted} stood")
+
+    def _in_between(self, groups: list[dict[str, Any]]) -> Conflict | None:
+        """Who else wrote between `write` and the step, if anybody."""
+        stands, wanted = self._stands, self._wanted
+        if stands is None:
+            return None
+        found = changes(groups, stands, None if self._multiplier or wanted is None else wanted.momentum)
+        conflict = self._writers.conflict(found, "within the step", "the step used {found} instead of {wanted}")
+        told = tuple(stand.value for stand in stands[: len(self._declared)])
+        return None if conflict is None else conflict._replace(wanted_lr=told)
 
     def _read(self, index: int, value: Any) -> float:
-        if _on_device(value):
+        if on_device(value):
             # Reading it would wait for the device; what was filled in is what the step uses.
-            known = None if self._wanted is None else self._spread(self._wanted.lr, self._optimizer.param_groups)
-            return float("nan") if known is None else known[index]
-        return _plain(value)
+            stands = self._stands or ()
+            ours = index < len(stands) and not is_other(value, stands[index])
+            return stands[index].value if ours else float("nan")
+        return plain(value)
 
     def _spread(self, lr: tuple[float, ...], groups: list[dict[str, Any]]) -> tuple[float, ...]:
         """A value for every group: one that was added after attach follows the first group's factor."""
         if len(groups) <= len(lr):
             return lr[: len(groups)]
         times = factor(lr[0], self._reference[0])
-        added = [g.setdefault("flyball_reference_lr", _plain(g["lr"])) for g in groups[len(lr) :]]
+        added = [g.setdefault("flyball_reference_lr", plain(g["lr"])) for g in groups[len(lr) :]]
         return (*lr, *(reference * times for reference in added))
 
     def _multiply(self, settings: Settings | None, groups: list[dict[str, Any]]) -> None:
@@ -294,6 +323,7 @@ class _Groups:
         if self._factors is None or self._factors[0] is not settings:
             self._factors = settings, [factor(*pair) for pair in zip(settings.lr, self._reference, strict=True)]
         factors, shared = self._factors[1], set[int]()
+        used: list[float] = []
         for i, group in enumerate(groups):
             lr, times = group["lr"], factors[i] if i < len(factors) else factors[0]
             low, high = self._bounds[i] if i < len(self._bounds) else self._bounds[0]
@@ -307,6 +337,8 @@ class _Groups:
                 lr.mul_(times).clamp_(max=high)
                 if low:
                     lr.copy_(torch.where(lr > 0, lr.clamp(min=low), lr))
+            used.append(float("nan") if on_device(lr) else plain(group["lr"]))
+        self._stands = standing(groups, used)
 
     def _put_back(self) -> None:
         restore, self._restore = self._restore, []
@@ -329,41 +361,15 @@ class _Groups:
                 group["betas"] = (value, *group["betas"][1:])
 
 
-class _FromDevice:
-    """A loss copied from a CUDA device without waiting: into pinned memory, with an event behind the copy."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
-        self._host.copy_(value.reshape(()).to(torch.float64), non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(value.device))
-
-    def ready(self) -> bool:
-        """Whether the copy has arrived."""
-        return bool(self._event.query())
-
-    def value(self) -> float:
-        """The value; no wait once ready."""
-        return float(self._host.item())
-
-
 def _group(name: str, group: Mapping[str, Any], multiplier: bool) -> Group:
     momentum, betas = group.get("momentum"), group.get("betas")
     if not momentum and betas is not None:
         momentum = None  # the group's momentum is its betas[0]
     # A warm-up from 0 must not freeze the group: what its scheduler counts from stands beside it.
-    initial = _plain(group.get("initial_lr", 0.0)) if multiplier else 0.0
+    initial = plain(group.get("initial_lr", 0.0)) if multiplier else 0.0
     return Group(
         name,
-        initial or _plain(group["lr"]),
+        initial or plain(group["lr"]),
         None if momentum is None else float(momentum),
         (float(betas[0]), float(betas[1])) if betas is not None and len(betas) == 2 else None,
     )
-
-
-def _plain(value: Any) -> float:
-    return float(value.item()) if isinstance(value, torch.Tensor) else float(value)
-
-
-def _on_device(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type != "cpu"

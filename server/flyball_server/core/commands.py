@@ -99,7 +99,8 @@ class Steering(NamedTuple):
     next observation to show in the settings. whole: momentum was steered once, so that from then on it is always said.
     controls, applied_controls: the declared ones, and their values as of the newest receipt. proposals: open ones.
     reporters: newest number by source. keys: (idempotency key with its actor, command). confirmed: the newest row a
-    receipt confirmed. rollbacks: how often the run went back. conflicts: (words, step, attempt), newest last.
+    receipt confirmed. restoring: the policy asked the job to go back, and it neither has nor declined. rollbacks: how
+    often it has, since the policy is in force. conflicts: (words, step, attempt), newest last.
     """
 
     commands: tuple[Command, ...] = ()
@@ -113,6 +114,7 @@ class Steering(NamedTuple):
     reporters: Mapping[str, int] = {}
     keys: tuple[tuple[str, str], ...] = ()
     confirmed: int = 0
+    restoring: bool = False
     rollbacks: int = 0
     conflicts: tuple[tuple[str, int, int], ...] = ()
 
@@ -226,9 +228,14 @@ def hold(now: Settings, groups: tuple[Group, ...], values: Mapping[str, float]) 
 
 
 def superseded(commands: Sequence[Command], kind: str, args: Mapping[str, Any]) -> list[str]:
-    """The lasting commands that a new one leaves nothing of: for the same setting, and for each of their groups."""
+    """The lasting commands that a new one leaves nothing of: for the same setting, and for each of their groups.
+
+    The hold of a freeze covers them and ends none; it ends with the freeze alone.
+    """
+    if "frozen" in args:
+        return []
     if kind == "hold":
-        return [command.id for command in commands if command.held is not None]
+        return [command.id for command in commands if command.held is not None and "frozen" not in command.args]
     if kind != "override":
         return []
     out = []

@@ -18,7 +18,8 @@ class Spec(NamedTuple):
     """Everything about a run that never changes. policy, base and guard are fully resolved JSON mappings.
 
     profile: the server-side profile they came from, or "". shadows: by name, further policies ({"policy", "base"})
-    that decide beside it and are recorded, but never applied.
+    that decide beside it and are recorded, but never applied. asked_guard: the guard that the job asked for, where
+    project or service made it stricter.
     """
 
     run: str
@@ -33,6 +34,7 @@ class Spec(NamedTuple):
     seed: int
     profile: str = ""
     shadows: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    asked_guard: Mapping[str, Any] | None = None
 
 
 class Origin(NamedTuple):

@@ -5,16 +5,18 @@ Rule of this module: whatever a policy says, what comes out is finite, not negat
 Two kinds of limits. Rate limits (max_change, max_change_per_window, cooldown) act on the policy's *factor*
 (its learning rate divided by the group's reference), so that a base schedule may move freely underneath.
 Bounds act on the final value, group by group: a bound is never crossed, even where that bends the ratio
-between groups.
+between groups. With `keep_ratios` all groups are scaled alike instead, by as little as it takes; where no common scale
+would do, because groups lie further apart than their limits, the limits win, group by group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, ClassVar, NamedTuple
 
+from flyball_server.core.numbers import LARGEST_FLOAT
 from flyball_server.core.types import Decision, Group, Settings
 
 
@@ -58,6 +60,10 @@ class Limits:
         default=0, metadata={"description": "the first steps ramp linearly: step t gets (t + 1) / warmup_steps"}
     )
     cooldown_steps: int = field(default=0, metadata={"description": "after a change, this many steps without another"})
+    keep_ratios: bool = field(
+        default=False,
+        metadata={"description": "where a limit would bend the ratio between groups, scale all alike"},
+    )
     groups: Mapping[str, GroupLimits] = field(default_factory=dict, metadata={"description": "limits by group name"})
 
     def __post_init__(self) -> None:
@@ -128,7 +134,7 @@ def settle(
         else:
             # The first decision (step -1) is where a run starts, not a change of it.
             if step >= 0:
-                factors, note = _slowed(limits, state.factors, window_factors, factors)
+                factors, note = _slowed(limits, groups, state.factors, window_factors, factors)
                 changed = step if factors != state.factors else changed
             else:
                 window_factors = factors
@@ -230,10 +236,18 @@ def _factors(
 
 
 def _slowed(
-    limits: Limits, old: tuple[float, ...], window: tuple[float, ...], new: tuple[float, ...]
+    limits: Limits,
+    groups: tuple[Group, ...],
+    old: tuple[float, ...],
+    window: tuple[float, ...],
+    new: tuple[float, ...],
 ) -> tuple[tuple[float, ...], str]:
     """The new factors, held inside the largest allowed ratio to the old ones and to the window's first."""
     wanted = new
+    if limits.keep_ratios:
+        ranges = [_rates(limits, o, w) if g.lr > 0 else FREE for g, o, w in zip(groups, old, window, strict=True)]
+        scale = _common(new, ranges)
+        new = tuple([n if r is FREE else n * scale for n, r in zip(new, ranges, strict=True)])
     if limits.max_change is not None:
         r = limits.max_change
         new = tuple(min(max(n, o / r), o * r) for n, o in zip(new, old, strict=True))
@@ -243,28 +257,52 @@ def _slowed(
     return new, "" if new == wanted else "guard_max_change"
 
 
+def _rates(limits: Limits, old: float, first: float) -> tuple[float | None, float | None]:
+    """The smallest and the largest factor that the rate limits allow after `old`, in a window that began at `first`."""
+    low, high = 0.0, inf
+    for ratio, before in ((limits.max_change, old), (limits.max_change_per_window, first)):
+        if ratio is not None:
+            low, high = max(low, before / ratio), min(high, before * ratio)
+    return low, high
+
+
+def _common(values: Sequence[float], ranges: Sequence[tuple[float | None, float | None]]) -> float:
+    """The scale nearest to 1 that takes every value into its range; 1 where none does. 0 has no ratio to keep."""
+    least, most = 0.0, inf
+    for value, (low, high) in zip(values, ranges, strict=True):
+        if value > 0:
+            least = least if low is None else max(least, low / value)
+            most = min(most, (LARGEST_FLOAT if high is None else high) / value)
+    return min(max(1.0, least), most) if least <= most and least < inf else 1.0
+
+
 def _bounded(
     limits: Limits, groups: tuple[Group, ...], base: tuple[float, ...] | None, step: int, factors: tuple[float, ...]
 ) -> tuple[tuple[float, ...], str]:
     """base x factor x scale, ramped during warm-up, inside every bound of its group."""
     ramp = (step + 2) / limits.warmup_steps if step + 2 <= limits.warmup_steps else 1.0
     note = ""
-    out = []
+    wanted, ranges = [], []
     for i, (group, factor) in enumerate(zip(groups, factors, strict=True)):
         own = limits.groups.get(group.name) if limits.groups else None
         lr = factor if base is None else base[i] * factor
         lr *= ramp if own is None else ramp * own.scale
-        if group.lr == 0:  # frozen: no bound may wake it
-            out.append(0.0)
-            continue
-        low, high = _range(limits, own, group.lr)
-        if not isfinite(lr):
+        if group.lr == 0:
+            lr = 0.0
+        elif not isfinite(lr):
             lr, note = group.lr, "guard_nonfinite"
-        if low is not None and lr < low:
-            lr, note = low, note or "guard_min"
-        if high is not None and lr > high:
-            lr, note = high, note or "guard_max"
-        out.append(lr)
+        wanted.append(lr)
+        # Frozen: no bound may wake it.
+        ranges.append(_range(limits, own, group.lr) if group.lr else FREE)
+    scale = _common(wanted, ranges) if limits.keep_ratios else 1.0
+    out = []
+    for lr, (low, high) in zip(wanted, ranges, strict=True):
+        now = lr * scale
+        if low is not None and (lr < low or now < low):
+            now, note = max(now, low), note or ("guard_min" if lr < low else "")
+        if high is not None and (lr > high or now > high):
+            now, note = min(now, high), note or "guard_max"
+        out.append(now)
     return tuple(out), note
 
 
@@ -310,6 +348,8 @@ def _ordered(low_name: str, low: float | None, high_name: str, high: float | Non
         raise ValueError(f"{low_name} is {low!r}, greater than {high_name} = {high!r}: swap or correct them")
 
 
+#: No bounds at all.
+FREE: tuple[float | None, float | None] = (None, None)
 #: The largest momentum below 1.
 MOMENTUM_MAX = 1.0 - 2.0**-53
 #: No limits.

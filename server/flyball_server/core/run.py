@@ -33,18 +33,15 @@ Odd cases
 - With a lag a decision belongs to one step, and was told already. So a command shows in the settings with the decision
   of the next observation; without a lag it shows at once.
 
-Longer than 400 lines because whatever can change a run stands in this one file.
+What a run is stands in `folded.py`, how a decision becomes settings in `settling.py`, what commands do in `obeying.py`,
+and its JSON in `run_json.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
-
-from flyball_server.core import commands, guard, steering
-from flyball_server.core.base import Base
+from flyball_server.core import guard, steering
 from flyball_server.core.columns import in_force, newest, observations
-from flyball_server.core.commands import Held, Steering
+from flyball_server.core.commands import NONE, lasting
 from flyball_server.core.errors import Conflict, Invalid
 from flyball_server.core.events import (
     ASIDE,
@@ -65,71 +62,25 @@ from flyball_server.core.events import (
     Proposed,
     Reported,
 )
-from flyball_server.core.numbers import finite
-from flyball_server.core.state import dump_state, load_state
-from flyball_server.core.types import APPLIED, ROLLBACKS, Ask, Decision, Group, Policy, Settings
+from flyball_server.core.folded import ANSWERS_KEPT, IN_FORCE_KEPT, NOTHING, Rules, Run, ruling
+from flyball_server.core.obeying import commanded, gone_back, moved
+from flyball_server.core.run_json import dump, load
+from flyball_server.core.settling import base_at, bent, settle, settled
+from flyball_server.core.types import APPLIED, ROLLBACKS, Ask, Settings
 
-
-class Rules(NamedTuple):
-    """What a run's specification means: built from `Spec`, never stored.
-
-    under: what it means with the policy, base, guard and profile of this JSON text in their places, which a command may
-    change (see `ruling`).
-    """
-
-    policy: Policy
-    config: Any
-    base: Base | None
-    limits: guard.Limits
-    groups: tuple[Group, ...]
-    seed: int
-    shadows: tuple[Rules, ...] = ()
-    under: Callable[[str], Rules] | None = None
-
-
-class Run(NamedTuple):
-    """The state of a run. Every field is a finite number, a string, None, or a tuple or mapping of such.
-
-    seq: how many events were folded, which is the newest row's number in the journal. attempts: from_step,
-    seq and parent of each Attached so far. attempt: 0 before the first Attached. through: the newest folded step
-    (from_step - 1 at an attempt's start). settings: what is in force from step through + 1 on; decided: the step
-    that decided it.
-    in_force: (step, the step that decided what was applied from there on), for a policy that reads APPLIED.
-    side: side signals that wait for the next observation. last: the newest value of every signal (NaN and
-    infinities as strings). answered: the newest ANSWERS_KEPT answered directives. applied: the newest receipt's
-    settings, None before the first. shadows: the runs beside it, in the rules' order. steering: its commands.
-    """
-
-    seq: int
-    attempts: tuple[tuple[int, int, int], ...]
-    attempt: int
-    status: str
-    session: str
-    from_step: int
-    through: int
-    lag: int | None
-    policy_state: Any
-    decision: Decision
-    guard_state: guard.GuardState
-    settings: Settings
-    decided: int
-    side: Mapping[str, float]
-    last: Mapping[str, float]
-    observations: int
-    receipts_through: int
-    answered: tuple[str, ...]
-    applied: Settings | None
-    applied_step: int | None
-    in_force: tuple[tuple[int, int], ...]
-    shadows: tuple[Run, ...] = ()
-    steering: Steering = commands.NONE
-
-
-NOTHING = Outcome((), ())
-#: How many receipts are remembered for observations still to come; a report holds fewer.
-IN_FORCE_KEPT = 4096
-#: How many answers to directives a run remembers, to know a repeated one; a report holds fewer.
-ANSWERS_KEPT = 64
+__all__ = [
+    "ANSWERS_KEPT",
+    "NOTHING",
+    "Rules",
+    "Run",
+    "apply",
+    "create",
+    "dump",
+    "fresh",
+    "load",
+    "ruling",
+    "settle",
+]
 
 
 def create(rules: Rules, origin: Origin | None = None) -> Run:
@@ -173,8 +124,11 @@ def create(rules: Rules, origin: Origin | None = None) -> Run:
         return run
     # The rules it goes on under are those of its own specification, whatever they were changed from there.
     left = load(rules._replace(shadows=()), {name: v for name, v in origin.state.items() if name != "steering"})
+    settings = left.settings
+    if "steering" in origin.state:  # what was commanded there is not commanded here
+        settings = settled(rules, NONE, left.guard_state, left.decision, through)
     return run._replace(
-        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=left.settings
+        policy_state=left.policy_state, decision=left.decision, guard_state=left.guard_state, settings=settings
     )
 
 
@@ -191,18 +145,6 @@ def apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     beside = [_beside(r, s, event, i) for i, (r, s) in enumerate(zip(rules.shadows, run.shadows, strict=True))]
     shadows, outcomes = zip(*beside, strict=True)
     return after._replace(shadows=shadows), outcome._replace(shadows=outcomes)
-
-
-def ruling(rules: Rules, run: Run, seq: int | None = None) -> Rules:
-    """The rules in force: those of the run's specification, or what the newest command made of them; as of row `seq`,
-    where that is given."""
-    plans = run.steering.plans
-    if not plans:
-        return rules
-    plan = plans[-1][1] if seq is None else next((text for at, text in reversed(plans) if at <= seq), "")
-    if not plan:
-        return rules
-    return _under(rules, plan)
 
 
 def _beside(rules: Rules, run: Run, event: Event, place: int) -> tuple[Run, Outcome]:
@@ -224,9 +166,9 @@ def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
         beside = steering.reported(run.steering, event.source, event.number)
         return run._replace(seq=seq, side={**run.side, **event.signals}, steering=beside), NOTHING
     if isinstance(event, Commanded):
-        return _commanded(rules, run, event)
+        return commanded(rules, run, event)
     if isinstance(event, CommandMoved):
-        return _moved(rules, run, event), NOTHING
+        return moved(rules, run, event), NOTHING
     if isinstance(event, Proposed):
         return run._replace(seq=seq, steering=steering.proposed(run.steering, event, seq)), NOTHING
     if isinstance(event, Judged):
@@ -281,15 +223,15 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         raise Invalid(f"from_step {event.from_step} lies behind step {run.through} and no state was restored")
     seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1, event.parent))
     if event.restored is not None:
-        run = _gone_back(rules, run, load(rules, event.restored))
+        run = gone_back(rules, run, load(rules, event.restored))
     # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap). Nothing is decided
     # here, so the rate limits do not move.
-    base, momentum = _base(rules, event.from_step)
+    base, momentum = base_at(rules, event.from_step)
     lr = guard.held(rules.limits, run.guard_state, rules.groups, base, event.from_step - 1)
     momentum = run.settings.momentum if momentum is None else momentum
     settings = Settings(lr, momentum, run.settings.noise_std)
     if run.steering.commands or run.steering.whole:
-        settings = _settled(rules, run.steering, run.guard_state, run.decision, event.from_step - 1)
+        settings = settled(rules, run.steering, run.guard_state, run.decision, event.from_step - 1)
     return run._replace(
         seq=seq,
         attempts=attempts,
@@ -308,145 +250,6 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         in_force=(),
         steering=run.steering._replace(unsettled=False),
     )
-
-
-def _gone_back(rules: Rules, run: Run, restored: Run) -> Run:
-    """The restored state under what was commanded since: commands are no part of training time."""
-    beside = run.steering._replace(rollbacks=run.steering.rollbacks + 1)
-    before = _plan(restored)
-    restored = restored._replace(steering=beside)
-    if _plan(restored) == before:
-        return restored
-    return _switched(_under(rules, before), rules, restored, restored.through)
-
-
-def _plan(run: Run) -> str:
-    return run.steering.plans[-1][1] if run.steering.plans else ""
-
-
-def _under(rules: Rules, plan: str) -> Rules:
-    """The rules under a plan ("": those of the specification). A shadow's have no `under`: it gets no commands."""
-    return rules if rules.under is None else rules.under(plan)._replace(shadows=rules.shadows)
-
-
-def _commanded(rules: Rules, run: Run, event: Commanded) -> tuple[Run, Outcome]:
-    """A command, with what it changes and what the guard left of it."""
-    seq, before = run.seq + 1, run.settings.lr
-    held, clamped = _held(rules, run, event)
-    clamped = clamped or bool(event.args.get("clamped"))
-    old = run.steering.plans
-    beside = steering.commanded(run.steering, event, seq, held, clamped)
-    run = run._replace(seq=seq, steering=beside)
-    carried: tuple[str, ...] = ()
-    if beside.plans is not old:
-        after = ruling(rules, run)
-        run = _switched(rules, after, run, run.through)
-        carried, rules = _carried(rules, after), after
-    run = _resettled(rules, run)
-    if event.kind in ("note", *commands.DIRECTIVES):
-        return run, Outcome((), (), verdict={"status": "accepted"})
-    now = _settled(rules, run.steering, run.guard_state, run.decision, run.through)
-    verdict: dict[str, Any] = {"status": "clamped" if clamped else "accepted", "lr": list(now.lr)}
-    if held is not None:
-        verdict["held"] = {n: v for n, v in finite(held._asdict()).items() if v not in (None, {}, False)}
-    if carried:
-        verdict["carried"] = list(carried)
-    fields = {"kind": event.kind, "command": f"c{seq}", "actor": event.actor, "reason": event.reason}
-    words = {"carried": ", ".join(carried) or "everything", **event.args.get("words", {})}
-    words["clamped"] = ", clamped by the guard" if clamped else ""
-    note = "guard_clamped" if clamped else ""
-    code = f"command_{event.kind}"
-    mark = Mark(run.through, run.decision.phase, code, note, before, now.lr, {**words, **fields})
-    return run, Outcome((), (mark,), verdict=verdict)
-
-
-def _held(rules: Rules, run: Run, event: Commanded) -> tuple[Held | None, bool]:
-    """What a lasting command puts in the place of the settings, and whether the guard clamped it."""
-    if event.kind not in commands.LASTING:
-        return None, False
-    beside, step = run.steering, run.through
-    now = _settled(rules, beside, run.guard_state, run.decision, step)
-    values = commands.control_values(beside.controls, beside.commands, step + 1)
-    if event.kind == "hold":
-        return commands.hold(now, rules.groups, values), False
-    free = _settled(rules, beside._replace(commands=()), run.guard_state, run.decision, step)
-    base, _ = _base(rules, step + 1)
-    return commands.holding(
-        rules.limits,
-        run.guard_state,
-        rules.groups,
-        base,
-        beside.controls,
-        args=event.args,
-        free=free,
-        now=now,
-        values=values,
-    )
-
-
-def _moved(rules: Rules, run: Run, event: CommandMoved) -> Run:
-    return _resettled(rules, run._replace(seq=run.seq + 1, steering=steering.moved(run.steering, event)))
-
-
-def _switched(was: Rules, rules: Rules, run: Run, step: int) -> Run:
-    """The run under other rules from here on. Another policy begins where the one before it stands: at its learning
-    rates, or, where the base schedule is another one, at the references that it multiplies."""
-    if was.policy is rules.policy and was.config == rules.config and _spec(was.base) == _spec(rules.base):
-        return run  # only the limits are others
-    if _spec(was.base) == _spec(rules.base):
-        lr = run.decision.lr
-    elif rules.base is None:
-        lr = guard.held(was.limits, run.guard_state, was.groups, _base(was, step + 1)[0], step)
-    else:
-        lr = tuple([group.lr for group in rules.groups])
-    groups = tuple([g._replace(lr=one) for g, one in zip(rules.groups, lr, strict=True)])
-    try:
-        state, decision = rules.policy.init(rules.config, groups, rules.seed)
-    except ValueError as error:
-        raise Invalid(f"policy: {error}") from error
-    factors = guard.factors_of(rules.groups, decision, rules.base is not None)
-    guard_state = run.guard_state._replace(factors=factors)
-    if (was.base is None) != (rules.base is None):
-        guard_state = guard_state._replace(window_factors=factors)
-    return run._replace(policy_state=state, decision=decision, guard_state=guard_state)
-
-
-def _spec(base: Base | None) -> Any:
-    return None if base is None else base.spec()
-
-
-def _carried(was: Rules, rules: Rules) -> tuple[str, ...]:
-    """What another policy took over from the one before it, in words; () where there is no other policy."""
-    if was.policy is rules.policy and was.config == rules.config and _spec(was.base) == _spec(rules.base):
-        return ()
-    same = _spec(was.base) == _spec(rules.base)
-    kept = ["learning rates"] if same or rules.base is None else ["reference learning rates"]
-    if same and rules.base is not None:
-        kept.append("base schedule")
-    return (*kept, "guard state", "overrides", "side signals")
-
-
-def _settled(rules: Rules, beside: Steering, guard_state: guard.GuardState, decision: Decision, step: int) -> Settings:
-    """The settings of step + 1 where nothing new is decided."""
-    base, momentum = _base(rules, step + 1)
-    lr = guard.held(rules.limits, guard_state, rules.groups, base, step)
-    momentum = momentum if decision.momentum is None else decision.momentum
-    return _bent(rules, beside, step, Settings(lr, momentum, decision.noise_std))
-
-
-def _bent(rules: Rules, beside: Steering, step: int, settings: Settings) -> Settings:
-    """The settings of step + 1 under the run's commands."""
-    if beside.whole and settings.momentum is None:
-        settings = settings._replace(momentum=commands.own_momentum(rules.groups))
-    return commands.bent(rules.limits, rules.groups, beside.commands, step + 1, settings)
-
-
-def _resettled(rules: Rules, run: Run) -> Run:
-    """The run with what its commands make of the settings; with a lag that is left to the next observation."""
-    if run.lag is not None:
-        return run._replace(steering=run.steering._replace(unsettled=True))
-    settings = _settled(rules, run.steering, run.guard_state, run.decision, run.through)
-    return run if settings == run.settings else run._replace(settings=settings, decided=run.through)
 
 
 def _ended(rules: Rules, run: Run) -> Outcome:
@@ -469,7 +272,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
     beside = run.steering
-    steered = beside.unsettled or beside.whole or bool(commands.lasting(beside.commands))
+    steered = beside.unsettled or beside.whole or bool(lasting(beside.commands))
     quiet = not steered and rules.base is None and guard.is_quiet(rules.limits, run.through)
     free = not steered and rules.base is None and guard.is_free(rules.limits)
     changes: list[tuple[int, Settings]] = []
@@ -502,7 +305,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         else:
             guard_state, now = settle(rules, guard_state, step, decision)
         if steered:
-            now = _bent(rules, beside, step, now)
+            now = bent(rules, beside, step, now)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             note = guard_state.note
@@ -539,91 +342,3 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         beside._replace(unsettled=False) if beside.unsettled else beside,
     )
     return run, Outcome(tuple(changes), tuple(marks), asks=tuple(asks))
-
-
-def settle(rules: Rules, state: guard.GuardState, step: int, decision: Decision) -> tuple[guard.GuardState, Settings]:
-    """guard(policy(base)) for the step after `step`."""
-    base, momentum = _base(rules, step + 1)
-    if momentum is not None and decision.momentum is None:
-        decision = decision._replace(momentum=momentum)
-    return guard.settle(rules.limits, state, rules.groups, base, step, decision)
-
-
-def _base(rules: Rules, step: int) -> tuple[tuple[float, ...] | None, tuple[float | None, ...] | None]:
-    """The base schedule's learning rates and momenta of `step`; None where it says nothing."""
-    base = rules.base
-    if base is None:
-        return None, None
-    momentum = base.momentum(step)
-    lr = tuple([base.lr(step, g.lr) for g in rules.groups])
-    if momentum is None:
-        return lr, None
-    # A schedule that cycles momentum drives it wherever the optimizer has one.
-    return lr, tuple(momentum if g.momentum or g.betas else g.momentum for g in rules.groups)
-
-
-def dump(run: Run) -> dict[str, Any]:
-    """The run as plain JSON values: what snapshots and rewinds carry. `load` gives back an equal run."""
-    data = run._asdict()
-    data["attempts"] = [list(attempt) for attempt in run.attempts]
-    data["policy_state"] = dump_state(run.policy_state)
-    data["decision"] = finite(run.decision[:7])
-    data["guard_state"] = list(run.guard_state)
-    data["settings"] = list(run.settings)
-    data["in_force"] = [list(pair) for pair in run.in_force]
-    # JSON has no NaN; the newest signals and what was read back from an optimizer may well be one.
-    data["applied"] = None if run.applied is None else [_texts(row) for row in run.applied]
-    data["last"] = {name: repr(value) for name, value in run.last.items()}
-    data["side"] = {name: repr(value) for name, value in run.side.items()}
-    if data.pop("shadows"):  # a run without any is dumped as it was before there were shadows
-        data["shadows"] = [dump(shadow) for shadow in run.shadows]
-    if data.pop("steering") != commands.NONE:
-        data["steering"] = steering.dump(run.steering)
-    return data
-
-
-def load(rules: Rules, data: Mapping[str, Any]) -> Run:
-    """The run that `dump` wrote, after any trip through JSON."""
-    lr, momentum, noise_std, phase, code, fields, milestone, *_ = data["decision"]
-    beside = steering.load(data.get("steering"))
-    rules = _under(rules, beside.plans[-1][1] if beside.plans else "")
-    factors, changed, window, window_factors, note = data["guard_state"]
-    return Run(
-        **{
-            **data,
-            "answered": tuple(data["answered"]),
-            "in_force": tuple((step, decided) for step, decided in data["in_force"]),
-            "attempts": tuple((from_step, seq, parent) for from_step, seq, parent in data["attempts"]),
-            "policy_state": load_state(rules.policy, data["policy_state"]),
-            "decision": Decision(tuple(lr), _tuple(momentum), _tuple(noise_std), phase, code, fields, milestone),
-            "guard_state": guard.GuardState(tuple(factors), changed, window, tuple(window_factors), note),
-            "settings": _settings_of(data["settings"]),
-            "applied": None if data["applied"] is None else _numbers_of(data["applied"]),
-            "last": {name: float(value) for name, value in data["last"].items()},
-            "side": {name: float(value) for name, value in data["side"].items()},
-            "shadows": tuple(load(r, d) for r, d in zip(rules.shadows, data.get("shadows", ()), strict=True)),
-            "steering": beside,
-        }
-    )
-
-
-def _settings_of(data: Sequence[Any]) -> Settings:
-    lr, momentum, noise_std = data
-    return Settings(tuple(lr), _tuple(momentum), _tuple(noise_std))
-
-
-def _texts(row: Sequence[float | None] | None) -> list[str | None] | None:
-    return None if row is None else [None if value is None else repr(value) for value in row]
-
-
-def _numbers(row: Sequence[str | None] | None) -> tuple[Any, ...] | None:
-    return None if row is None else tuple(None if value is None else float(value) for value in row)
-
-
-def _numbers_of(data: Sequence[Any]) -> Settings:
-    lr, momentum, noise_std = map(_numbers, data)
-    return Settings(lr or (), momentum, noise_std)
-
-
-def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return None if values is None else tuple(values)

@@ -26,12 +26,14 @@ def declared(steering: Steering, event: Declared) -> Steering:
 
 
 def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None, clamped: bool) -> Steering:
-    """A command is accepted; what it supersedes or releases was told by events of their own."""
+    """A command is accepted, in the place of those it supersedes; what it releases was told by events of their own."""
     command = Command(
         f"c{seq}", event.kind, seq, event.actor, event.reason, "clamped" if clamped else "accepted", event.args,
         event.until, event.expires_at, held,
     )  # fmt: skip
-    open_ = steering.commands if event.kind == "note" else (*steering.commands, command)
+    over = commands.superseded(steering.commands, event.kind, event.args)
+    kept = tuple([one for one in steering.commands if one.id not in over]) if over else steering.commands
+    open_ = kept if event.kind == "note" else (*kept, command)
     keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
     plans = steering.plans
     if event.kind in commands.RULING:
@@ -51,6 +53,7 @@ def moved(steering: Steering, event: CommandMoved) -> Steering:
     if known is None:
         raise Conflict(f"command {event.command} is over already, or was never given")
     stays = event.status == "applied" and known.kind in commands.LASTING
+    steering = _settled_ask(steering, known)
     rest = [command for command in steering.commands if command is not known or stays]
     now = tuple([command._replace(status=event.status) if command is known else command for command in rest])
     return steering._replace(commands=now)
@@ -58,7 +61,32 @@ def moved(steering: Steering, event: CommandMoved) -> Steering:
 
 def answered(steering: Steering, event: DirectiveAnswered) -> Steering:
     """The job did what it was asked for, or declined."""
-    return steering._replace(commands=tuple([c for c in steering.commands if c.id != event.directive]))
+    known = next((c for c in steering.commands if c.id == event.directive), None)
+    if known is None:
+        return steering
+    steering = _settled_ask(steering, known) if event.outcome == "declined" else steering
+    return steering._replace(commands=tuple([c for c in steering.commands if c is not known]))
+
+
+def _settled_ask(steering: Steering, known: Command) -> Steering:
+    """The policy's wish to go back is over where the job declines, or somebody withdraws it."""
+    return steering._replace(restoring=False) if known.kind == "restore" and _is_ask(known) else steering
+
+
+def _is_ask(command: Command) -> bool:
+    return command.id.startswith("a")
+
+
+def gone_back(steering: Steering) -> Steering:
+    """The run goes back to an earlier step: what the policy asked for on the steps it leaves is done, or means nothing
+    any more."""
+    kept = tuple([command for command in steering.commands if not _is_ask(command)])
+    return steering._replace(commands=kept, restoring=False, rollbacks=steering.rollbacks + steering.restoring)
+
+
+def other_policy(steering: Steering) -> Steering:
+    """Another policy is in force: what the one before it asked for, and what came of it, is not its own."""
+    return gone_back(steering)._replace(rollbacks=0)
 
 
 def applied(steering: Steering, event: Applied) -> Steering:
@@ -83,15 +111,18 @@ def reported(steering: Steering, source: str, number: int) -> Steering:
 
 
 def asked(steering: Steering, asks: tuple[Ask, ...], seq: int, before: int) -> tuple[Steering, tuple[Ask, ...]]:
-    """What the policy itself asks of the job, without what waits for an answer already. before: how many it asked in
-    this row already."""
+    """What the policy itself asks of the job, each kind once, without what waits for an answer already. before: how
+    many it asked in this row already."""
     waiting = {command.kind for command in steering.commands}
-    new = tuple([ask for ask in asks if ask.kind not in waiting])
+    new = tuple([ask for kind, ask in {ask.kind: ask for ask in reversed(asks)}.items() if kind not in waiting])[::-1]
+    if not new:
+        return steering, ()
     found = [
         Command(f"a{seq}.{i}", ask.kind, seq, POLICY, ask.reason, "accepted", ask.args)
         for i, ask in enumerate(new, before)
     ]
-    return (steering._replace(commands=(*steering.commands, *found)) if found else steering), new
+    restoring = steering.restoring or any(ask.kind == "restore" for ask in new)
+    return steering._replace(commands=(*steering.commands, *found), restoring=restoring), new
 
 
 def proposed(steering: Steering, event: Proposed, seq: int) -> Steering:

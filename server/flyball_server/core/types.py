@@ -34,8 +34,9 @@ class Observation(NamedTuple):
 
     applied: the step whose decision was in force at this one, as the client's receipts say; None: not known. It is
     filled in only for policies that read `APPLIED`.
-    rollbacks: how often the run has gone back to an earlier step so far, which a policy's own state, gone back with it,
-    cannot tell. It is filled in only for policies that read `ROLLBACKS`.
+    rollbacks: how often the run has gone back to an earlier step so far after this policy asked for it, which the
+    policy's own state, gone back with it, cannot tell; a job that was only killed and resumed counts for nothing. It is
+    filled in only for policies that read `ROLLBACKS`.
     """
 
     step: int

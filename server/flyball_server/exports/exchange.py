@@ -14,11 +14,12 @@ from typing import Any
 from flyball_server import limits
 from flyball_server.access import OPERATE, VIEW, Caller
 from flyball_server.core.errors import Busy, Conflict, Invalid
-from flyball_server.engine import Engine, LiveRun
+from flyball_server.engine import Engine
 from flyball_server.exports.check import check
 from flyball_server.exports.schedule import schedule
 from flyball_server.exports.table import table
 from flyball_server.exports.write import written
+from flyball_server.live import LiveRun
 from flyball_server.loading import load
 from flyball_server.names import project_of
 from flyball_server.rules import rules_of

@@ -11,9 +11,12 @@ from fastapi.security import HTTPBearer
 from flyball_server import limits
 from flyball_server.auditing import Auditing
 from flyball_server.auth import Door
+from flyball_server.canaries import Canaries
 from flyball_server.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.http_api import audit, branches, commands, exports, problems, runs, steer, store
+from flyball_server.fleet import Fleet
+from flyball_server.freezing import Freezing
+from flyball_server.http_api import audit, branches, commands, exports, fleet, problems, runs, steer, store
 from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
@@ -23,11 +26,20 @@ from flyball_server.tokens import Tokens
 from flyball_server.webhooks import Hooks
 
 
+class Many(NamedTuple):
+    """The use cases over many runs."""
+
+    fleet: Fleet
+    freezing: Freezing
+    canaries: Canaries
+
+
 class Parts(NamedTuple):
     """The use cases that the routes call."""
 
     service: Service
     commanding: Commanding
+    many: Many
     exchange: Exchange
     tokens: Tokens
     auditing: Auditing
@@ -51,8 +63,8 @@ def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool
 
     problems.install(app, denied)
     routers = [part.router(parts.service) for part in (steer, runs, branches, store)]
-    routers += [commands.router(parts.commanding), exports.router(parts.exchange), tokens_api.router(parts.tokens)]
-    routers.append(audit.router(parts.auditing, parts.heads, parts.hooks))
+    routers += [commands.router(parts.commanding), fleet.router(*parts.many), exports.router(parts.exchange)]
+    routers += [tokens_api.router(parts.tokens), audit.router(parts.auditing, parts.heads, parts.hooks)]
     for routes in routers:
         # The door has looked at the token already; this only tells readers of the schema that there is one.
         app.include_router(routes, responses=problems.ANSWERS, dependencies=[Depends(HTTPBearer(auto_error=False))])

@@ -47,7 +47,10 @@ class Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its caller, or answer that there is none."""
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] == "websocket":  # there are none; one that is added must come through a door of its own
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] == "lifespan" or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
         answer: JSONResponse

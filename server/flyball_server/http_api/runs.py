@@ -29,7 +29,8 @@ Count = Annotated[int, Field(ge=0, le=limits.INTEGER_MAX)]
 
 
 class RunSummary(BaseModel):
-    """A run in a listing. status: created, active, stale (active without news for 60 s), finished, failed, deleted, or
+    """A run in a listing. status: created, active, stale and lost (active without news for 60 s,
+    900 s), finished, failed, deleted, or
     damaged (`problem` says what is)."""
 
     run: str
@@ -159,8 +160,8 @@ def router(service: Service) -> APIRouter:
         cursor: str | None = None,
         limit: Count = 50,
     ) -> RunPage:
-        """Runs, newest first; deleted ones only by their status. status: created, active, stale, finished, failed,
-        deleted; policy: NAME or NAME@VERSION."""
+        """Runs, newest first; deleted ones only by their status. status: created, active, stale, lost, finished,
+        failed, deleted; policy: NAME or NAME@VERSION."""
         where = RunFilter(project, status, policy, _labels(label or []))
         views, following = await service.list_runs(where, cursor, limit, caller_of(request))
         return RunPage(runs=[RunSummary(**_summary(view)) for view in views], cursor=following or None)

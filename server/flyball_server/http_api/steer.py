@@ -15,7 +15,7 @@ from flyball_server.core.commands import Control
 from flyball_server.core.events import DirectiveAnswered, Receipt
 from flyball_server.core.types import Group, Settings
 from flyball_server.http_api.guarded import caller_of
-from flyball_server.messages import Advice, Attach, Attached, Fork, Report
+from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import Service
 
 Number = Annotated[float, Field(description='a number, or "NaN", "Infinity", "-Infinity"')]
@@ -119,9 +119,12 @@ class ReportBody(_Body):
 
 
 class SignalsBody(_Body):
-    """Side signals by name."""
+    """Side signals by name. source, number: who reports, and its count 1, 2, 3 ...: each number is taken once."""
 
-    signals: dict[str, Number]
+    signals: dict[str, Number] = {}
+    source: str = ""
+    number: int = 0
+    note: str = ""
 
 
 class ChangesBody(BaseModel):
@@ -220,8 +223,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/runs/{run}/signals")
     async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
-        """Signals from another process, such as an evaluation job; the policy sees them with the next step."""
-        return SignalsReply(seq=await service.add_signals(run, body.signals, caller_of(request)))
+        """Signals and notes from another process, such as an evaluation job; the policy sees them at the next step."""
+        return SignalsReply(seq=await service.add_signals(run, SideReport(**dict(body)), caller_of(request)))
 
     return routes
 

@@ -17,6 +17,7 @@ from flyball_server.core.policies import (
     plateau,
     rules,
     sequence,
+    spike_guard,
     warmup,
     windowed,
 )
@@ -37,6 +38,7 @@ ALL: dict[str, Policy] = {
         plateau.POLICY,
         rules.POLICY,
         sequence.POLICY,
+        spike_guard.POLICY,
         warmup.POLICY,
         windowed.POLICY,
     )

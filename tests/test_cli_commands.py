@@ -1,0 +1,190 @@
+"""Goal: `flyball` gives commands, tells what becomes of them, and its exit codes can be relied on.
+
+Method: the real command, most of it inside this process; the job is spoken for by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from tests.test_commands import Job
+from typer.testing import CliRunner
+
+import flyball_server
+from flyball.cli import cli
+
+
+@pytest.fixture(scope="module")
+def service():
+    with flyball_server.running() as running:
+        yield running
+
+
+@pytest.fixture
+def job(service, request):
+    with httpx.Client(base_url=service.http, timeout=30) as http:
+        job = Job(http, request.node.name.partition("[")[0][:100], project="cli", guard={"max_factor": 2.0})
+        job.run = job.advice["run"]
+        job.report(3)
+        yield job
+
+
+@pytest.fixture
+def say(service):
+    """Run a command line; what it said, after checking its exit code."""
+
+    def run(*words, code=0, **options):
+        done = CliRunner().invoke(cli, [str(word) for word in words], env={"FLYBALL_SERVER": service.http}, **options)
+        assert done.exit_code == code, (done.output, done.exception)
+        return done
+
+    return run
+
+
+def test_each_command_says_in_one_line_what_came_of_it(job, say):
+    run = job.run
+    for words, told in (
+        (["override", run, "lr=5", "--group", "head", "--for", "2h"], "override lr 5 of head: clamped by the guard; "
+         "lr: body 0.1, head 0.02"),
+        (["override", run, "lr=0.5", "--factor"], "override lr x 0.5: accepted; lr: body 0.05, head 0.005"),
+        (["hold", run, "--for-steps", 10], "hold: accepted; lr: body 0.05, head 0.005"),
+        (["release", run], "release: accepted; lr: body 0.1, head 0.01"),
+        (["bounds", run, "max_lr=0.05", "max_factor=none"], "bounds max_factor=none max_lr=0.05: accepted; "
+         "lr: body 0.05, head 0.01"),
+        (["switch-policy", run, '{"type": "plateau"}'], "switch_policy: accepted"),
+        (["checkpoint", run, "--arg", "name=x"], "checkpoint: accepted"),
+        (["rewind", run, 1], "rewind: accepted"),
+    ):  # fmt: skip
+        done = say(*words, "--reason", "a test")
+        assert re.match(r"c\d+ ", done.stdout)
+        assert told in done.stdout
+        assert (done.stdout.count("\n"), done.stderr) == (1, "")
+    assert say("note", run, "so it was").stdout.endswith("note: done\n")
+    listed = say("commands", run).stdout.splitlines()
+    assert len(listed) == 10
+    assert "superseded" in listed[1]
+    assert "so it was" in listed[-1]
+    assert [one["kind"] for one in json.loads(say("commands", run, "--open", "--json").stdout)] == [
+        "release", "bounds", "switch_policy", "checkpoint", "rewind"
+    ]  # fmt: skip
+
+
+def test_show_tells_what_people_and_others_have_a_hand_in(job, say):
+    say("override", job.run, "lr=0.03", "--until-step", 90, "--reason", "flat")
+    controls = [{"name": "kl_coef", "value": 0.1, "min": 0.0, "max": 1.0}]
+    job.report(confirm=False, controls=controls)
+    job.report(receipt={"conflict": "StepLR wrote lr of body: 0.03 -> 0.3"})
+    shown = say("show", job.run).stdout
+    assert re.search(r"\ncommands\n.*\nc\d+ +override +applied +http:127.0.0.1 +step 90 +flat\n", shown)
+    assert re.search(r"\ncontrols\n.*\nkl_coef +0.1 +- +0.1 +0 +1\n", shown)
+    assert re.search(r"\nconflicts\n.*\n4 +1 +StepLR wrote lr of body: 0.03 -> 0.3\n", shown)
+
+
+def test_wait_tells_each_stage_and_its_exit_code_how_it_ended(job, say):
+    with ThreadPoolExecutor(1) as pool:
+        words = ["override", job.run, "lr=5", "--reason", "a test", "--wait", "--timeout", "20"]
+        waiting = pool.submit(subprocess.run, [sys.executable, "-m", "flyball.cli", *words], text=True,
+                              env={**os.environ, "FLYBALL_SERVER": str(job.http.base_url)}, capture_output=True,
+                              timeout=60)  # fmt: skip
+        while not job.show()["commands"]:
+            assert not waiting.done(), waiting.result()
+        job.report(confirm=False)
+        job.report(receipt={"ranks": 3, "of_ranks": 4})
+        done = waiting.result(30)
+    command = job.show()["commands"][0]["id"]
+    assert (done.returncode, done.stdout) == (0, f"{command} override lr 5: applied at step 4 on 3/4 ranks\n")
+    assert done.stderr.splitlines() == [
+        f"{command} clamped by the guard; lr: body 0.2, head 0.02", f"{command} applied at step 4 on 3/4 ranks"
+    ]  # fmt: skip
+    late = say("hold", job.run, "--reason", "a test", "--wait", "--timeout", 0.2, code=3)
+    assert "is still accepted after 0.2 s" in late.stderr
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(say, "evaluate", job.run, "--reason", "a test", "--wait", "--timeout", 20, code=1)
+        job.report()
+        while not job.advice["directives"]:
+            job.report()
+        number = job.advice["directives"][0]["id"]
+        job.report(answers=[{"directive": number, "outcome": "declined", "note": "no data", "step": 9}])
+        assert f"{number} declined at step 9: no data" in asked.result(30).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "code"),
+    [
+        (["override", "{run}", "lr"], "give SETTING=NUMBER", 2),
+        (["override", "{run}", "lr=x"], "give SETTING=NUMBER", 2),
+        (["override", "{run}", "lr=1", "--for", "soon"], "such as 2h", 2),
+        (["bounds", "{run}", "max_lr"], "give NAME=VALUE", 2),
+        (["switch-policy", "{run}", "gone.yaml"], "gone.yaml cannot be read", 2),
+        (["override", "{run}", "lr=1", "--if-match", "2"], "--if-match; `flyball commands", 1),
+        (["override", "{run}", "lr=1", "--for-steps", "1", "--until-step", "9"], "give one", 1),
+        (["override", "nobody", "lr=1"], "run 'nobody' is not known", 1),
+        (["set-profile", "{run}", "none"], "no such profile", 1),
+        (["approve", "{run}", "p9"], "p9", 1),
+        (["fleet", "run={run}", "hold"], "look with --dry-run, then say --yes", 1),
+        (["fleet", "run={run}", "hodl"], "give one of override", 2),
+        (["fleet", "projct=a", "hold", "--yes"], "did you mean 'project'", 1),
+        (["canary", "start", "run={run}"], "give a policy or --profile", 2),
+        (["canary", "promote", "k99"], "canary 'k99' is not known", 1),
+        (["thaw"], "everything is not frozen", 1),
+    ],
+)
+def test_a_wrong_command_is_refused_in_words(job, say, words, told, code):
+    job.command("note")
+    job.command("hold")
+    done = say(*(word.replace("{run}", job.run) for word in words), "--reason", "a test", code=code)
+    said = re.sub(r"[│\s]+", " ", done.stderr)
+    assert told in said
+    if code == 1:
+        assert (done.stderr.count("\n"), done.stderr[:9]) == (1, "flyball: ")
+
+
+def test_a_policy_comes_from_a_name_json_or_a_file(job, say, tmp_path):
+    for name, text in (
+        ("p.yaml", "type: plateau\npatience: 3\n"),
+        ("p.toml", 'type = "plateau"\npatience = 3\n'),
+        ("p.json", '{"type": "plateau", "patience": 3}'),
+    ):
+        (tmp_path / name).write_text(text)
+        say("switch-policy", job.run, "constant", "--reason", "a test")
+        say("switch-policy", job.run, tmp_path / name, "--reason", "a test")
+        assert job.show()["policy_config"]["patience"] == 3
+    (tmp_path / "bad.yaml").write_text("- 1\n")
+    assert "holds no policy" in re.sub(
+        r"[│\s]+", " ", say("switch-policy", job.run, tmp_path / "bad.yaml", "--reason", "x", code=2).stderr
+    )
+
+
+def test_many_runs_are_shown_before_and_after(job, say):
+    words = ["fleet", f"run={job.run}", "override", "lr=4", "--factor", "--reason", "a test"]
+    tried = say(*words, "--dry-run").stdout
+    assert re.search(r"clamped +- +body 0.1 -> 0.2, head 0.01 -> 0.02\n", tried)
+    assert tried.endswith("dry run, nothing changed: 1 clamped\n")
+    found = json.loads(say(*words, "--yes", "--json").stdout)
+    assert (found["counts"], found["dry_run"]) == ({"clamped": 1}, False)
+    again = say("fleet", f"run={job.run}", "release", "--reason", "a test", "--yes")
+    assert again.stdout.endswith("1 accepted\n")
+    refused = say("fleet", f"run={job.run}", "override", "kl=1", "--reason", "a test", "--yes", code=1)
+    assert "give one of lr, momentum, noise_std" in refused.stdout
+
+
+def test_freeze_and_canary_from_the_command_line(job, say):
+    frozen = say("freeze", "--project", "cli", "--reason", "a fire").stdout
+    assert re.match(r"frozen: cli; \d+ active runs are on hold\n", frozen)
+    assert "project cli is frozen by" in say("override", job.run, "lr=1", "--reason", "x", code=1).stderr
+    assert "a fire" in say("thaw", "--project", "cli", "--reason", "out").stdout
+    started = say("canary", "start", f"run={job.run}", "plateau", "--share", "1", "--reason", "try").stdout
+    number = started.split()[0]
+    assert f"{number} open: 1 of 1 runs, try" in started
+    job.report(70)
+    job.report(70, loss=0.5)
+    assert "decided by a hash" in say("canary", "show", number).stdout
+    assert say("canary", "back", number, "--reason", "no").stdout.endswith(f"{number}: back\n")
+    assert json.loads(say("canary", "list", "--json").stdout)[0]["status"] == "back"

@@ -1,0 +1,157 @@
+"""Goal: who may only propose changes nothing alone, and what is approved is checked against the run as it is then.
+
+Method: the use cases themselves over a real engine, with the callers and the project that each case needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tests.storage.stores import Opened, fill
+
+from flyball_server.access import Caller
+from flyball_server.commanding import Commanding
+from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound
+from flyball_server.messages import CommandRequest
+from flyball_server.storage import open_journal
+from flyball_server.verify import verify
+
+BOT, OTHER_BOT = Caller("bot", "proposer"), Caller("bot2", "proposer")
+ANN, BEN = Caller("ann", "operator"), Caller("ben", "operator")
+OVERRIDE = CommandRequest("r", "override", "the loss is flat", {"factor": 0.5})
+
+
+class Project:
+    """A project that takes so many people for a command."""
+
+    def __init__(self, approvals):
+        self._approvals = approvals
+
+    def capped(self, project, guard, *groups):
+        return guard
+
+    def approvals(self, project):
+        return self._approvals
+
+
+def with_run(case, approvals=1):
+    """Run a case on a run, and re-execute its journal afterwards."""
+
+    async def ask():
+        async with Opened(open_journal("memory:")) as opened:
+            await fill(opened, "r", 2)
+            commanding = Commanding(opened.engine, opened.journal, {}, Project(approvals))
+            await case(opened, commanding)
+            assert verify(opened.journal, "r").problem == ""
+
+    asyncio.run(ask())
+
+
+async def lr_of(opened):
+    return (await opened.engine.find("r")).run.settings.lr
+
+
+def test_a_proposal_changes_nothing_until_somebody_else_approves_it():
+    async def case(opened, commanding):
+        before = await lr_of(opened)
+        asked = (await commanding.give(OVERRIDE._replace(expires_in_s=3600), BOT)).view
+        assert (asked.status, asked.needed, asked.approvals, await lr_of(opened)) == ("proposed", 1, (), before)
+        for caller in (BOT, OTHER_BOT, Caller("dan", "driver"), Caller("val", "viewer")):
+            with pytest.raises(Denied):
+                await commanding.judge("r", asked.id, "approved", "it is fine", caller)
+        given = await commanding.judge("r", asked.id, "approved", "agreed", ANN)
+        assert (given.status, given.kind, given.actor, given.proposal) == ("accepted", "override", "bot", asked.id)
+        assert given.expires_at == asked.expires_at
+        assert await lr_of(opened) == tuple(lr / 2 for lr in before)
+        over = await commanding.get("r", asked.id, BOT)
+        assert (over.status, over.command, over.approvals) == ("approved", given.id, ("ann",))
+        with pytest.raises(NotFound, match="is over already"):
+            await commanding.judge("r", asked.id, "approved", "again", BEN)
+
+    with_run(case)
+
+
+def test_who_may_only_propose_adds_no_note_and_no_operator_approves_their_own():
+    async def case(opened, commanding):
+        with pytest.raises(Denied):
+            await commanding.give(CommandRequest("r", "note", "hello", {}), BOT)
+        asked = (await commanding.give(OVERRIDE, ANN)).view
+        assert (asked.status, asked.needed, asked.approvals) == ("proposed", 2, ("ann",))
+        with pytest.raises(Denied, match="ann's own"):
+            await commanding.judge("r", asked.id, "approved", "surely", ANN)
+        given = await commanding.judge("r", asked.id, "approved", "agreed", BEN)
+        assert (given.id[0], given.status) == ("c", "accepted")
+        assert (await commanding.give(CommandRequest("r", "note", "by one person", {}), ANN)).view.status == "done"
+
+    with_run(case, approvals=2)
+
+
+def test_a_bots_proposal_takes_two_people_where_the_project_says_so():
+    async def case(opened, commanding):
+        before = await lr_of(opened)
+        asked = (await commanding.give(OVERRIDE, BOT)).view
+        first = await commanding.judge("r", asked.id, "approved", "agreed", ANN)
+        assert (first.id, first.status, first.approvals, await lr_of(opened)) == (
+            asked.id,
+            "proposed",
+            ("ann",),
+            before,
+        )
+        with pytest.raises(Conflict, match="approved by ann already"):
+            await commanding.judge("r", asked.id, "approved", "still", ANN)
+        assert (await commanding.judge("r", asked.id, "approved", "agreed", BEN)).status == "accepted"
+
+    with_run(case, approvals=2)
+
+
+def test_what_the_run_has_become_is_checked_again_at_the_approval():
+    async def case(opened, commanding):
+        asked = (await commanding.give(OVERRIDE._replace(fields={"factor": 4.0}), BOT)).view
+        until = CommandRequest("r", "override", "for a while", {"value": 0.01, "until_step": 12})
+        soon = (await commanding.give(until, BOT)).view
+        await commanding.give(CommandRequest("r", "bounds", "careful", {"guard": {"max_lr": 0.06}}), ANN)
+        given = await commanding.judge("r", asked.id, "approved", "agreed", ANN)
+        assert (given.status, max(given.verdict["lr"])) == ("clamped", 0.06)
+        await fill(opened, "r", 4)  # past step 12
+        with pytest.raises(Invalid, match="until_step is 12"):
+            await commanding.judge("r", soon.id, "approved", "agreed", ANN)
+        assert (await commanding.get("r", soon.id, ANN)).status == "proposed"
+        again = (await commanding.give(OVERRIDE, BOT)).view
+        await fill(opened, "r", 6, "finished")
+        with pytest.raises(Conflict, match="has finished"):
+            await commanding.judge("r", again.id, "approved", "agreed", ANN)
+
+    with_run(case)
+
+
+def test_a_proposal_ends_by_rejection_by_its_maker_or_by_time():
+    async def case(opened, commanding):
+        ids = [(await commanding.give(OVERRIDE._replace(expires_in_s=60), BOT)).view.id for _ in range(3)]
+        rejected = await commanding.judge("r", ids[0], "rejected", "too early", ANN)
+        assert (rejected.status, rejected.history[-1]["reason"]) == ("rejected", "too early")
+        with pytest.raises(Denied, match="bot's"):
+            await commanding.judge("r", ids[1], "withdrawn", "not mine", OTHER_BOT)
+        assert (await commanding.judge("r", ids[1], "withdrawn", "a mistake", BOT)).status == "withdrawn"
+        opened.late_us = 61_000_000
+        with pytest.raises(NotFound):
+            await commanding.judge("r", ids[2], "approved", "too late", ANN)
+        assert (await commanding.get("r", ids[2], ANN)).status == "expired"
+        assert (await opened.engine.find("r")).run.steering.proposals == ()
+
+    with_run(case)
+
+
+def test_a_proposal_in_another_project_does_not_exist():
+    async def case(opened, commanding):
+        asked = (await commanding.give(OVERRIDE, BOT)).view
+        far = Caller("far", "operator", frozenset({"vision"}))
+        for ask in (
+            commanding.judge("r", asked.id, "approved", "agreed", far),
+            commanding.get("r", asked.id, far),
+            commanding.preview(OVERRIDE, far),
+        ):
+            with pytest.raises(NotFound, match="run 'r' is not known"):
+                await ask
+
+    with_run(case)
