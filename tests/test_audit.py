@@ -108,7 +108,7 @@ def test_observations_are_summed_up_and_shown_in_full_where_asked(service):
         job.report(3, loss="NaN")
         http.post("/v1/runs/r/signals", json={"signals": {"val_loss": 0.5}})
         *_, row_, side = got(http, "/v1/runs/r/journal")["rows"]
-        assert row_["summary"] == {"observations": 3, "signals": ["loss"], "changes": 1, "marks": 1, "asks": 0}
+        assert row_["summary"] == {"observations": 3, "signals": ["loss"], "changes": 1, "marks": 0, "asks": 0}
         assert row_["columns"] is None
         assert (side["summary"], side["text"]) == ({"signals": {"val_loss": 0.5}}, "val_loss 0.5")
         row_ = got(http, "/v1/runs/r/journal", columns=True, kind="observed")["rows"][0]
@@ -247,3 +247,40 @@ def test_what_is_noted_is_verified_and_made_again_by_compacting(tmp_path):
     for words, code in ((["verify"], 1), (["compact"], 0), (["verify"], 0)):
         done = subprocess.run([*command, *words, "--store", store], capture_output=True, text=True, check=False)
         assert done.returncode == code, (words, done.stdout, done.stderr)
+
+
+def test_the_record_on_the_command_line(tmp_path):
+    with flyball_server.running(auth=True) as service, client(service) as http:
+        job = Job(http, "r", policy={"type": "plateau", "patience": 0})
+        job.report(3)
+        job.command("override", value=0.02, reason="too high")
+        job.report(end="finished")
+        token = http.headers["Authorization"].removeprefix("Bearer ")
+
+        def said(*words, code=0):
+            command = [sys.executable, "-m", "flyball.cli", *words, "--server", service.http, "--token", token]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            assert done.returncode == code, done.stderr
+            return done.stdout if code == 0 else done.stderr
+
+        header, *lines = said("journal", "r", "--since", "1").splitlines()
+        assert header.split() == ["row", "at", "kind", "attempt", "steps", "actor", "what"]
+        assert [line.split()[0] for line in lines] == ["2", "3", "4", "5", "6"]
+        assert lines[1].split()[4] == "0..2"
+        assert "override of lr of all groups: 0.02, accepted: too high" in lines[2]
+        (row_,) = json.loads(said("journal", "r", "--kind", "commanded", "--json"))
+        assert row_["meta"]["reason"] == "too high"
+        table = list(csv.DictReader(said("journal", "r", "--csv", "--actor", row_["actor"]).splitlines()))
+        assert [one["seq"] for one in table] == ["1", "2", "3", "4", "5", "6"]
+        assert "ended, finished" in said("audit", "--run", "r").splitlines()[1]
+        assert [one["kind"] for one in json.loads(said("audit", "--kind", "token_created", "--json"))]
+        assert len(said("audit", "--csv", "--run", "r").splitlines()) == 5
+        assert "more than 1" in subprocess.run(
+            [sys.executable, "-m", "flyball.cli", "audit", "--limit", "1", "--server", service.http, "--token", token],
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stderr  # fmt: skip
+        assert "not known" in said("journal", "unknown", code=1)
+        http.get("/v1/runs/r/export")
+        (heads,) = map(json.loads, said("heads").splitlines())
+        assert heads["heads"]["runs"][0][:2] == ["r", 6]
+        assert said("deliveries").split()[:3] == ["at", "hook", "event"]

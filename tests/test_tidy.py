@@ -49,6 +49,7 @@ CLIENT_LIBRARIES = {
     "flyball.over_grpc": {"grpc", "flyball_proto"},
     "flyball.api": {"httpx"},
     "flyball.cli": set(),
+    "flyball.cli_audit": set(),
     "flyball.cli_branches": set(),
     "flyball.cli_commands": set(),
     "flyball.cli_fleet": set(),

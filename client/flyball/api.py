@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
+from flyball.api_audit import Record
 from flyball.api_commands import Commands
 from flyball.api_commands import run_path as _path
 from flyball.connect import DEFAULT_SERVER, certificates
@@ -36,8 +37,8 @@ DECISIONS_PAGE = 1000
 EXCHANGE_S = 600.0
 
 
-class Client(Commands):
-    """The routes of one service; those about commands stand in `api_commands`.
+class Client(Commands, Record):
+    """The routes of one service; those about commands stand in `api_commands`, those of the record in `api_audit`.
 
     server: its http:// or https:// address; default: FLYBALL_SERVER, then http://127.0.0.1:1788. token: the bearer
     token; default: FLYBALL_TOKEN. For https:// FLYBALL_CA names who vouches for the service, FLYBALL_CERT and
