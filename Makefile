@@ -1,11 +1,13 @@
 # From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make check`, `make bench`,
-# `make bench-faults`, `make docs`, `make proto`, `make sim`.
+# `make bench-faults`, `make docs`, `make proto`, `make sim`, `make fuzz`.
 # Everything is installed into .venv and .venv-proto beside this file, and nowhere else.
 PYTHON ?= python3
 PYTEST_ARGS ?=
 # Where `make test` leaves its results as JUnit XML, if anywhere.
 RESULTS ?=
 SEEDS ?= 2000
+MINUTES ?= 10
+MESSAGES ?= 10000
 BIN := .venv/bin
 PROTO_BIN := .venv-proto/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
@@ -16,7 +18,7 @@ PROTO_TOOLS := grpcio-tools==1.60.1 'setuptools<81'
 PYTEST = f() { $(BIN)/python -m pytest $(if $(RESULTS),--junitxml=$(RESULTS)/$(1).xml) "$$@" $(PYTEST_ARGS) \
 	|| [ $$? -eq 5 ]; }; f
 
-.PHONY: demo test check bench bench-faults proto docs mutants sim
+.PHONY: demo test check bench bench-faults proto docs mutants sim fuzz
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -46,6 +48,9 @@ mutants: .venv/.dev
 
 sim: .venv/.dev
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --messages $(MESSAGES)
 
 proto: .venv-proto/.tools
 	$(PROTO_BIN)/python proto/generate.py

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
@@ -120,6 +121,8 @@ class Steering(pb_grpc.SteeringServicer):
             await context.abort(STATUS[error.code], str(error))
         except grpc.aio.AbortError:
             raise
+        except DecodeError as error:  # of a stream; of one message gRPC says so itself
+            await context.abort(STATUS["invalid"], f"these bytes are no message of this service: {error}")
         except Exception:
             log.exception("a call failed")
             await context.abort(STATUS["internal"], "an unexpected error; the service's log has it")

@@ -19,13 +19,14 @@ from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 WORDS = ["", "active", "ended", "gone", "a:b", "é", "\x00", "x" * 300, "../..", '{"type": "windowed"}', "[", "NaN"]
 NUMBERS = [0, 1, -1, 2**31, 2**53, 2**62, -(2**63), 2**63 - 1]
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1e308, 5e-324, math.nan, math.inf, -math.inf]
+BROKEN = ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE", "DATA_LOSS")
 #: How long one conversation may take.
 ANSWER_S = 20.0
 
 
 def fuzz(found: Service, messages: int, seed: int = 1) -> dict[str, int]:
     """Send so many messages; how often each status came. Raises where one came too late, or the service broke."""
-    chance, counts, sent = random.Random(seed), dict[str, int](), 0
+    chance, counts, sent, said = random.Random(seed), dict[str, int](), 0, list[Any]()
     metadata = (("authorization", f"Bearer {found.token}"),)
     with grpc.insecure_channel(found.grpc.removeprefix("grpc://")) as channel:
         stub = pb_grpc.SteeringStub(channel)
@@ -34,14 +35,16 @@ def fuzz(found: Service, messages: int, seed: int = 1) -> dict[str, int]:
             size = chance.randint(1, 8)
             sent += size
             if chance.random() < 0.5:
-                calls = raw(iter([_mutated(chance) for _ in range(size)]), metadata=metadata, timeout=ANSWER_S)
+                said = [_mutated(chance) for _ in range(size)]
+                calls = raw(iter(said), metadata=metadata, timeout=ANSWER_S)
             elif chance.random() < 0.8:
-                calls = stub.Steer(iter([_message(chance) for _ in range(size)]), metadata=metadata, timeout=ANSWER_S)
+                said = [_message(chance) for _ in range(size)]
+                calls = stub.Steer(iter(said), metadata=metadata, timeout=ANSWER_S)
             else:
                 calls = _unary(stub, chance, metadata)
             status = _status(calls)
             counts[status] = counts.get(status, 0) + 1
-            assert status not in ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE", "DATA_LOSS"), status
+            assert status not in BROKEN, f"{status} for one of {said}"
         _honest(stub, metadata)
     assert found.process.poll() is None, "the service is gone"
     return counts
@@ -52,7 +55,9 @@ def _status(calls: Any) -> str:
         for _ in calls:
             pass
     except grpc.RpcError as error:
-        return str(error.code().name)
+        # What gRPC itself says of bytes that are no message, before anybody of ours sees them.
+        is_unreadable = "deserializing request" in (error.details() or "")
+        return "UNREADABLE" if is_unreadable else str(error.code().name)
     return "OK"
 
 
@@ -88,37 +93,42 @@ def _mutated(chance: random.Random) -> bytes:
 
 
 def _message(chance: random.Random) -> pb.ClientMessage:
-    def word() -> str:
-        return (
-            chance.choice(WORDS)
-            if chance.random() < 0.5
-            else chance.choice(["active", "ended", f"new{chance.random()}"])
-        )
+    """A message of a job, any part of which may be wild."""
+    wild = chance.choice([0.0, 0.02, 0.3])
 
-    def number() -> int:
-        return chance.choice(NUMBERS) if chance.random() < 0.3 else chance.randint(0, 40)
+    def word(*known: str) -> str:
+        return chance.choice(WORDS) if chance.random() < wild else chance.choice(known)
 
-    def floats(n: int) -> list[float]:
-        return [chance.choice(FLOATS) for _ in range(n)]
+    def number(low: int = 0, high: int = 40) -> int:
+        return chance.choice(NUMBERS) if chance.random() < wild else chance.randint(low, high)
 
+    def value() -> float:
+        return chance.choice(FLOATS) if chance.random() < max(wild, 0.1) else chance.uniform(0.0, 2.0)
+
+    def values(n: int) -> list[float]:
+        return [value() for _ in range(n if chance.random() >= wild else chance.randint(0, 3))]
+
+    run = word("active", "ended", f"new{chance.randint(0, 50)}")
     if chance.random() < 0.4:
-        groups = [pb.Group(name=word(), lr=chance.choice(FLOATS), betas=floats(chance.randint(0, 3)))]
+        groups = [pb.Group(name=word("body"), lr=value(), betas=values(0)), pb.Group(name=word("head"), lr=value())]
         return pb.ClientMessage(attach=pb.Attach(
-            project=chance.choice(["", "default", word()]), run=word(), session=word(), groups=groups *
-            chance.randint(0, 3), policy_json=word(), guard_json=word(), mode=chance.choice(["", "multiplier", "x"]),
-            seed=number(), lag=number(), resume=chance.random() < 0.5, from_step=number(), seq=number(), digest=word(),
+            project=word("", "default", "fuzz"), run=run, session=word("s-active", "s2"), groups=groups,
+            policy_json=word("", '{"type": "windowed"}'), guard_json=word("", '{"max_lr": 1}'),
+            mode=word("", "multiplier"), seed=number(), lag=number(0, 3), resume=chance.random() < 0.5,
+            seq=number() if chance.random() < wild else 0, digest=word(""),
         ))  # fmt: skip
-    steps = [number() for _ in range(chance.randint(0, 5))]
+    first = chance.randint(0, 60)
+    steps = [first + i if chance.random() >= wild else number() for i in range(chance.randint(0, 5))]
     receipt = pb.Receipt(
-        number=number(), step=number(), decided=number(), lr=floats(chance.randint(0, 3)), ranks=number(),
-        confirms=number(), controls={word(): chance.choice(FLOATS)}, wanted_lr=floats(chance.randint(0, 3)),
+        number=number(1), step=number(), decided=number(), lr=values(2), ranks=number(1, 4), confirms=number(),
+        controls={word("kl"): value()}, wanted_lr=values(2),
     )  # fmt: skip
+    missing = [number(0, 0) % 2**32] if chance.random() < wild else []
     return pb.ClientMessage(report=pb.Report(
-        run=word(), session=chance.choice(["s-active", word()]), attempt=chance.choice([1, number()]), step=steps,
-        signals=[pb.Column(name=chance.choice(["loss", word()]), value=floats(len(steps)), missing=[number() % 2**32])],
-        receipts=[receipt], answers=[pb.DirectiveAnswer(directive=word(), outcome=word(), step=number())],
-        end=chance.choice(["", "", "finished", word()]),
-        controls=[pb.Control(name=word(), value=chance.choice(FLOATS), min=chance.choice(FLOATS), max=1.0)],
+        run=run, session=word("s-active", "s2"), attempt=number(1, 2), step=steps,
+        signals=[pb.Column(name=word("loss", "other"), value=values(len(steps)), missing=missing)],
+        receipts=[receipt], answers=[pb.DirectiveAnswer(directive=word("c4"), outcome=word("done"), step=number())],
+        end=word("", "", "finished"), controls=[pb.Control(name=word("kl"), value=value(), min=0.0, max=2.0)],
     ))  # fmt: skip
 
 

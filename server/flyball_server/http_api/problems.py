@@ -41,8 +41,11 @@ class Problem(BaseModel):
 
 #: What every route may answer besides what it is asked for.
 ANSWERS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": HTTPStatus(status).phrase}
-    for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
+    status: {
+        "description": HTTPStatus(status).phrase,
+        "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+    }
+    for status in (400, 401, 403, 404, 409, 412, 413, 422, 429, 500, 503)
 }
 
 
