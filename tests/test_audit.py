@@ -192,6 +192,24 @@ def test_nobody_sees_more_of_the_audit_than_their_projects_and_role(service):
             assert scoped.get("/v1/webhooks/deliveries").status_code == 403
 
 
+def test_freezes_canaries_and_fleets_are_on_record_in_words(service):
+    with client(service) as http:
+        for name in ("a", "b"):
+            Job(http, name, project="vision", labels={"n": "x" * 9})
+        for path, body in (
+            ("fleet/commands", {"selector": "project=vision", "command": {"kind": "note", "reason": "all of them"}}),
+            ("canaries", {"selector": "project=vision", "share": 0.5, "reason": "try", "policy": "constant"}),
+            ("freeze", {"project": "vision", "reason": "an incident"}),
+            ("thaw", {"project": "vision", "reason": "over"}),
+        ):
+            answer = http.post(f"/v1/{path}", json=body)
+            assert answer.is_success, answer.text
+        said = {one["kind"]: one["text"] for one in got(http, "/v1/audit", limit=1000)["entries"]}
+        assert said["fleet"] == "note for the 2 runs of project=vision: all of them"
+        assert said["canary"] == "canary of switch_policy on 50 % of the 2 runs of project=vision: try"
+        assert (said["frozen"], said["thawed"]) == ("project vision frozen: an incident", "project vision thawed: over")
+
+
 def test_a_table_holds_no_formulas(service):
     with client(service) as http:
         job = Job(http, "r")

@@ -13,6 +13,7 @@ import http.server
 import json
 import re
 import sqlite3
+import ssl
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ import pytest
 from tests.callers import ANYBODY
 from tests.storage.stores import attach_message
 from tests.test_commands import Job
+from tests.test_tls import Authority
 
 import flyball_server
 from flyball_server import limits, webhooks
@@ -213,6 +215,21 @@ def test_a_receiver_that_says_no_is_not_asked_for_ever_and_redirects_are_not_fol
         assert {one.path for one in receiver.got} == {"/ops"}
 
 
+def test_a_receiver_whose_certificate_nobody_vouches_for_is_told_nothing(tmp_path, receiver):
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*Authority(tmp_path, "nobody").issue("receiver"))
+    receiver.server.socket = tls.wrap_socket(receiver.server.socket, server_side=True)
+    hook = {"url": f"https://127.0.0.1:{receiver.port}/ops"}
+    with serving("memory:", hooks_file(tmp_path, receiver.port, ops=hook)) as http_:
+        Job(http_, "r").command("note")
+        until = time.monotonic() + 20
+        while not (found := log_of(http_))[0]["error"]:
+            assert time.monotonic() < until, found
+            time.sleep(0.02)
+        assert "CERTIFICATE_VERIFY_FAILED" in found[0]["error"]
+        assert receiver.got == []
+
+
 def test_what_was_not_delivered_is_delivered_by_the_next_process(tmp_path):
     store = f"sqlite:///{tmp_path / 'f.db'}"
     first = Receiver()
@@ -317,9 +334,9 @@ def test_spikes_are_the_marks_that_say_so():
 @pytest.mark.parametrize(("store", "reports"), [("memory", 10_000), ("sqlite", 1_000)], indirect=["store"])
 def test_a_receiver_that_hangs_costs_training_nothing(store, reports, tmp_path, receiver, monkeypatch):
     most = reports // 50
-    monkeypatch.setattr(limits, "HOOK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(limits, "HOOK_TIMEOUT_S", 5.0)
     monkeypatch.setattr(limits, "HOOK_PENDING_MAX", most)
-    receiver.hang_s = 5.0
+    receiver.hang_s = 20.0
     hooks = load_hooks(hooks_file(tmp_path, receiver.port), {})
 
     async def main():

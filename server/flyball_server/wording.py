@@ -11,8 +11,10 @@ from typing import Any
 
 #: What a sentence is cut off at.
 TEXT_MAX = 300
+#: What of a list is shown.
+LIST_MAX = 20
 #: What of a row is not for a list of rows: whole states, the rules in force, digests of secrets.
-_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held")
+_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held", "content")
 
 
 def text(kind: str, meta: Mapping[str, Any]) -> str:
@@ -33,8 +35,14 @@ def slim(meta: Mapping[str, Any]) -> dict[str, Any]:
         if name == "spec" and isinstance(value, Mapping):
             out |= {key: value[key] for key in ("policy", "base", "guard", "labels", "profile") if key in value}
         elif name not in _HIDDEN:
-            out[name] = slim(value) if isinstance(value, Mapping) else value
+            out[name] = slim(value) if isinstance(value, Mapping) else _cut(value) if isinstance(value, list) else value
     return out
+
+
+def _cut(values: list[Any]) -> list[Any]:
+    """A fleet may have thousands of runs."""
+    more = len(values) - LIST_MAX
+    return values if more <= 0 else [*values[:LIST_MAX], f"and {more} more"]
 
 
 def _fields(meta: Mapping[str, Any]) -> str:
@@ -94,6 +102,24 @@ def _token_created(meta: Mapping[str, Any]) -> str:
     return f"token {meta['name']} made, {meta['role']} in {where}"
 
 
+def _frozen(meta: Mapping[str, Any]) -> str:
+    return f"{'everything' if meta['project'] is None else 'project ' + meta['project']} frozen: {meta['reason']}"
+
+
+def _thawed(meta: Mapping[str, Any]) -> str:
+    return f"{'everything' if meta['project'] is None else 'project ' + meta['project']} thawed: {meta['reason']}"
+
+
+def _fleet(meta: Mapping[str, Any]) -> str:
+    command = meta["command"]
+    return f"{command['kind']} for the {len(meta['runs'])} runs of {meta['selector']}: {command['reason']}"
+
+
+def _canary(meta: Mapping[str, Any]) -> str:
+    share, command = f"{100 * meta['share']:g} % of the {len(meta['runs'])} runs", meta["command"]
+    return f"canary of {command['kind']} on {share} of {meta['selector']}: {command['reason']}"
+
+
 def asked(kind: str, args: Mapping[str, Any]) -> str:
     """A command and what it is about."""
     words = args.get("words") or {}
@@ -120,5 +146,9 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "token_created": _token_created,
     "token_revoked": lambda meta: f"token {meta['token']} revoked: {meta['reason']}",
     "refused": lambda meta: f"refused {meta['count']} times: {meta['why']}",
+    "frozen": _frozen,
+    "thawed": _thawed,
+    "fleet": _fleet,
+    "canary": _canary,
     "heads": lambda meta: f"heads of {len(meta['heads']['runs'])} runs signed",
 }

@@ -44,8 +44,8 @@ def planted(about, judge=""):
 
 @planted("the answer leaves before the journal has the rows", "persist, then publish")
 def answers_early(patch):
-    async def append(self, run_id, expected, rows, record, snapshot):
-        self._journal.append(Append(expected, rows, record, snapshot, self._loop.create_future()))
+    async def append(self, run_id, expected, rows, record, snapshot, told=()):
+        self._journal.append(Append(expected, rows, record, snapshot, self._loop.create_future(), told))
 
     patch.setattr(Engine, "_append", append)
 
