@@ -1,6 +1,6 @@
 """Who asks, in tests that are about something else."""
 
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 
 
 def caller(actor: str) -> Caller:

@@ -26,7 +26,7 @@ from flyball.errors import Refused
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import http_api, limits
-from flyball_server.access import ADMIN, DRIVE, OPERATE, PROPOSE, REPORT, ROLES, VIEW, Caller
+from flyball_server.auth.access import ADMIN, DRIVE, OPERATE, PROPOSE, REPORT, ROLES, VIEW, Caller
 
 GROUPS = [{"name": "a", "lr": 0.1}]
 #: Runs of a project that the tokens here do not reach: one that exists, one that was deleted, one that never was.

@@ -13,9 +13,10 @@ import pytest
 from tests.test_commands import Job
 
 import flyball_server
-from flyball_server import comparing, limits
-from flyball_server.access import Caller
-from flyball_server.canaries import fraction
+from flyball_server import limits
+from flyball_server.auth.access import Caller
+from flyball_server.fleet import comparing
+from flyball_server.fleet.canaries import fraction
 from flyball_server.http_api import fleet as http_fleet
 
 CONSTANT = {"type": "constant"}

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import flyball_server
 from flyball.cli import cli
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 from flyball_server.http_api import commands as http_commands
 
 

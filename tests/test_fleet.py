@@ -13,10 +13,10 @@ from tests.storage.stores import Opened, fill
 from tests.test_commands import Job
 
 import flyball_server
-from flyball_server.access import Caller
-from flyball_server.commanding import Commanding
+from flyball_server.auth.access import Caller
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Denied
-from flyball_server.fleet import Fleet, FleetRequest
+from flyball_server.fleet.fleet import Fleet, FleetRequest
 from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import STORE

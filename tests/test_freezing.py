@@ -14,10 +14,10 @@ from tests.test_commands import Job
 
 import flyball_server
 from flyball_server import limits
-from flyball_server.access import Caller
-from flyball_server.commanding import Commanding
+from flyball_server.auth.access import Caller
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Denied, NotFound
-from flyball_server.freezing import Freezing
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import STORE

@@ -10,8 +10,8 @@ import asyncio
 import pytest
 from tests.storage.stores import Opened, fill
 
-from flyball_server.access import Caller
-from flyball_server.commanding import Commanding
+from flyball_server.auth.access import Caller
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound
 from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal

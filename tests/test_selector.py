@@ -2,9 +2,9 @@
 
 import pytest
 
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 from flyball_server.core.errors import Invalid
-from flyball_server.selector import parsed, selected
+from flyball_server.fleet.selector import parsed, selected
 from flyball_server.storage.journal import RunFilter, RunRecord
 
 ANYBODY = Caller("me", "admin")

@@ -21,11 +21,11 @@ from flyball.api import Client
 from flyball.connect import transport
 from flyball.errors import FlyballError
 from flyball.wire import Attach, Group
+from flyball_server.auth.rates import Rates
+from flyball_server.auth.tokens import seconds_of
 from flyball_server.core.errors import Busy, Invalid
-from flyball_server.rates import Rates
 from flyball_server.settings import Settings
 from flyball_server.storage import open_journal
-from flyball_server.tokens import seconds_of
 from flyball_server.verify import verify_store
 
 ATTACH = Attach("default", "r", "s", {}, (Group("a", 0.1, None, None),), {}, None, {}, "absolute", 0, None, False, None,

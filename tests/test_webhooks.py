@@ -28,13 +28,14 @@ from tests.test_commands import Job
 from tests.test_tls import Authority
 
 import flyball_server
-from flyball_server import limits, webhooks
+from flyball_server import limits
+from flyball_server.audit import webhooks
+from flyball_server.audit.hook_events import told
+from flyball_server.audit.hook_files import EVENTS, load_hooks
 from flyball_server.core.errors import Invalid
 from flyball_server.core.events import Mark, Observed, Outcome, Receipt
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine
-from flyball_server.hook_events import told
-from flyball_server.hook_files import EVENTS, load_hooks
 from flyball_server.messages import Report
 from flyball_server.rules import rules_of
 from flyball_server.service import Service

@@ -24,32 +24,32 @@ from typing import Any
 import uvicorn
 
 from flyball_server import grpc_api, http_api
-from flyball_server.access import Caller
-from flyball_server.auditing import Auditing
-from flyball_server.auth import Door, OpenDoor, TokenDoor
-from flyball_server.canaries import Canaries
-from flyball_server.commanding import Commanding
+from flyball_server.audit.auditing import Auditing
+from flyball_server.audit.heads import Heads
+from flyball_server.audit.hook_files import load_hooks
+from flyball_server.audit.webhooks import Hooks
+from flyball_server.auth.access import Caller
+from flyball_server.auth.door import Door, OpenDoor, TokenDoor
+from flyball_server.auth.refusals import Refusals
+from flyball_server.auth.tls import open_tls
+from flyball_server.auth.tokens import Tokens
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
-from flyball_server.fleet import Fleet
-from flyball_server.freezing import Freezing
-from flyball_server.hook_files import load_hooks
+from flyball_server.fleet.canaries import Canaries
+from flyball_server.fleet.fleet import Fleet
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.projects import NOWHERE, load_projects
-from flyball_server.refusals import Refusals
 from flyball_server.rules import rules_of
 from flyball_server.service import Service
 from flyball_server.settings import Settings, split_address
-from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, new_signer, open_signer
 from flyball_server.storage import open_journal
 from flyball_server.storage.journal import Journal
 from flyball_server.tail import Tail
-from flyball_server.tls import open_tls
-from flyball_server.tokens import Tokens
-from flyball_server.webhooks import Hooks
 
 log = logging.getLogger("flyball_server")
 

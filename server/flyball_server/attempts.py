@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flyball_server import branches, queries
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 from flyball_server.checks import check_same
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flyball_server import limits, queries, records
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 from flyball_server.checks import alternative, check_seed, spec_from
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound

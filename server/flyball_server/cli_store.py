@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
+from flyball_server.audit.heads_check import check_files, check_store, read_heads
 from flyball_server.branches import otherwise
 from flyball_server.cli_output import errors, fail
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.core.numbers import finite
 from flyball_server.exports.check import check
-from flyball_server.heads_check import check_files, check_store, read_heads
 from flyball_server.loading import load
 from flyball_server.messages import WhatIfRequest
 from flyball_server.policy_files import load_policy

@@ -14,9 +14,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from flyball_server import app as application
+from flyball_server.auth.tokens import Tokens, seconds_of
 from flyball_server.cli_output import errors
 from flyball_server.settings import Settings
-from flyball_server.tokens import Tokens, seconds_of
 
 T = TypeVar("T")
 Store = Annotated[

@@ -19,8 +19,8 @@ from google.protobuf.message import DecodeError
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 from flyball_server import limits
-from flyball_server.access import Caller
-from flyball_server.auth import Door, Peer
+from flyball_server.auth.access import Caller
+from flyball_server.auth.door import Door, Peer
 from flyball_server.core.commands import Control
 from flyball_server.core.errors import Busy, Denied, Invalid, SteeringError
 from flyball_server.core.events import DirectiveAnswered, Receipt

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from flyball_server import deletion, limits, records
-from flyball_server.access import unknown_run
+from flyball_server.auth.access import unknown_run
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Damaged, NotFound
 from flyball_server.core.events import Observed, Origin, Spec

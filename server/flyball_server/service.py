@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flyball_server import branches, deletion, limits, proving, queries
-from flyball_server.access import ADMIN, DRIVE, REPORT, VIEW, Caller
 from flyball_server.attempts import Attempts
+from flyball_server.auth.access import ADMIN, DRIVE, REPORT, VIEW, Caller
 from flyball_server.checks import (
     check_report,
     check_resumption,
@@ -25,7 +25,7 @@ from flyball_server.core.events import Reported, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine
-from flyball_server.freezing import Freezing
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.loading import Deleted

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flyball_server import limits
-from flyball_server.access import OPERATE, VIEW, Caller
+from flyball_server.audit.heads import Heads
+from flyball_server.auth.access import OPERATE, VIEW, Caller
 from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.check import check
@@ -23,7 +24,6 @@ from flyball_server.live import LiveRun
 from flyball_server.loading import load
 from flyball_server.names import project_of
 from flyball_server.rules import rules_of
-from flyball_server.signed_heads import Heads
 from flyball_server.signing import Signer, fingerprint, pem
 from flyball_server.storage.journal import DELETED, Journal, RunRecord
 

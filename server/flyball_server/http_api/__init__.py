@@ -9,21 +9,21 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.security import HTTPBearer
 
 from flyball_server import limits
-from flyball_server.auditing import Auditing
-from flyball_server.auth import Door
-from flyball_server.canaries import Canaries
-from flyball_server.commanding import Commanding
+from flyball_server.audit.auditing import Auditing
+from flyball_server.audit.heads import Heads
+from flyball_server.audit.webhooks import Hooks
+from flyball_server.auth.door import Door
+from flyball_server.auth.tokens import Tokens
+from flyball_server.commands.commanding import Commanding
 from flyball_server.exports.exchange import Exchange
-from flyball_server.fleet import Fleet
-from flyball_server.freezing import Freezing
+from flyball_server.fleet.canaries import Canaries
+from flyball_server.fleet.fleet import Fleet
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.http_api import audit, branches, commands, exports, fleet, problems, runs, steer, store
 from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
 from flyball_server.service import Service
-from flyball_server.signed_heads import Heads
-from flyball_server.tokens import Tokens
-from flyball_server.webhooks import Hooks
 
 
 class Many(NamedTuple):

@@ -16,11 +16,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from flyball_server.auditing import Auditing, AuditRequest, JournalRequest, moment
+from flyball_server.audit.auditing import Auditing, AuditRequest, JournalRequest, moment
+from flyball_server.audit.heads import Heads
+from flyball_server.audit.webhooks import Hooks
 from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count
-from flyball_server.signed_heads import Heads
-from flyball_server.webhooks import Hooks
 
 Format = Annotated[
     Literal["json", "jsonl", "csv"], Query(description="jsonl and csv: all that match, streamed, without pages")

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from flyball_server import limits
-from flyball_server.command_log import CommandView
-from flyball_server.commanding import Commanding
+from flyball_server.commands.commanding import Commanding
+from flyball_server.commands.log import CommandView
 from flyball_server.core.errors import Invalid
 from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count

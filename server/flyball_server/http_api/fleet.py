@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from flyball_server.canaries import Canaries, CanaryRequest
 from flyball_server.core.errors import Invalid
-from flyball_server.fleet import Fleet, FleetRequest
-from flyball_server.freezing import Freezing
+from flyball_server.fleet.canaries import Canaries, CanaryRequest
+from flyball_server.fleet.fleet import Fleet, FleetRequest
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.http_api.commands import CommandBody, asked
 from flyball_server.http_api.guarded import caller_of
 

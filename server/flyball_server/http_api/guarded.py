@@ -13,8 +13,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flyball_server.access import Caller
-from flyball_server.auth import Door, Peer
+from flyball_server.auth.access import Caller
+from flyball_server.auth.door import Door, Peer
 from flyball_server.core.errors import SteeringError
 from flyball_server.http_api import problems
 

@@ -10,8 +10,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict
 
+from flyball_server.auth.tokens import Tokens
 from flyball_server.http_api.guarded import caller_of
-from flyball_server.tokens import Tokens
 
 
 class TokenBody(BaseModel):

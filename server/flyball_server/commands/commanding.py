@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
-from flyball_server.access import OPERATE, PROPOSE, VIEW, Caller
-from flyball_server.command_checks import Around, Checked, check_envelope, checked
-from flyball_server.command_log import CommandView, command_of, commands_of
+from flyball_server.auth.access import OPERATE, PROPOSE, VIEW, Caller
+from flyball_server.commands.checks import Around, Checked, check_envelope, checked
+from flyball_server.commands.log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
 from flyball_server.core import commands
 from flyball_server.core import run as fold
@@ -26,7 +26,7 @@ from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stal
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
 from flyball_server.engine import Engine
-from flyball_server.freezing import Freezing
+from flyball_server.fleet.freezing import Freezing
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flyball_server import limits, queries, records
-from flyball_server.access import VIEW, Caller
+from flyball_server.auth.access import VIEW, Caller
 from flyball_server.core.errors import Busy, Damaged, Invalid
 from flyball_server.exports.form import plain
 from flyball_server.ledger import Ledger

@@ -13,14 +13,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flyball_server import limits, many, queries
-from flyball_server.access import PROPOSE, Caller
-from flyball_server.command_checks import check_envelope
-from flyball_server.commanding import Commanding
+from flyball_server import limits, queries
+from flyball_server.auth.access import PROPOSE, Caller
+from flyball_server.commands.checks import check_envelope
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Invalid, NotFound, SteeringError
 from flyball_server.engine import Engine
+from flyball_server.fleet import many
+from flyball_server.fleet.selector import Selector, parsed, selected
 from flyball_server.messages import CommandRequest
-from flyball_server.selector import Selector, parsed, selected
 from flyball_server.storage.journal import STORE, Journal, Row, RunRecord
 from flyball_server.tail import Tail
 

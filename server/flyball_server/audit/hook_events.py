@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flyball_server import wording
+from flyball_server.audit import wording
 from flyball_server.core.events import (
     Applied,
     Commanded,

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from flyball_server import limits
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
 from flyball_server.core.base import nearest
 from flyball_server.core.errors import Invalid
 from flyball_server.staleness import aged

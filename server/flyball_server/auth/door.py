@@ -10,11 +10,11 @@ import asyncio
 from typing import NamedTuple, Protocol
 
 from flyball_server import limits
-from flyball_server.access import Caller
+from flyball_server.auth.access import Caller
+from flyball_server.auth.rates import Rates
+from flyball_server.auth.refusals import Refusals
+from flyball_server.auth.tokens import Tokens
 from flyball_server.core.errors import Limited, Unauthenticated
-from flyball_server.rates import Rates
-from flyball_server.refusals import Refusals
-from flyball_server.tokens import Tokens
 
 UNAUTHENTICATED = (
     "no valid token: send `Authorization: Bearer TOKEN` with one that is neither expired nor revoked; "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from flyball_server import limits, records
-from flyball_server.access import ADMIN, ROLES, Caller
+from flyball_server.auth.access import ADMIN, ROLES, Caller
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound
 from flyball_server.deletion import check_reason
 from flyball_server.ledger import Ledger

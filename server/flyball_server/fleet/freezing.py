@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flyball_server import limits, many, queries, records
-from flyball_server.access import ADMIN, OPERATE, VIEW, Caller
+from flyball_server import limits, queries, records
+from flyball_server.auth.access import ADMIN, OPERATE, VIEW, Caller
 from flyball_server.core.errors import Conflict, Invalid, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event
 from flyball_server.deletion import check_reason
 from flyball_server.engine import Engine
+from flyball_server.fleet import many
+from flyball_server.fleet.selector import every
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.names import NAME
-from flyball_server.selector import every
 from flyball_server.storage.journal import Journal, Row, RunFilter
 from flyball_server.tail import Tail
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flyball_server import limits, queries, records, wording
-from flyball_server.access import ADMIN, VIEW, Caller
+from flyball_server import limits, queries, records
+from flyball_server.audit import wording
+from flyball_server.audit.heads import KIND as HEADS
+from flyball_server.auth.access import ADMIN, VIEW, Caller
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.deletion import KIND as DELETION
 from flyball_server.engine import Engine
 from flyball_server.proving import Undamaged
-from flyball_server.signed_heads import KIND as HEADS
 from flyball_server.storage.audit import NOTED, AuditFilter, Noted, Place
 from flyball_server.storage.blocks import DTYPES
 from flyball_server.storage.journal import STORE, Journal, Reading, Row

@@ -12,18 +12,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flyball_server import comparing, limits, many, queries, records
-from flyball_server.access import OPERATE, VIEW, Caller
-from flyball_server.command_checks import check_envelope
-from flyball_server.commanding import Commanding
+from flyball_server import limits, queries, records
+from flyball_server.auth.access import OPERATE, VIEW, Caller
+from flyball_server.commands.checks import check_envelope
+from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, SteeringError
 from flyball_server.engine import Engine
-from flyball_server.fleet import Fleet, as_said, whose_key
-from flyball_server.freezing import Freezing
+from flyball_server.fleet import comparing, many
+from flyball_server.fleet.fleet import Fleet, as_said, whose_key
+from flyball_server.fleet.freezing import Freezing
+from flyball_server.fleet.restoring import commands_back
+from flyball_server.fleet.selector import parsed
 from flyball_server.messages import CommandRequest
 from flyball_server.names import project_of
-from flyball_server.restoring import commands_back
-from flyball_server.selector import parsed
 from flyball_server.storage.journal import Journal, Row, RunRecord
 from flyball_server.tail import Tail
 

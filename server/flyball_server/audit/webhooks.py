@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import httpx
 
 from flyball_server import limits, queries, records
-from flyball_server.access import ADMIN, Caller
+from flyball_server.audit.hook_events import told
+from flyball_server.audit.hook_files import Hook
+from flyball_server.auth.access import ADMIN, Caller
 from flyball_server.core import rng
 from flyball_server.core.errors import Damaged, Invalid, SteeringError
 from flyball_server.core.events import Event, Outcome
 from flyball_server.core.run import Run
-from flyball_server.hook_events import told
-from flyball_server.hook_files import Hook
 from flyball_server.names import project_of
 from flyball_server.staleness import aged
 from flyball_server.storage.journal import Journal, RunFilter, RunRecord

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from flyball_server.auditing import moment
+from flyball_server.audit.auditing import moment
+from flyball_server.audit.heads import FORM, digest
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.form import plain
 from flyball_server.exports.read import ExportedRun, scan
 from flyball_server.proving import checked
-from flyball_server.signed_heads import FORM, digest
 from flyball_server.signing import fingerprint, is_signed
 from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Reading
 

@@ -1,0 +1,1 @@
+"""What happened, for people and other programs: the record read back, signed heads, webhooks."""

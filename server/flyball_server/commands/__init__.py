@@ -1,0 +1,1 @@
+"""Commands to one run: checked, given, proposed, read back."""

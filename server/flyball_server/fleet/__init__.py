@@ -1,0 +1,1 @@
+"""Many runs at once: selectors, fleet commands, freezes, canaries."""
