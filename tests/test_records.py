@@ -13,16 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyball_server import records
+from flyball_server.core.commands import Control
 from flyball_server.core.events import (
     Applied,
     Attached,
+    Commanded,
+    CommandMoved,
     Created,
+    Declared,
     DirectiveAnswered,
     Ended,
+    Judged,
     Mark,
     Observed,
     Origin,
     Outcome,
+    Proposed,
     Receipt,
     Reported,
     Spec,
@@ -107,7 +113,18 @@ def test_observations_with_their_decisions_come_back_bit_for_bit(pair):
     attempt=st.integers(1, 9),
     receipts=st.lists(
         st.builds(
-            Receipt, steps_, steps_, st.integers(-1, 2**62), settings_, st.booleans(), words, st.integers(0, 512)
+            Receipt,
+            steps_,
+            steps_,
+            st.integers(-1, 2**62),
+            settings_,
+            st.booleans(),
+            words,
+            st.integers(0, 512),
+            st.integers(0, 2**53),
+            st.dictionaries(words, st.floats(), max_size=3),
+            st.none() | st.tuples(st.floats(), st.floats(), st.floats()),
+            st.integers(0, 512),
         ),
         min_size=1,
         max_size=5,
@@ -137,10 +154,22 @@ def in_order(signals):
             st.none() | mappings,
             claimed=st.none() | mappings,
         ),
-        st.builds(DirectiveAnswered, st.integers(1, 9), words, st.sampled_from(["done", "declined"]), words),
+        st.builds(DirectiveAnswered, st.integers(1, 9), words, st.sampled_from(["done", "declined"]), words, steps_),
+        st.builds(Declared, st.integers(1, 9), st.lists(st.builds(Control, words, finite, finite, finite)).map(tuple)),
+        st.builds(CommandMoved, words, words, st.integers(-1, 2**53), st.integers(0, 9), st.integers(0, 9), words),
+        st.builds(Judged, words, words, words, words),
+        st.builds(Commanded, words, mappings, words, words, words, st.none() | steps_, st.none() | steps_, words),
+        st.builds(
+            Proposed, words, mappings, words, words, st.integers(1, 3), words, st.none() | steps_, st.none() | steps_
+        ),
         st.builds(Ended, st.integers(1, 9), st.sampled_from(["finished", "failed"])),
         st.builds(
-            Reported, steps_, st.dictionaries(names, st.floats(), min_size=1).map(lambda d: dict(sorted(d.items())))
+            Reported,
+            steps_,
+            st.dictionaries(names, st.floats(), min_size=1).map(lambda d: dict(sorted(d.items()))),
+            words,
+            st.integers(0, 2**53),
+            words,
         ),
     )
 )
