@@ -10,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 import flyball_server
+from flyball.api import Client
+from flyball.cli import cli
 
 GROUPS = [{"name": "body", "lr": 0.1, "momentum": 0.9}, {"name": "head", "lr": 0.01, "momentum": 0.0}]
 
@@ -374,3 +377,21 @@ def test_what_a_policy_asks_for_is_over_when_it_is_answered_and_when_the_run_goe
     job.command("switch_policy", policy="steady")
     assert job.get(third["id"])["status"] == "superseded"
     assert job.report()["directives"] == []
+
+
+def test_reports_from_beside_are_taken_once_by_number_and_reach_the_policy_with_the_next_step(http, service):
+    job = Job(http, "beside")
+    job.report()
+    with Client(service.http) as client:
+        first = client.report("beside", {"val/loss": 0.5}, source="eval", number=7)
+        assert client.report("beside", {"val/loss": 0.9}, source="eval", number=7) == first, "repeated"
+        assert client.report("beside", {"val/loss": 0.9}, source="eval", number=3) == first, "overtaken"
+        assert client.report("beside", val_loss=0.25, note="on the held-out set", source="eval") == first + 1
+    called = CliRunner().invoke(cli, ["report", "beside", "reward=2", "--source", "rl", "--server", service.http])
+    assert (called.exit_code, called.output) == (0, f"beside: row {first + 2}\n")
+    refused = CliRunner().invoke(cli, ["report", "beside", "--number", "1", "--server", service.http])
+    assert refused.exit_code == 2
+    job.report()
+    assert job.show()["signals"] == {"loss": 1.0, "val/loss": 0.5, "val_loss": 0.25, "reward": 2.0}
+    rows = http.get("/v1/runs/beside/journal", params={"kind": "reported"}).json()["rows"]
+    assert [row["meta"].get("note") for row in rows] == [None, "on the held-out set", None]

@@ -55,6 +55,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
     "flyball.adapters.from_device": {"torch"},
+    "flyball.cli_report": set(),
     "flyball.cli_values": set(),
     "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},

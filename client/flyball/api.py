@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -168,11 +169,36 @@ class Client(Commands, Record):
         """{"policies": [...], "base_schedules": [...]}: name, summary and the JSON Schema of the parameters of each."""
         return self._get("/v1/policies")
 
-    def report(self, run: str, /, **signals: float) -> int:
-        """Give a run signals from here, such as `val_loss=0.31` of an evaluation job; its policy sees them with the
-        next step. Returns the number of the journal's row. A name that is no Python name: `**{"val/loss": 0.31}`."""
-        values = {name: _jsonable(float(value)) for name, value in signals.items()}
-        return int(self._answer("POST", _path(run, "signals"), body={"signals": values})["seq"])
+    def report(
+        self,
+        run: str,
+        signals: Mapping[str, float] | None = None,
+        /,
+        *,
+        note: str = "",
+        source: str = "",
+        number: int | None = None,
+        **named: float,
+    ) -> int:
+        """Give a run signals from here, such as `val_loss=0.31` of an evaluation job, or `{"val/loss": 0.31}`; its
+        policy sees them with the next step. Returns the number of the journal's newest row.
+
+        note: words for the record. source: who reports; of a source each number is taken once, and only above its last,
+        so that such a report is sent again where the connection was lost. number: without one, the time in us.
+        """
+        values = {name: _jsonable(float(value)) for name, value in {**(signals or {}), **named}.items()}
+        body: dict[str, Any] = {"signals": values}
+        if note:
+            body["note"] = note
+        if source:
+            body |= {"source": source, "number": time.time_ns() // 1000 if number is None else number}
+        path = _path(run, "signals")
+        try:
+            return int(self._answer("POST", path, body=body)["seq"])
+        except LinkError as error:
+            if not source or not self._is_lost(error):
+                raise
+            return int(self._answer("POST", path, body=body)["seq"])
 
     def delete(self, run: str, *, reason: str) -> dict[str, Any]:
         """Delete a run for good; its name is not used again. Returns what is left of it: when, by whom, the reason, how

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from flyball import cli_audit, cli_branches, cli_commands, cli_fleet
+from flyball import cli_audit, cli_branches, cli_commands, cli_fleet, cli_report
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, plain, print_json, section, short, table, typer
 from flyball.cli_words import print_steering
@@ -298,6 +298,7 @@ def _labels(pairs: list[str]) -> dict[str, str]:
 
 
 cli_branches.add(cli)
+cli_report.add(cli)
 cli_commands.add(cli)
 cli_fleet.add(cli)
 cli_audit.add(cli)
