@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import flyball_server
 from flyball.api import Client
 from flyball.cli import cli
+from flyball_server import limits
 
 GROUPS = [{"name": "body", "lr": 0.1, "momentum": 0.9}, {"name": "head", "lr": 0.01, "momentum": 0.0}]
 
@@ -197,7 +198,7 @@ def test_an_override_for_n_steps_ends_by_itself_at_its_step(http, lag):
     assert decided[-1] == 0.1
     # The decision of observation t belongs to step t + 1 + lag: five steps are overridden, no more, no less.
     overridden = decided.count(0.5) + (1 if lag is None else 0)
-    assert overridden == (5 if lag is None else given["until_step"] - 11), decided
+    assert overridden == 5, decided
     assert advice["confirm"] == 0
 
 
@@ -395,3 +396,23 @@ def test_reports_from_beside_are_taken_once_by_number_and_reach_the_policy_with_
     assert job.show()["signals"] == {"loss": 1.0, "val/loss": 0.5, "val_loss": 0.25, "reward": 2.0}
     rows = http.get("/v1/runs/beside/journal", params={"kind": "reported"}).json()["rows"]
     assert [row["meta"].get("note") for row in rows] == [None, "on the held-out set", None]
+
+
+def test_a_job_can_only_answer_what_it_was_asked(job):
+    hold, capped = job.command("hold"), job.command("bounds", guard={"max_lr": 0.05})
+    forged = [{"directive": one, "outcome": "done"} for one in (hold["id"], capped["id"], "c9999", hold["id"])]
+    job.report(confirm=False, answers=forged)
+    assert [one["id"] for one in job.show()["commands"]] == [hold["id"], capped["id"]]
+    assert len(job.get(hold["id"])["history"]) == 1
+
+
+def test_a_reporter_leaves_room_for_the_drivers_signals(job):
+    job.report()
+    names = {f"mine{i}": 1.0 for i in range(limits.SIGNALS_MAX)}
+    few = dict(list(names.items())[: limits.SIGNALS_MAX - limits.DRIVER_SIGNALS - 1])
+    url = f"/v1/runs/{job.run}/signals"
+    assert job.http.post(url, json={"signals": names}).status_code == 422
+    assert job.http.post(url, json={"signals": few}).status_code == 200
+    assert job.http.post(url, json={"signals": {"one_more": 1.0}}).status_code == 422
+    body = {"session": job.session, "attempt": 1, "step": [1], "signals": {"grad_norm": [1.0], "loss": [1.0]}}
+    assert job.http.post(f"/v1/runs/{job.run}/report", json=body).status_code == 200

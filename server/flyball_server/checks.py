@@ -25,10 +25,11 @@ from flyball_server.profiles import Profile, use_profile
 from flyball_server.projects import NOWHERE, Projects
 
 
-def check_room(run: Run, signals: Iterable[str]) -> None:
-    """A run has at most SIGNALS_MAX signals, however they come."""
-    if len(run.last.keys() | set(signals)) > limits.SIGNALS_MAX:
-        raise Invalid(f"signals: the run would have more than {limits.SIGNALS_MAX} different ones")
+def check_room(run: Run, signals: Iterable[str], left: int = 0) -> None:
+    """A run has at most SIGNALS_MAX signals, however they come; left: those that are kept for somebody else."""
+    known, most = run.last.keys() | run.side.keys(), limits.SIGNALS_MAX - left
+    if not known >= set(signals) and len(known | set(signals)) > most:
+        raise Invalid(f"signals: the run would have more than {most} different ones")
 
 
 def checked_receipt(receipt: Receipt, groups: Sequence[Group]) -> Receipt:

@@ -5,17 +5,31 @@ Rule of this module: it looks at a run and changes nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from flyball_server.checks import check_room, checked_receipt
 from flyball_server.core import run as fold
 from flyball_server.core.commands import CONFIRMED, DIRECTIVES, RULING, Command, control_values
-from flyball_server.core.events import Applied, CommandMoved, Declared, Ended, Event, Judged, Observed, Receipt
+from flyball_server.core.events import (
+    Applied,
+    CommandMoved,
+    Declared,
+    DirectiveAnswered,
+    Ended,
+    Event,
+    Judged,
+    Observed,
+    Receipt,
+)
 from flyball_server.core.run import Run
 from flyball_server.core.types import Group, Settings
 from flyball_server.live import LiveRun
 from flyball_server.messages import Advice, Attached, Directive, Report
 from flyball_server.rules import spec_under
+
+#: The id of what a policy asked.
+_ASKED = re.compile(r"a[0-9]{1,16}\.[0-9]{1,3}")
 
 
 def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event]:
@@ -28,7 +42,7 @@ def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event
         events.append(Applied(request.attempt, receipts))
     if observed is not None:
         events.append(observed)
-    events += [answer for answer in request.answers if answer.directive not in run.answered]
+    events += _answers(run, request)
     declared = tuple(control for control in request.controls if control not in run.steering.controls)
     if declared:
         events.append(Declared(request.attempt, declared))
@@ -36,6 +50,14 @@ def new_events(run: Run, request: Report, groups: Sequence[Group]) -> list[Event
     if request.end and run.status == "active":
         events.append(Ended(request.attempt, request.end))
     return events
+
+
+def _answers(run: Run, request: Report) -> list[DirectiveAnswered]:
+    """The answers to what the job was asked, each once; of anything else it has no say."""
+    asked = {command.id for command in run.steering.commands if command.kind in DIRECTIVES}
+    new = {answer.directive: answer for answer in reversed(request.answers) if answer.directive not in run.answered}
+    # A policy's own asking may be over by the time its answer comes: going back ends it.
+    return [answer for one, answer in reversed(new.items()) if one in asked or _ASKED.fullmatch(one)]
 
 
 def moves(run: Run, receipts: Sequence[Receipt], through: int) -> list[CommandMoved]:

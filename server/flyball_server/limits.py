@@ -18,8 +18,12 @@ WHAT_IF_OBSERVATIONS_MAX = 2_000_000
 WHAT_IFS_MAX = 1
 #: Controls that one run may declare.
 CONTROLS_MAX = 32
-#: Commands of one run that are not over, and proposals.
+#: Commands of one run that are not over, and its open proposals, in all and of one proposer.
 COMMANDS_MAX = 32
+PROPOSALS_MAX = 64
+PROPOSALS_OF_ONE_MAX = 8
+#: Of a run's signals these are left for the driver's own, however many others report.
+DRIVER_SIGNALS = 16
 #: How far away the end of a command may be: ten years.
 EXPIRES_MAX_S = 3650 * 86400.0
 #: Runs that one fleet command or canary may mean, and how many of them are worked on at the same time.

@@ -196,11 +196,13 @@ class Service:
         async def once() -> int:
             live = await self._engine.find(run)
             async with self._engine.turn(live):
-                if said.source and said.number <= live.run.steering.reporters.get(said.source, 0):
+                # A source is its reporter's own: nobody else's numbers can overtake it.
+                source = f"{said.source} of {caller.actor}" if said.source else ""
+                if source and said.number <= live.run.steering.reporters.get(source, 0):
                     return live.run.seq
-                check_room(live.run, live.run.side.keys() | said.signals.keys())
+                check_room(live.run, said.signals, limits.DRIVER_SIGNALS)
                 # Before the first step there is none to stand behind; the first one it is then.
-                event = Reported(max(live.run.through, 0), *said)
+                event = Reported(max(live.run.through, 0), *said._replace(source=source))
                 await self._engine.commit(live, [event], caller.actor)
                 return live.run.seq
 

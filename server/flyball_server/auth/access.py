@@ -11,8 +11,8 @@ from typing import NamedTuple
 from flyball_server.core.errors import Denied, NotFound
 from flyball_server.names import project_of
 
-#: What may be asked for, and the roles that may; each role may all that those before it may, but for a reporter, which
-#: does not drive.
+#: What may be asked for, and the roles that may. A driver may not propose, and a proposer not drive: who took a run
+#: over could end it, or take it back, without anybody's approval.
 VIEW = "view"  #: look at runs
 REPORT = "report"  #: add signals and notes to a run
 DRIVE = "drive"  #: be a run's training job: attach, report, fork
@@ -24,7 +24,7 @@ _RIGHTS = {
     "viewer": (VIEW,),
     "reporter": (VIEW, REPORT),
     "driver": (VIEW, REPORT, DRIVE),
-    "proposer": (VIEW, REPORT, DRIVE, PROPOSE),
+    "proposer": (VIEW, REPORT, PROPOSE),
     "operator": (VIEW, REPORT, DRIVE, PROPOSE, OPERATE),
     "admin": (VIEW, REPORT, DRIVE, PROPOSE, OPERATE, ADMIN),
 }
@@ -63,8 +63,8 @@ class Caller(NamedTuple):
     def check_role(self, right: str) -> None:
         """Raise Denied where the role does not suffice, whatever the project."""
         if not self.may(right):
-            wanted = next(role for role, rights in _RIGHTS.items() if right in rights)
-            raise Denied(f"{self.actor} is {self.role} and may not {right}: that takes the role {wanted} or above")
+            wanted = ", ".join(role for role, rights in _RIGHTS.items() if right in rights)
+            raise Denied(f"{self.actor} is {self.role} and may not {right}: that takes one of the roles {wanted}")
 
     def check_everywhere(self, right: str) -> None:
         """For what concerns the whole store: raise Denied where the role does not suffice or only for some projects."""

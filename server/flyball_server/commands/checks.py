@@ -36,6 +36,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("checkpoint", "restore", "evaluate", "stop"), ("args",)),
     "note": (),
 }
+#: What is never one too many: it ends others, or the training, or adds nothing that stays.
+_ALWAYS = ("note", "release", "hold", "stop")
 SETTINGS = ("lr", "momentum", "noise_std")
 
 
@@ -107,8 +109,8 @@ def checked(request: CommandRequest, around: Around, now_us: int) -> Checked:
     spec, run = around.spec, around.run
     if request.kind != "note" and run.status in ("finished", "failed"):
         raise Conflict(f"run {spec.run}: it has {run.status}; only a note can be added until a new attempt is opened")
-    open_ = len(run.steering.commands) + len(run.steering.proposals)
-    if request.kind not in ("note", "release") and open_ >= limits.COMMANDS_MAX:
+    open_ = len(run.steering.commands)
+    if request.kind not in _ALWAYS and open_ >= limits.COMMANDS_MAX:
         raise Conflict(f"run {spec.run}: {open_} commands are not over: release some first (at most "
                        f"{limits.COMMANDS_MAX})")  # fmt: skip
     fields = dict(request.fields)
@@ -125,10 +127,10 @@ def _until(fields: dict[str, Any], run: Run) -> int | None:
     for name, value in (("for_steps", steps), ("until_step", step)):
         if value is not None and (type(value) is not int or not 1 <= value <= limits.INTEGER_MAX // 2):
             raise Invalid(f"{name} is {value!r:.40}: give a whole number of optimizer steps, 1 or more")
-    if step is not None and step <= run.through + 1:
-        raise Invalid(f"until_step is {step}, but the run's next step is {run.through + 1}: give a later one")
     # With a lag, decisions of steps already observed are told: the command holds from the next decision on.
     first = run.through + 1 + (0 if run.lag is None else run.lag + 1)
+    if step is not None and step <= first:
+        raise Invalid(f"until_step is {step}, but the first step it can hold for is {first}: give a later one")
     return step if steps is None else int(first + steps)
 
 

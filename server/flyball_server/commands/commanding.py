@@ -98,6 +98,7 @@ class Commanding:
                     events, at = _events(live.run, request, found, caller.actor, key)
                     await self._engine.commit(live, events, caller.actor)
                     return Given(await self._view(live, f"c{seq + at}"), repeated=False)
+                _check_proposals(live.run, caller)
                 asked = Proposed(
                     request.kind, dict(request.fields), caller.actor, request.reason, needed, key, found.until,
                     found.expires_at,
@@ -279,6 +280,17 @@ def _folded(live: LiveRun, run: Run, events: Sequence[Event]) -> dict[str, Any]:
     told["before"], told["after"] = (dict(zip(names, lr, strict=True)) for lr in (before, run.settings.lr))
     told.pop("lr", None)
     return {**told, "ends": ended}
+
+
+def _check_proposals(run: Run, caller: Caller) -> None:
+    """Nobody's proposals may keep out those of others."""
+    open_ = run.steering.proposals
+    own = sum(one.actor == caller.actor for one in open_)
+    if own >= limits.PROPOSALS_OF_ONE_MAX or len(open_) >= limits.PROPOSALS_MAX:
+        raise Conflict(
+            f"{len(open_)} proposals are open, {own} of them yours: withdraw some, or wait until they are judged "
+            f"(at most {limits.PROPOSALS_OF_ONE_MAX} of one, {limits.PROPOSALS_MAX} in all)"
+        )
 
 
 def _check_expected(run: Run, request: CommandRequest) -> None:

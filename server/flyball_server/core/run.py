@@ -271,7 +271,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     state, decision, settings = run.policy_state, run.decision, run.settings
     lr, momentum, noise_std = decision.lr, decision.momentum, decision.noise_std
     guard_state, decided = run.guard_state, run.decided
-    beside = run.steering
+    # With a lag these decisions are of later steps, and it is those that a command holds for, or not any more.
+    beside, ahead = run.steering, run.lag or 0
     steered = beside.unsettled or beside.whole or bool(lasting(beside.commands))
     quiet = not steered and rules.base is None and guard.is_quiet(rules.limits, run.through)
     free = not steered and rules.base is None and guard.is_free(rules.limits)
@@ -305,7 +306,7 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
         else:
             guard_state, now = settle(rules, guard_state, step, decision)
         if steered:
-            now = bent(rules, beside, step, now)
+            now = bent(rules, beside, step + ahead, now)
         moved = (decision.lr, decision.momentum, decision.noise_std) != (lr, momentum, noise_std)
         if decision.milestone or (moved and decision.code != before) or guard_state.note not in ("", note):
             note = guard_state.note

@@ -62,7 +62,7 @@ def moved(steering: Steering, event: CommandMoved) -> Steering:
 def answered(steering: Steering, event: DirectiveAnswered) -> Steering:
     """The job did what it was asked for, or declined."""
     known = next((c for c in steering.commands if c.id == event.directive), None)
-    if known is None:
+    if known is None or known.kind not in commands.DIRECTIVES:  # nothing else is the job's to end
         return steering
     steering = _settled_ask(steering, known) if event.outcome == "declined" else steering
     return steering._replace(commands=tuple([c for c in steering.commands if c is not known]))
