@@ -113,7 +113,8 @@ def test_an_override_beyond_the_guard_is_clamped_and_says_so_everywhere(http):
     assert (given["status"], given["verdict"]["lr"]) == ("clamped", [0.2, 0.02])
     job.report()
     assert job.lr == [0.2, 0.02]
-    assert "clamped" in job.advice["notices"][0]
+    assert "override" in job.advice["notices"][0]
+    assert "lr of all groups: x 10, clamped by the guard to x 2, x 2" in job.advice["notices"][0]
     assert job.show()["commands"][0]["status"] == "clamped"
     mark = http.get("/v1/runs/clamped/decisions").json()["decisions"][-1]
     assert (mark["decision"], mark["guard"]) == ("command_override", "guard_clamped")
@@ -173,11 +174,15 @@ def test_a_newer_override_supersedes_an_older_one_of_the_same_groups(job):
     job.report()
     assert job.lr == [0.03, 0.03]
     assert job.advice["changes"]["momentum"][-1] == [0.5, 0.0]
-    hold = job.command("hold")
-    assert {job.get(one["id"])["status"] for one in (other, part)} == {"superseded"}
+    first, hold = job.command("hold"), job.command("hold")
+    job.command("release", command=part["id"])
     job.report()
-    assert (job.lr, job.advice["changes"]["momentum"][-1]) == ([0.03, 0.03], [0.5, 0.0])
+    assert (job.lr, job.advice["changes"]["momentum"][-1]) == ([0.03, 0.03], [0.5, 0.0]), "held as it was"
+    assert [job.get(one["id"])["status"] for one in (first, other)] == ["superseded", "applied"]
     job.command("release", command=hold["id"])
+    job.report()
+    assert (job.lr, job.advice["changes"]["momentum"][-1]) == ([0.1, 0.01], [0.5, 0.0]), "what it covered goes on"
+    job.command("release")
     job.report()
     assert (job.lr, job.advice["changes"]["momentum"][-1]) == ([0.1, 0.01], [0.9, 0.0]), "momentum goes back as well"
 
@@ -392,10 +397,13 @@ def test_reports_from_beside_are_taken_once_by_number_and_reach_the_policy_with_
     assert (called.exit_code, called.output) == (0, f"beside: row {first + 2}\n")
     refused = CliRunner().invoke(cli, ["report", "beside", "--number", "1", "--server", service.http])
     assert refused.exit_code == 2
+    headers, body = {"Idempotency-Key": "once"}, {"signals": {"val_loss": 0.2}}
+    sent = [http.post("/v1/runs/beside/signals", json=body, headers=headers).json()["seq"] for _ in range(2)]
+    assert sent == [first + 3] * 2
     job.report()
-    assert job.show()["signals"] == {"loss": 1.0, "val/loss": 0.5, "val_loss": 0.25, "reward": 2.0}
+    assert job.show()["signals"] == {"loss": 1.0, "val/loss": 0.5, "val_loss": 0.2, "reward": 2.0}
     rows = http.get("/v1/runs/beside/journal", params={"kind": "reported"}).json()["rows"]
-    assert [row["meta"].get("note") for row in rows] == [None, "on the held-out set", None]
+    assert [row["meta"].get("note") for row in rows] == [None, "on the held-out set", None, None]
 
 
 def test_a_job_can_only_answer_what_it_was_asked(job):
@@ -416,3 +424,19 @@ def test_a_reporter_leaves_room_for_the_drivers_signals(job):
     assert job.http.post(url, json={"signals": {"one_more": 1.0}}).status_code == 422
     body = {"session": job.session, "attempt": 1, "step": [1], "signals": {"grad_norm": [1.0], "loss": [1.0]}}
     assert job.http.post(f"/v1/runs/{job.run}/report", json=body).status_code == 200
+
+
+def test_what_others_do_to_a_run_is_no_news_of_its_job(monkeypatch, tmp_path):
+    monkeypatch.setattr(limits, "STALE_AFTER_S", 0.4)
+    for store in ("memory:", f"sqlite:///{tmp_path / 'f.db'}"):
+        with flyball_server.running(store=store) as service, httpx.Client(base_url=service.http, timeout=30) as http:
+            job = Job(http, "r")
+            job.report()
+            time.sleep(0.6)
+            job.command("note")
+            http.post("/v1/runs/r/signals", json={"signals": {"val_loss": 1.0}})
+            assert job.show()["status"] == "stale"
+            assert [one["run"] for one in http.get("/v1/runs", params={"status": "stale"}).json()["runs"]] == ["r"]
+            job.report()
+            assert job.show()["status"] == "active", "it carries on as if nothing had been"
+            assert http.get("/v1/runs", params={"status": "stale"}).json()["runs"] == []

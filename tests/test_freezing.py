@@ -77,7 +77,7 @@ def test_a_freeze_holds_every_run_refuses_commands_and_ends_with_the_thaw(tmp_pa
         job.command("release", command=next(c["id"] for c in job.show()["commands"] if c["kind"] == "hold"))
         job.report()
         assert job.lr < lr
-        assert job.advice["changes"]["momentum"][-1] == [0.9, 0.0], "a hold by hand superseded that"
+        assert job.advice["changes"]["momentum"][-1] == [0.5, 0.0], "what the holds covered goes on"
         assert "not frozen" in said(http.post("/v1/thaw", json={"reason": "out"}), 409)["detail"]
     journal = open_journal(store, read_only=True)
     journal.start(lambda _: None)

@@ -156,8 +156,19 @@ def _are_new(commands: Sequence[Command]) -> bool:
 
 
 def _notice(command: Command) -> str:
-    clamped = " (clamped by the guard)" if command.status == "clamped" else ""
-    return f"{command.kind} {command.id} by {command.actor}{clamped}: {command.reason}"
+    words = command.args.get("words", {})
+    what = f" {words['setting']} of {words['groups']}: {words['asked']}" if command.kind == "override" else ""
+    clamped = f", clamped by the guard to {_held(command)}" if command.status == "clamped" and command.held else ""
+    return f"{command.kind} {command.id} by {command.actor}{what}{clamped}: {command.reason}"
+
+
+def _held(command: Command) -> str:
+    """What a clamped override puts in the place of the settings."""
+    held = command.held
+    assert held is not None
+    rows = [row for row in (held.lr, held.momentum, held.noise_std) if row is not None]
+    values = [*held.controls.values()] or [value for row in rows for value in row if value is not None]
+    return ", ".join(f"x {value:.6g}" if held.relative else f"{value:.6g}" for value in values)
 
 
 def reason(live: LiveRun) -> str:

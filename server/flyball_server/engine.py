@@ -14,6 +14,7 @@ Longer than 400 lines because a turn, a commit and what undoes them share one st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from typing import TypeVar
 from flyball_server import deletion, limits, loading, proving, records
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
-from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
+from flyball_server.core.events import OF_JOBS, Attached, Created, Event, Observed, Origin, Outcome, Spec
 from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.damage import Damage
@@ -35,12 +36,14 @@ from flyball_server.storage.journal import (
     GENESIS,
     Append,
     Deletion,
+    Heard,
     Journal,
     Row,
     RunRecord,
     Snapshot,
     Work,
     chained,
+    newest_news,
 )
 from flyball_server.storage.outbox import Delivery
 
@@ -233,6 +236,8 @@ class Engine:
             if isinstance(error, Damaged):
                 self.found_damage(run_id, str(error))
             raise
+        if not any(isinstance(event, OF_JOBS) for event in events):
+            await self._beside(live, now)
         live.run, live.record = run, record
         live.snapshot_at = min(live.snapshot_at, run.observations)  # a rewind takes observations back
         if snapshot is not None:
@@ -246,6 +251,19 @@ class Engine:
         if told and self._herald:
             self._herald.added(told)
         return outcomes
+
+    async def hear_of(self, live: LiveRun) -> None:
+        """Learn when the run's job was last heard of, perhaps by another process."""
+        found = (await asyncio.to_thread(self._journal.heard, [live.spec.run])).get(live.spec.run, live.heard)
+        live.heard = max(live.heard, found)
+
+    async def _beside(self, live: LiveRun, now: int) -> None:
+        """Somebody else than the job added to the run: that is no news of the job."""
+        if not live.heard.at:
+            await self.hear_of(live)
+        live.heard = Heard(newest_news(live.record, live.heard), now)
+        with contextlib.suppress(Busy):
+            self._journal.hear(live.spec.run, live.heard)
 
     async def restored(self, live: LiveRun, attempt: int, step: int) -> Run:
         """The run as it was before it observed `step`, on the line of `attempt`; as it last was on that line, where

@@ -13,7 +13,7 @@ from flyball_server.core import run as fold
 from flyball_server.core.events import Origin, Spec
 from flyball_server.core.run import Rules, Run
 from flyball_server.core.types import Settings
-from flyball_server.storage.journal import RunRecord
+from flyball_server.storage.journal import Heard, RunRecord
 
 
 class LiveRun:
@@ -28,8 +28,9 @@ class LiveRun:
         self.lock = asyncio.Lock()
         self.waiting = 0
         self.stale = False
-        #: When its job was last heard of here, and when that was last told the journal (microseconds since 1970 UTC).
-        self.heard = self.told = 0
+        #: When its job was last heard of, as far as this process knows, and when the journal was last told of it.
+        self.heard = Heard()
+        self.told = 0
         self._watchers: list[asyncio.Future[None]] = []
         self.snapshot_at = run.observations
         #: The newest batches' settings, for steps that a client sends again.

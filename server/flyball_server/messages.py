@@ -102,12 +102,13 @@ class Report(NamedTuple):
 
 class SideReport(NamedTuple):
     """What a process beside the driver has to say. source, number: the reporter and its count 1, 2, 3 ..., "" and 0
-    where it does not count. note: words for the record."""
+    where it does not count. note: words for the record. key: of a request that may be repeated, or ""."""
 
     signals: Mapping[str, float]
     source: str = ""
     number: int = 0
     note: str = ""
+    key: str = ""
 
 
 class Directive(NamedTuple):

@@ -80,7 +80,9 @@ def to_entry(event: Event, outcome: Outcome, shadows: Iterable[str] = ()) -> Ent
         return Entry("created", 0, None, None, created, ())
     if isinstance(event, Reported):
         columns = [Column(name, "d", array("d", [event.signals[name]]).tobytes()) for name in sorted(event.signals)]
-        return Entry("reported", 0, event.step, event.step, _said(event, ("source", "number", "note")), tuple(columns))
+        return Entry(
+            "reported", 0, event.step, event.step, _said(event, ("source", "number", "note", "key")), tuple(columns)
+        )
     if isinstance(event, Declared):
         return Entry("declared", event.attempt, None, None, {"controls": [list(c) for c in event.controls]}, ())
     meta = event._asdict()

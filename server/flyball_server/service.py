@@ -26,6 +26,7 @@ from flyball_server.core.run import Run
 from flyball_server.core.types import Settings
 from flyball_server.engine import Engine
 from flyball_server.fleet.freezing import Freezing
+from flyball_server.idempotency import key_of, repeated
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.loading import Deleted
@@ -36,10 +37,11 @@ from flyball_server.projects import NOWHERE, Projects
 from flyball_server.proving import Undamaged
 from flyball_server.rules import rules_of
 from flyball_server.staleness import aged, status_of
-from flyball_server.storage.journal import DELETED, Journal, RunFilter, RunRecord, Usage
+from flyball_server.storage.journal import DELETED, Heard, Journal, RunFilter, RunRecord, Usage, newest_news
 from flyball_server.what_if import Asked, answer
 
 T = TypeVar("T")
+NOTHING = Heard()
 #: What a run may be; stale, lost: active, but without news for STALE_AFTER_S, LOST_AFTER_S.
 STATUSES = ("created", "active", "stale", "lost", "finished", "failed", DELETED)
 
@@ -192,6 +194,8 @@ class Service:
         journal's newest row. Of a source that numbers its reports each is taken once."""
         caller.check_run(REPORT, run)
         check_side_report(said)
+        content = [sorted((name, repr(value)) for name, value in said.signals.items()), said.note]
+        key = key_of(said.key, content, caller)
 
         async def once() -> int:
             live = await self._engine.find(run)
@@ -200,9 +204,11 @@ class Service:
                 source = f"{said.source} of {caller.actor}" if said.source else ""
                 if source and said.number <= live.run.steering.reporters.get(source, 0):
                     return live.run.seq
+                if known := repeated(live.run, key, run):
+                    return int(known[1:])
                 check_room(live.run, said.signals, limits.DRIVER_SIGNALS)
                 # Before the first step there is none to stand behind; the first one it is then.
-                event = Reported(max(live.run.through, 0), *said._replace(source=source))
+                event = Reported(max(live.run.through, 0), *said._replace(source=source, key=key))
                 await self._engine.commit(live, [event], caller.actor)
                 return live.run.seq
 
@@ -210,18 +216,18 @@ class Service:
 
     def _hear(self, live: LiveRun) -> None:
         """A job that says nothing new between two steps lives all the same."""
-        live.heard = now = self._engine.now_us()
-        if now - max(live.record.updated_at, live.told) >= limits.HEARD_EVERY_S * 1e6:
+        now, beside = self._engine.now_us(), live.heard.beside
+        live.heard = Heard(now)
+        if now - max(newest_news(live.record, Heard(0, beside)), live.told) >= limits.HEARD_EVERY_S * 1e6:
             live.told = now
             with contextlib.suppress(Busy):
-                self._journal.hear(live.spec.run, now)
+                self._journal.hear(live.spec.run, live.heard)
 
     async def get_run(self, run: str, caller: Caller) -> RunView:
         """One run with its folded state."""
         live = await self._found(run, caller)
         if live.record.status == "active":
-            heard = await queries.in_thread(self._journal.heard, [run])
-            live.heard = max(live.heard, heard.get(run, 0))
+            await self._engine.hear_of(live)
         return self._view(live.record, live)
 
     async def list_runs(
@@ -242,7 +248,7 @@ class Service:
         page = records[:limit]
         following = f"{page[-1].created_at}~{page[-1].run}" if len(records) > limit else ""
         heard = await queries.in_thread(self._journal.heard, [one.run for one in page if one.status == "active"])
-        return [self._view(record, None, heard.get(record.run, 0)) for record in page], following
+        return [self._view(record, None, heard.get(record.run, Heard())) for record in page], following
 
     async def series(self, run: str, request: queries.SeriesRequest, caller: Caller) -> dict[str, Any]:
         """Signals and settings over the steps, at most `points` of each (min/max of equal step ranges)."""
@@ -351,7 +357,7 @@ class Service:
         usage = await queries.in_thread(self._journal.usage)
         return {"status": "ready", "store": usage.state}
 
-    def _view(self, record: RunRecord, live: LiveRun | None, heard: int = 0) -> RunView:
+    def _view(self, record: RunRecord, live: LiveRun | None, heard: Heard = NOTHING) -> RunView:
         status, stale_s = status_of(record, heard if live is None else live.heard, self._engine.now_us())
         problem = self._engine.damage.words(record.run)
         if status == "damaged" and not problem:

@@ -6,7 +6,7 @@ Rule of this module: these are words for how old the newest news is. They change
 from __future__ import annotations
 
 from flyball_server import limits
-from flyball_server.storage.journal import RunFilter, RunRecord
+from flyball_server.storage.journal import Heard, RunFilter, RunRecord, newest_news
 
 
 def aged(where: RunFilter, now: int) -> RunFilter:
@@ -15,9 +15,9 @@ def aged(where: RunFilter, now: int) -> RunFilter:
     return where._replace(stale_before=stale, lost_before=lost)
 
 
-def status_of(record: RunRecord, heard: int, now: int) -> tuple[str, float]:
-    """The run's status, and for how many seconds there was no news. heard: when its job last said that it lives."""
-    silent_s = max(0, now - max(record.updated_at, heard)) / 1e6
+def status_of(record: RunRecord, heard: Heard, now: int) -> tuple[str, float]:
+    """The run's status, and for how many seconds there was no news of its job. What others add to a run is none."""
+    silent_s = max(0, now - newest_news(record, heard)) / 1e6
     if record.status != "active" or silent_s <= limits.STALE_AFTER_S:
         return record.status, silent_s
     return "stale" if silent_s <= limits.LOST_AFTER_S else "lost", silent_s

@@ -38,6 +38,7 @@ from flyball_server.storage.journal import (
     GENESIS,
     STORE,
     Deletion,
+    Heard,
     Journal,
     Note,
     Row,
@@ -307,10 +308,13 @@ def test_a_sign_of_life_keeps_a_run_from_being_stale(opened: tuple[Journal, Resu
 
     assert status() == ["lost"]
     for at, wanted in ((AT + 6, "stale"), (AT + 11, "active")):
-        journal.hear("r", at)
+        journal.hear("r", Heard(at))
         journal.compact("r")  # waits for the writer
-        assert journal.heard(["r", "other"]) == {"r": at}
+        assert journal.heard(["r", "other"]) == {"r": Heard(at)}
         assert status() == [wanted]
+    journal.hear("r", Heard(AT + 6, AT))
+    journal.compact("r")
+    assert status() == ["stale"], "the newest row is somebody else's"
 
 
 def test_records_are_filtered_and_paged_newest_first(opened: tuple[Journal, Results]) -> None:

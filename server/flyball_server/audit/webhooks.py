@@ -29,7 +29,7 @@ from flyball_server.core.events import Event, Outcome
 from flyball_server.core.run import Run
 from flyball_server.names import project_of
 from flyball_server.staleness import aged
-from flyball_server.storage.journal import Journal, RunFilter, RunRecord
+from flyball_server.storage.journal import Heard, Journal, RunFilter, RunRecord, newest_news
 from flyball_server.storage.outbox import DELIVERED, FAILED, PENDING, Delivery
 
 _log = logging.getLogger("flyball_server")
@@ -238,10 +238,10 @@ class Hooks:
         while page := self._journal.records(where, after=after, limit=limits.PAGE_MAX):
             heard = self._journal.heard([record.run for record in page])
             for record in page:
-                news = max(record.updated_at, heard.get(record.run, 0))
+                news = newest_news(record, heard.get(record.run, Heard()))
                 if now - news <= limits.HOOK_GIVE_UP_S * 1e6:  # what is older was told by whoever ran then
                     said = {"last_news": records.utc(news), "silent_s": (now - news) // 1_000_000}
-                    text = f"{event}: nothing was heard of it for {said['silent_s']} s"
+                    text = f"{event}: nothing was heard of its job for {said['silent_s']} s"
                     yield _Fact(event, record, record.seq, str(news), now, text, said)
             after = (page[-1].created_at, page[-1].run)
 

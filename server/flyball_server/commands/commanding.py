@@ -9,8 +9,6 @@ person. A proposal is checked twice: when it is made, and again, against the run
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +25,7 @@ from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, P
 from flyball_server.core.run import Run
 from flyball_server.engine import Engine
 from flyball_server.fleet.freezing import Freezing
+from flyball_server.idempotency import key_of, repeated
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
 from flyball_server.messages import CommandRequest
@@ -84,8 +83,8 @@ class Commanding:
         async def once() -> Given:
             live = await self._engine.whole(request.run)
             async with self._engine.turn(live):
-                key = _key(request, caller)
-                known = _known(live.run, key, request)
+                key = key_of(request.key, _content(request), caller)
+                known = repeated(live.run, key, request.run)
                 if known:
                     return Given(await self._view(live, known), repeated=True)
                 self._check_frozen(request.kind, live)
@@ -308,28 +307,5 @@ def _check_expected(run: Run, request: CommandRequest) -> None:
         )
 
 
-def _key(request: CommandRequest, caller: Caller) -> str:
-    """An idempotency key together with whose it is and what was asked."""
-    if not request.key:
-        return ""
-    whose = hashlib.sha256(f"{caller.actor}\n{request.key}".encode()).hexdigest()[:24]
-    return f"{whose}:{_content(request)}"
-
-
-def _content(request: CommandRequest) -> str:
-    asked = [request.kind, request.reason, dict(request.fields)]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _known(run: Run, key: str, request: CommandRequest) -> str:
-    """The command that an earlier request with the same key gave; "" where there is none. Raises Conflict where that
-    was another command."""
-    if not key:
-        return ""
-    for other, command in run.steering.keys:
-        if other.partition(":")[0] == key.partition(":")[0]:
-            if other == key:
-                return command
-            raise Conflict(f"run {request.run}: this Idempotency-Key was used for another command, {command}: take a "
-                           "new one")  # fmt: skip
-    return ""
+def _content(request: CommandRequest) -> list[Any]:
+    return [request.kind, request.reason, dict(request.fields), request.expires_in_s, request.expires_at]

@@ -230,12 +230,12 @@ def hold(now: Settings, groups: tuple[Group, ...], values: Mapping[str, float]) 
 def superseded(commands: Sequence[Command], kind: str, args: Mapping[str, Any]) -> list[str]:
     """The lasting commands that a new one leaves nothing of: for the same setting, and for each of their groups.
 
-    The hold of a freeze covers them and ends none; it ends with the freeze alone.
+    A hold covers overrides and ends none: they go on when it is over. That of a freeze ends with the freeze alone.
     """
     if "frozen" in args:
         return []
     if kind == "hold":
-        return [command.id for command in commands if command.held is not None and "frozen" not in command.args]
+        return [command.id for command in commands if command.kind == "hold" and "frozen" not in command.args]
     if kind != "override":
         return []
     out = []

@@ -91,7 +91,8 @@ class Observed(NamedTuple):
 class Reported(NamedTuple):
     """Signals from another process; the policy sees them with the next observation. step: the newest step then.
 
-    source, number: the reporter and its count, "" and 0 where it does not count. note: words for the record.
+    source, number: the reporter and its count, "" and 0 where it does not count. note: words for the record. key: what
+    makes a repeated request the same one, or "".
     """
 
     step: int
@@ -99,6 +100,7 @@ class Reported(NamedTuple):
     source: str = ""
     number: int = 0
     note: str = ""
+    key: str = ""
 
 
 class Receipt(NamedTuple):
@@ -208,6 +210,8 @@ Event = (
     Created | Attached | Observed | Reported | Applied | DirectiveAnswered | Ended
     | Declared | Commanded | CommandMoved | Proposed | Judged
 )  # fmt: skip
+#: What comes from the run's own job.
+OF_JOBS = (Attached, Observed, Applied, DirectiveAnswered, Declared, Ended)
 #: What belongs to the run and not to a line of its steps.
 ASIDE = (DirectiveAnswered, Declared, Commanded, CommandMoved, Proposed, Judged)
 

@@ -163,7 +163,7 @@ def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     if isinstance(event, Created):
         raise Conflict("the run exists already: a journal holds Created once, as its first event")
     if isinstance(event, Reported):
-        beside = steering.reported(run.steering, event.source, event.number)
+        beside = steering.reported(run.steering, event, seq)
         return run._replace(seq=seq, side={**run.side, **event.signals}, steering=beside), NOTHING
     if isinstance(event, Commanded):
         return commanded(rules, run, event)

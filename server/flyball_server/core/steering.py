@@ -12,7 +12,16 @@ from typing import Any
 from flyball_server.core import commands
 from flyball_server.core.commands import Command, Control, Held, Proposal, Steering
 from flyball_server.core.errors import Conflict
-from flyball_server.core.events import Applied, Commanded, CommandMoved, Declared, DirectiveAnswered, Judged, Proposed
+from flyball_server.core.events import (
+    Applied,
+    Commanded,
+    CommandMoved,
+    Declared,
+    DirectiveAnswered,
+    Judged,
+    Proposed,
+    Reported,
+)
 from flyball_server.core.types import Ask
 
 #: Who asks, where the run's own policy does.
@@ -101,8 +110,12 @@ def applied(steering: Steering, event: Applied) -> Steering:
     return steering._replace(confirmed=confirmed, conflicts=conflicts, applied_controls=values)
 
 
-def reported(steering: Steering, source: str, number: int) -> Steering:
-    """A reporter's count."""
+def reported(steering: Steering, event: Reported, seq: int) -> Steering:
+    """A reporter's count, and what a repeated request is known by."""
+    if event.key:
+        keys = (*steering.keys, (event.key, f"r{seq}"))[-commands.KEYS_KEPT :]
+        steering = steering._replace(keys=keys)
+    source, number = event.source, event.number
     if not source:
         return steering
     counts = {name: count for name, count in steering.reporters.items() if name != source}

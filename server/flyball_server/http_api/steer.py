@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from flyball_server.core.commands import Control
@@ -18,6 +18,8 @@ from flyball_server.http_api.guarded import caller_of
 from flyball_server.messages import Advice, Attach, Attached, Fork, Report, SideReport
 from flyball_server.service import Service
 
+#: The header of a request that may be repeated.
+Key = Annotated[str, Header(description="repeating a request with it changes nothing")]
 Number = Annotated[float, Field(description='a number, or "NaN", "Infinity", "-Infinity"')]
 
 
@@ -222,9 +224,11 @@ def router(service: Service) -> APIRouter:
         return _advice(await service.report(message, caller_of(request)))
 
     @routes.post("/runs/{run}/signals")
-    async def signals(run: str, body: SignalsBody, request: Request) -> SignalsReply:
+    async def signals(run: str, body: SignalsBody, request: Request, idempotency_key: Key = "") -> SignalsReply:
         """Signals and notes from another process, such as an evaluation job; the policy sees them at the next step."""
-        return SignalsReply(seq=await service.add_signals(run, SideReport(**dict(body)), caller_of(request)))
+        return SignalsReply(
+            seq=await service.add_signals(run, SideReport(**dict(body), key=idempotency_key), caller_of(request))
+        )
 
     return routes
 

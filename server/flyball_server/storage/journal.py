@@ -156,6 +156,15 @@ class RunFilter(NamedTuple):
     projects: frozenset[str] | None = None
 
 
+class Heard(NamedTuple):
+    """When a run's job was last heard of, in microseconds since 1970 UTC, where the run's record does not tell: the job
+    had nothing to add to the journal, or somebody else added to it last. beside: that time of theirs, at which
+    `updated_at` is no sign of the job."""
+
+    at: int = 0
+    beside: int = 0
+
+
 #: Called once per commit, on the store's thread, with every append of it and its error (None: durable).
 Deliver = Callable[[Sequence[tuple[Work, Exception | None]]], None]
 
@@ -200,12 +209,12 @@ class Journal(Reading, Protocol):
         """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
         appends are refused because the store is full."""
 
-    def hear(self, run: str, at: int) -> None:
-        """Remember that the run's job said at this time (microseconds since 1970 UTC) that it lives, though it had
-        nothing to add to the journal. Returns at once, and may be lost: no fold depends on it."""
+    def hear(self, run: str, heard: Heard) -> None:
+        """Remember when the run's job was heard of, where the run's record does not tell. Returns at once, and may be
+        lost: no fold depends on it."""
 
-    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
-        """Those of the runs whose jobs were heard of, and when last."""
+    def heard(self, runs: Sequence[str]) -> Mapping[str, Heard]:
+        """What was remembered of these runs."""
 
     def note(self, note: Note) -> None:
         """Accept a row for STORE. Its result comes through `deliver`: Conflict where STORE has gone on meanwhile. It
@@ -295,3 +304,8 @@ def canonical(run: str, row: Row) -> bytes:
 def chained(previous: bytes, run: str, row: Row) -> bytes:
     """The hash of `row` behind a row with the hash `previous`."""
     return hashlib.sha256(previous + canonical(run, row)).digest()
+
+
+def newest_news(record: RunRecord, heard: Heard) -> int:
+    """When a run's job was last heard of (microseconds since 1970 UTC)."""
+    return heard.at if record.updated_at == heard.beside else max(record.updated_at, heard.at)

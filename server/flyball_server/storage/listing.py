@@ -81,4 +81,5 @@ def _silent_since(before: int) -> sa.ColumnElement[bool]:
     """Whether a run has had neither a row nor a sign of life since."""
     runs, heard = tables.runs.c, tables.heard.c
     later = sa.select(heard.run).where(heard.run == runs.run, heard.at >= before)
-    return (runs.updated_at < before) & ~sa.exists(later)
+    not_its_own = sa.select(heard.run).where(heard.run == runs.run, heard.beside == runs.updated_at)
+    return ((runs.updated_at < before) | sa.exists(not_its_own)) & ~sa.exists(later)

@@ -22,6 +22,7 @@ from flyball_server.storage.journal import (
     Block,
     Deletion,
     Deliver,
+    Heard,
     Note,
     Row,
     RunFilter,
@@ -29,6 +30,7 @@ from flyball_server.storage.journal import (
     Snapshot,
     Usage,
     Work,
+    newest_news,
 )
 from flyball_server.storage.outbox import MemoryOutbox
 from flyball_server.storage.series import row_blocks
@@ -47,7 +49,7 @@ class MemoryJournal:
         self._delivering = False
         self._stored: dict[str, list[Stored]] = {}
         self._records: dict[str, RunRecord] = {}
-        self._heard: dict[str, int] = {}
+        self._heard: dict[str, Heard] = {}
         self._snapshots: dict[str, list[Snapshot]] = {}
         self._noted: dict[str, list[Noted]] = {}
         self.audit = MemoryAudit(self._lock, self._noted)
@@ -68,11 +70,11 @@ class MemoryJournal:
     def note(self, note: Note) -> None:
         self._accept(note)
 
-    def hear(self, run: str, at: int) -> None:
+    def hear(self, run: str, heard: Heard) -> None:
         with self._lock:
-            self._heard[run] = at
+            self._heard[run] = heard
 
-    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+    def heard(self, runs: Sequence[str]) -> Mapping[str, Heard]:
         with self._lock:
             return {run: self._heard[run] for run in runs if run in self._heard}
 
@@ -230,10 +232,10 @@ class MemoryAudit:
         return [one for place, one in placed if before is None or place < before][:limit]
 
 
-def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, int]) -> bool:
+def _matches(record: RunRecord, where: RunFilter, heard: Mapping[str, Heard]) -> bool:
     status, stale_before, lost_before = where.status, where.stale_before, where.lost_before
     if status in ("stale", "lost") or (status == "active" and stale_before is not None):
-        news = max(record.updated_at, heard.get(record.run, 0))
+        news = newest_news(record, heard.get(record.run, Heard()))
         lost = lost_before is not None and news < lost_before
         stale = stale_before is not None and news < stale_before
         if record.status != "active" or status != ("lost" if lost else "stale" if stale else "active"):

@@ -25,6 +25,7 @@ from flyball_server.storage.journal import (
     Block,
     Deletion,
     Deliver,
+    Heard,
     Note,
     Row,
     RunFilter,
@@ -118,14 +119,15 @@ class SqlJournal:
     def delete(self, deletion: Deletion) -> None:
         self._open().delete(deletion)
 
-    def hear(self, run: str, at: int) -> None:
-        self._open().hear(run, at)
+    def hear(self, run: str, heard: Heard) -> None:
+        self._open().hear(run, heard)
 
-    def heard(self, runs: Sequence[str]) -> Mapping[str, int]:
+    def heard(self, runs: Sequence[str]) -> Mapping[str, Heard]:
         table = tables.heard.c
         with self._read() as connection:
-            query = sa.select(table.run, table.at).where(table.run.in_(runs))
-            return {run: at for run, at in connection.execute(query) if type(at) is int}
+            query = sa.select(table.run, table.at, table.beside).where(table.run.in_(runs))
+            found = connection.execute(query)
+            return {run: Heard(at, beside) for run, at, beside in found if type(at) is type(beside) is int}
 
     def note(self, note: Note) -> None:
         if self._writer is None:

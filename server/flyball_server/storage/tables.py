@@ -7,7 +7,7 @@ journal    a run's rows, one table row each, or a segment of many (last_seq > se
 snapshots  cached folds (zstd), free to be dropped
 runs       the projection for listing, always of the newest row; `labels` as JSON text
 labels     the same labels once more, one per table row, for filtering
-heard      when a run's job was heard of without anything for the journal; no fold depends on it
+heard      when a run's job was heard of, where its record does not tell (see `Heard`); no fold depends on it
 audit      copies of the rows that people ask for, made again from the journal at any time (see `audit`)
 deliveries what is to be sent to others, and what became of it (see `outbox`)
 """
@@ -74,6 +74,7 @@ heard = sa.Table(
     metadata,
     sa.Column("run", sa.Text, primary_key=True),
     sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("beside", sa.BigInteger, nullable=False),
 )
 
 audit = sa.Table(

@@ -32,7 +32,7 @@ from flyball_server.storage import audit, outbox, tables, tidying
 from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
 from flyball_server.storage.heads import Head, load_head
-from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, Note, RunRecord, Work
+from flyball_server.storage.journal import STORE, Append, Deletion, Deliver, Heard, Note, RunRecord, Work
 from flyball_server.storage.packing import seal
 from flyball_server.storage.tidying import SNAPSHOTS_KEPT, observations
 
@@ -93,8 +93,8 @@ class Writer:
     def note(self, note: Note) -> None:
         self._put(note)
 
-    def hear(self, run: str, at: int) -> None:
-        self._put(_Request(lambda: self._hear(run, at), Future()))
+    def hear(self, run: str, heard: Heard) -> None:
+        self._put(_Request(lambda: self._hear(run, heard), Future()))
 
     def insert(self, record: RunRecord, segments: Iterable[Stored]) -> None:
         self._ask(lambda: self._insert(record, segments))
@@ -203,11 +203,11 @@ class Writer:
             self._save_row.execute(self._connection, [{"run": STORE, **store(note.row)._asdict()}])
             self._save_noted.execute(self._connection, [audit.table_row(STORE, "", note.row)])
 
-    def _hear(self, run: str, at: int) -> None:
+    def _hear(self, run: str, heard: Heard) -> None:
         if not self._gone() and not self._gauge.full(self._driver):
             save = tables.insert_or_update(tables.heard, self._connection.dialect.name)
             with self._connection.begin():
-                self._connection.execute(save, [{"run": run, "at": at}])
+                self._connection.execute(save, [{"run": run, **heard._asdict()}])
 
     def _transact(self, work: Callable[[sa.Connection], object]) -> None:
         if why := self._gone():

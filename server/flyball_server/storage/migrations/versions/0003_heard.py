@@ -9,5 +9,8 @@ down_revision = "0002"
 
 def upgrade() -> None:
     op.create_table(
-        "heard", sa.Column("run", sa.Text, primary_key=True), sa.Column("at", sa.BigInteger, nullable=False)
+        "heard",
+        sa.Column("run", sa.Text, primary_key=True),
+        sa.Column("at", sa.BigInteger, nullable=False),
+        sa.Column("beside", sa.BigInteger, nullable=False),
     )
