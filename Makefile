@@ -24,8 +24,8 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/.dev .venv-proto/.tools
-	$(call PYTEST,unit) --numprocesses 2 --dist loadscope --no-loadscope-reorder --ignore tests/e2e --ignore tests/bench
-	$(call PYTEST,e2e) tests/e2e tests/bench
+	$(call PYTEST,two) --numprocesses 2 --dist loadscope --no-loadscope-reorder -m 'not alone'
+	$(call PYTEST,alone) -m alone
 
 check: .venv/.dev .venv-proto/.tools
 	$(BIN)/ruff check

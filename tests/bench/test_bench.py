@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tests.bench.fold import CASES
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -37,6 +37,8 @@ from pathlib import Path
 import flyball
 from tests.e2e.training import *
 
+pytestmark = pytest.mark.alone
+
 model, optimizer, train = digits_model()
 checkpoint, first, resume = Path(folder) / "checkpoint.json", 0, False
 if checkpoint.exists():

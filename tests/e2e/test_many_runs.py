@@ -9,10 +9,13 @@ import asyncio
 import time
 
 import httpx
+import pytest
 from tests.e2e.processes import Server
 from tests.storage.stores import BATCH, Opened, fill, report_message
 
 from flyball_server.storage import open_journal
+
+pytestmark = pytest.mark.alone
 
 RUNS = 1000
 READY_S = 5.0

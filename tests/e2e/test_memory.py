@@ -22,6 +22,8 @@ from flyball.governor import Governor
 from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
 
+pytestmark = pytest.mark.alone
+
 def say(**what):
     print(json.dumps(what), flush=True)
 

@@ -21,6 +21,8 @@ LOCKSTEP = """
 import flyball
 from tests.e2e.training import *
 
+pytestmark = pytest.mark.alone
+
 optimizer, train = digits()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, wait_s=None)
 used = []

@@ -18,6 +18,8 @@ FREE_RUNNING = """
 import flyball
 from tests.e2e.training import *
 
+pytestmark = pytest.mark.alone
+
 optimizer, train = digits()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
 back = None
