@@ -18,6 +18,8 @@ import pytest
 from tests.e2e.processes import SLACK_S, TRANSPORTS, Server, Story, Trainer, story_of
 from tests.e2e.warm import Warm, WarmServer
 
+pytestmark = pytest.mark.alone
+
 #: torch imports most of itself at the first step, and at the first file.
 IMPORTS = """
 import io, torch, flyball.adapters.torch, flyball.over_grpc, flyball.over_http
@@ -36,8 +38,6 @@ import os
 from pathlib import Path
 import flyball
 from tests.e2e.training import *
-
-pytestmark = pytest.mark.alone
 
 model, optimizer, train = digits_model()
 checkpoint, first, resume = Path(folder) / "checkpoint.json", 0, False

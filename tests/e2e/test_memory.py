@@ -11,6 +11,8 @@ from collections.abc import Callable
 import pytest
 from tests.e2e.processes import Server, Trainer, story_of
 
+pytestmark = pytest.mark.alone
+
 STEPS = 1_000_000
 
 MILLION = """
@@ -21,8 +23,6 @@ from flyball.connect import connect
 from flyball.governor import Governor
 from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
-
-pytestmark = pytest.mark.alone
 
 def say(**what):
     print(json.dumps(what), flush=True)

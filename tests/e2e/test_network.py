@@ -11,17 +11,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from tests.e2e.processes import SLACK_S, TRANSPORTS, Server, Trainer, story_of
 from tests.e2e.proxy import Proxy
 
 #: How many faults there are, and the steps between one and the next.
 STORMS, STRETCH = 50, 16
 
+pytestmark = pytest.mark.alone
+
 LOCKSTEP = """
 import flyball
 from tests.e2e.training import *
-
-pytestmark = pytest.mark.alone
 
 optimizer, train = digits()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url, lag=0, wait_s=None)

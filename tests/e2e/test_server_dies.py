@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 
+import pytest
 from tests.e2e.processes import SLACK_S, TRANSPORTS, Server, Trainer, story_of, wait_until
+
+pytestmark = pytest.mark.alone
 
 FREE_RUNNING = """
 import flyball
 from tests.e2e.training import *
-
-pytestmark = pytest.mark.alone
 
 optimizer, train = digits()
 governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
