@@ -29,8 +29,9 @@ KINDS = (*LASTING, "release", *RULING, *DIRECTIVES, "note")
 CONFIRMED = (*LASTING, "release", *RULING)
 #: Where a command can end.
 FINAL = ("applied", "done", "declined", "expired", "superseded", "released", "withdrawn")
-#: Idempotency keys, conflicts and reporters that a run remembers, the newest.
+#: Idempotency keys, rules, conflicts and reporters that a run remembers, the newest.
 KEYS_KEPT = 256
+PLANS_KEPT = 64
 CONFLICTS_KEPT = 8
 REPORTERS_KEPT = 64
 

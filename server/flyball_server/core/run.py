@@ -230,7 +230,7 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
     lr = guard.held(rules.limits, run.guard_state, rules.groups, base, event.from_step - 1)
     momentum = run.settings.momentum if momentum is None else momentum
     settings = Settings(lr, momentum, run.settings.noise_std)
-    if run.steering.commands or run.steering.whole:
+    if run.steering.commands or run.steering.whole or "steering" in (event.restored or {}):
         settings = settled(rules, run.steering, run.guard_state, run.decision, event.from_step - 1)
     return run._replace(
         seq=seq,

@@ -46,10 +46,21 @@ def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None,
     keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
     plans = steering.plans
     if event.kind in commands.RULING:
-        plans = (*plans, (seq, json.dumps(event.args["plan"], sort_keys=True)))
+        plans = _plans(plans, seq, event.args["plan"])
     whole = steering.whole or (event.kind != "note" and (event.kind in commands.RULING or _is_about_momentum(held)))
     newest = steering.newest if event.kind == "note" else seq
     return steering._replace(commands=open_, keys=keys, plans=plans, whole=whole, newest=newest)
+
+
+def _plans(plans: tuple[tuple[int, str], ...], seq: int, plan: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
+    """The rules by the row from which they decide. Other limits alone change no decision's sense: there is one plan for
+    each policy that a run had, of the newest ones."""
+    text = json.dumps(plan, sort_keys=True)
+    if plans and plans[-1][1]:
+        last = json.loads(plans[-1][1])
+        if all(last[name] == plan[name] for name in ("policy", "base")):
+            return (*plans[:-1], (plans[-1][0], text))
+    return (*plans, (seq, text))[-commands.PLANS_KEPT :]
 
 
 def _is_about_momentum(held: Held | None) -> bool:
