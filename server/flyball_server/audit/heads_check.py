@@ -112,9 +112,10 @@ def _compared(journal: Reading, run: str, signed: list[Head], end: int | None) -
         problem = str(error)
     before = 0
     for head in signed:
+        if head.seq > newest and problem:  # what lies behind the damage may well be there
+            return problem + (f"; up to row {before} all is as signed" if before else "")
         if head.seq > newest:
-            ends = problem or f"the journal ends with row {newest}"
-            return f"row {head.seq} is missing, which was signed at {head.at}: {ends}"
+            return f"row {head.seq} is missing, which was signed at {head.at}: the journal ends with row {newest}"
         if hashes[head.seq] != head.hash:
             return (
                 f"row {head.seq} has another hash than was signed at {head.at}: something in rows {before + 1} to "
