@@ -181,6 +181,22 @@ def test_an_export_holds_the_heads_signed_before_it(world):
     assert "row 3 has another hash than was signed" in verified(world, "forged.flyball", code=1)
 
 
+def test_what_proves_nothing_is_no_good_news(world):
+    for name, text in (("empty", ""), ("none", '{"heads": [], "next": null}')):
+        (world / name).write_text(text)
+        assert "holds no signed heads, so nothing is proved" in verified(world, heads=name, code=1)
+    lists = json.loads((world / "heads.json").read_text())["heads"]
+    (world / "other").write_text(json.dumps(next(one for one in lists if one["heads"]["runs"][0][0] == "other")))
+    said = verified(world, "r.flyball", heads="other", code=1)
+    assert "r: 0 signed heads: nothing is proved: none of the heads is of this run" in said
+    newest = [one for one in lists if one["heads"]["runs"][0][:2] == ["r", 7]]
+    (world / "newer").write_text(json.dumps(newest[0]))
+    assert "nothing is proved: 1 heads are newer than the file" in verified(world, "r.flyball", heads="newer", code=1)
+    in_store = ("--store", "sqlite:///f.db")
+    assert verified(world, "r", *in_store) == "r: 3 signed heads: as signed\n", "what is asked for only"
+    assert "nobody: 0 signed heads: nothing is proved" in verified(world, "r", "nobody", *in_store, code=1)
+
+
 def test_lists_go_on_after_a_restart_and_only_what_moved_is_signed_again(world):
     store = f"sqlite:///{world / 'f.db'}"
     before = json.loads((world / "heads.json").read_text())["heads"]
