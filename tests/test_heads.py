@@ -159,6 +159,8 @@ def test_lists_that_were_changed_left_out_or_signed_by_another_are_refused(world
         (world / name).write_text("\n".join(json.dumps(one) for one in entries))
         return verified(world, heads=name, code=1)
 
+    for name, value in (("seq", 99), ("seq", True), ("project", "vision"), ("at", "2020-01-01T00:00:00Z")):
+        assert f"list 1: '{name}' is {value!r}, but" in saying("around.jsonl", [{**lists[0], name: value}])
     assert "r: 3 signed heads" in verified(world, heads="heads.json")
     assert "one in between is missing" in saying("gap.jsonl", [lists[0], *lists[2:]])
     lists[1]["heads"]["runs"][0][1] += 1

@@ -22,6 +22,8 @@ from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Rea
 
 #: A file of heads is no larger; one list has at most some hundred KB.
 FILE_MAX = 256 << 20
+#: What of a list makes its signature; all else must follow from it.
+_SIGNING = ("heads", "key", "signature")
 #: Where no head speaks of a run.
 _NOTHING = "nothing is proved: none of the heads is of this run"
 
@@ -180,6 +182,12 @@ def _signed(entry: Any, key: bytes, what: str) -> dict[str, Any]:
         raise Invalid(f"{what}: signed by {_called(signer)}, and not by the key given, {fingerprint(key)}")
     if not is_signed(key, signature, data):
         raise Invalid(f"{what}: the signature is not that of the key: it was changed")
+    # What stands around the signed part for convenience must follow from it, or it could say anything.
+    around = {"seq": heads["store"][0] + 1, "project": heads["project"]}
+    for name, value in entry.items():
+        if name not in _SIGNING and (name not in around or value != around[name] or type(value) is bool):
+            wanted = f"it signs {around[name]!r}" if name in around else "no such field belongs there"
+            raise Invalid(f"{what}: {name!r:.40} is {value!r:.80}, but {wanted}: it was changed")
     found: dict[str, Any] = heads
     return found
 
