@@ -199,6 +199,19 @@ def test_what_proves_nothing_is_no_good_news(world):
     assert "nobody: 0 signed heads: nothing is proved" in verified(world, "r", "nobody", *in_store, code=1)
 
 
+def test_a_file_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "steps.csv").write_text("step,loss\n")
+    for name, words in (
+        ("nope.flyball", "nope.flyball does not exist"),
+        ("steps.csv", "steps.csv is no export file"),
+        ("other.csv", "other.csv does not exist"),
+    ):
+        command = [sys.executable, "-m", "flyball_server.cli", "verify", name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert words in done.stderr
+
+
 def test_lists_go_on_after_a_restart_and_only_what_moved_is_signed_again(world):
     store = f"sqlite:///{world / 'f.db'}"
     before = json.loads((world / "heads.json").read_text())["heads"]

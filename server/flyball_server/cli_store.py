@@ -32,6 +32,9 @@ from flyball_server.verify import names as verify_names
 from flyball_server.verify import verify, verify_store
 from flyball_server.what_if import Asked, beside, summary, what_if
 
+#: Endings of files that people have of runs, and that prove nothing.
+_OTHER_FILES = (".csv", ".json", ".jsonl", ".parquet", ".db", ".pem")
+
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to `flyball-server`."""
@@ -81,7 +84,8 @@ def verify_command(
     Exit code 1 where anything differs. Of an export file its checksums and its signature are checked, too; it needs
     no store. With --heads only this is checked: whether every row that was signed is still there, as it was signed.
     """
-    files = [Path(name) for name in runs or () if name.endswith(".flyball") and Path(name).is_file()]
+    with errors():
+        files = [Path(name) for name in runs or () if _is_export(name)]
     if files and len(files) < len(runs or ()):
         raise typer.BadParameter("give run ids or export files, not both")
     if heads is not None:
@@ -115,6 +119,19 @@ def verify_command(
             print(f"the store {store}: {'; '.join(problems)}")
     if wrong or problems:
         raise typer.Exit(1)
+
+
+def _is_export(name: str) -> bool:
+    """Whether an export file is meant, and not a run. Raises Invalid for other files, which no run is named after."""
+    path = Path(name)
+    if path.suffix == ".flyball":
+        if not path.is_file():
+            raise Invalid(f"{name} does not exist, or is no file: name an export file as `flyball export` wrote it")
+        return True
+    if path.suffix in _OTHER_FILES or "/" in name or "\\" in name:
+        there = "is no export file" if path.is_file() else "does not exist, and an export file is named otherwise"
+        raise Invalid(f"{name} {there}: what can be verified are runs and their exports, *.flyball")
+    return False
 
 
 def _verify_heads(heads: Path, key: bytes, of: list[Path] | list[str], store: str, json_output: bool) -> None:
