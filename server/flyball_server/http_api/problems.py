@@ -29,7 +29,10 @@ STATUS = {
 }
 
 #: Titles of errors that say more than their code does.
-_TITLES = {Ahead: "There is no such row yet", KeyReused: "The Idempotency-Key was used before"}
+_TITLES: dict[type[SteeringError], str] = {
+    Ahead: "There is no such row yet",
+    KeyReused: "The Idempotency-Key was used before",
+}
 
 
 class Problem(BaseModel):
