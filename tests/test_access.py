@@ -500,3 +500,14 @@ def test_who_asks_too_often_is_told_when_to_come_again_and_others_are_not(tmp_pa
             messages = [pb.ClientMessage(attach=attach), *(pb.ClientMessage(report=report) for report in reports)]
             # A training job's messages wait: to end its stream would cost both sides more.
             assert len(list(stub.Steer(iter(messages), metadata=metadata, timeout=20))) == 4
+
+
+def test_a_project_out_of_reach_is_unknown_to_the_token_whether_or_not_there_is_one(world):
+    driver = world.token("driver", ["ours"])["secret"]
+    said = {}
+    for project in ("theirs", "never"):
+        answer = world.ask(driver, "POST", "/v1/attach", json={**attach_body("x"), "project": project})
+        assert answer.status_code == 404
+        said[project] = answer.json()["detail"].replace(project, "PROJECT")
+    assert said["theirs"] == said["never"]
+    assert said["never"].startswith("project 'PROJECT' is not known to your token: an admin can give you one")

@@ -5,6 +5,7 @@ Method: a real service over HTTP; the job is spoken for by hand, message by mess
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ import flyball_server
 from flyball.api import Client
 from flyball.cli import cli
 from flyball_server import limits
+from flyball_server.audit import wording
 
 GROUPS = [{"name": "body", "lr": 0.1, "momentum": 0.9}, {"name": "head", "lr": 0.01, "momentum": 0.0}]
 
@@ -152,7 +154,11 @@ def test_of_two_operators_at_once_one_wins_and_the_other_is_told_the_newer_row(j
     assert f"row {won['seq']}" in lost["detail"]
     job.report(20)  # rows of training alone make nobody's knowledge stale
     job.command("override", value=0.04, headers={"If-Match": str(won["seq"])})
-    job.command("override", value=0.05, status=412, headers={"If-Match": str(won["seq"])})
+    stale = job.command("override", value=0.05, status=412, headers={"If-Match": str(won["seq"])})
+    assert stale["title"] == "Somebody else moved first"
+    ahead = job.command("override", value=0.05, status=412, headers={"If-Match": "9999"})
+    assert (ahead["code"], ahead["title"]) == ("stale", "There is no such row yet")
+    assert "If-Match is row 9999, but the newest is row" in ahead["detail"]
 
 
 def test_a_repeated_request_is_the_same_command(job):
@@ -161,7 +167,10 @@ def test_a_repeated_request_is_the_same_command(job):
     job.report(3)
     again = job.command("override", value=0.02, status=200, headers=headers)
     assert again["id"] == first["id"]
-    assert "was used for another command" in job.command("hold", status=409, headers=headers)["detail"]
+    reused = job.command("hold", status=409, headers=headers)
+    assert (reused["code"], reused["title"]) == ("conflict", "The Idempotency-Key was used before")
+    assert "was used for another command" in reused["detail"]
+    assert "take a new one" in reused["detail"]
     assert len(job.http.get(f"/v1/runs/{job.run}/commands").json()["commands"]) == 1
 
 
@@ -440,3 +449,13 @@ def test_what_others_do_to_a_run_is_no_news_of_its_job(monkeypatch, tmp_path):
             job.report()
             assert job.show()["status"] == "active", "it carries on as if nothing had been"
             assert http.get("/v1/runs", params={"status": "stale"}).json()["runs"] == []
+
+
+def test_what_there_is_to_choose_from_is_said_once(job):
+    for said in (
+        job.command("overide", value=1, status=422)["detail"],
+        job.command("override", value=1, setting="momentumm", status=422)["detail"],
+    ):
+        for name in ("override", "hold", "switch_policy") if "command" in said else ("lr", "momentum", "noise_std"):
+            assert re.findall(r"[a-z_]+", said.partition("give one of")[2]).count(name) == 1
+    assert wording.text("token_revoked", {"token": 3, "reason": "it leaked"}) == "token t3 revoked: it leaked"

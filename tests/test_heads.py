@@ -125,10 +125,10 @@ def test_a_run_written_anew_with_all_its_hashes_is_found_between_two_heads(world
 
 def test_a_changed_row_is_found_though_its_hash_was_left_alone(world):
     with closing(sqlite3.connect(world / "f.db")) as db, db:
-        db.execute("UPDATE journal SET actor = 'somebody else' WHERE run = 'r' AND seq = 2")
+        db.execute("UPDATE journal SET actor = 'somebody else' WHERE run = 'r' AND seq = 5")
     said = verified(world, code=1)
-    assert "row 3 is missing" in said
-    assert "row 2 is damaged" in said
+    assert "row 5 is damaged: its hash is not that of its contents; up to row 3 all is as signed" in said
+    assert "missing" not in said, "what lies behind it is there"
 
 
 def test_the_stores_own_journal_is_signed_as_well(world):
@@ -159,6 +159,8 @@ def test_lists_that_were_changed_left_out_or_signed_by_another_are_refused(world
         (world / name).write_text("\n".join(json.dumps(one) for one in entries))
         return verified(world, heads=name, code=1)
 
+    for name, value in (("seq", 99), ("seq", True), ("project", "vision"), ("at", "2020-01-01T00:00:00Z")):
+        assert f"list 1: '{name}' is {value!r}, but" in saying("around.jsonl", [{**lists[0], name: value}])
     assert "r: 3 signed heads" in verified(world, heads="heads.json")
     assert "one in between is missing" in saying("gap.jsonl", [lists[0], *lists[2:]])
     lists[1]["heads"]["runs"][0][1] += 1
@@ -179,6 +181,35 @@ def test_an_export_holds_the_heads_signed_before_it(world):
     ):
         (world / "forged.flyball").write_bytes(http.get("/v1/runs/r/export").content)
     assert "row 3 has another hash than was signed" in verified(world, "forged.flyball", code=1)
+
+
+def test_what_proves_nothing_is_no_good_news(world):
+    for name, text in (("empty", ""), ("none", '{"heads": [], "next": null}')):
+        (world / name).write_text(text)
+        assert "holds no signed heads, so nothing is proved" in verified(world, heads=name, code=1)
+    lists = json.loads((world / "heads.json").read_text())["heads"]
+    (world / "other").write_text(json.dumps(next(one for one in lists if one["heads"]["runs"][0][0] == "other")))
+    said = verified(world, "r.flyball", heads="other", code=1)
+    assert "r: 0 signed heads: nothing is proved: none of the heads is of this run" in said
+    newest = [one for one in lists if one["heads"]["runs"][0][:2] == ["r", 7]]
+    (world / "newer").write_text(json.dumps(newest[0]))
+    assert "nothing is proved: 1 heads are newer than the file" in verified(world, "r.flyball", heads="newer", code=1)
+    in_store = ("--store", "sqlite:///f.db")
+    assert verified(world, "r", *in_store) == "r: 3 signed heads: as signed\n", "what is asked for only"
+    assert "nobody: 0 signed heads: nothing is proved" in verified(world, "r", "nobody", *in_store, code=1)
+
+
+def test_a_file_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "steps.csv").write_text("step,loss\n")
+    for name, words in (
+        ("nope.flyball", "nope.flyball does not exist"),
+        ("steps.csv", "steps.csv is no export file"),
+        ("other.csv", "other.csv does not exist"),
+    ):
+        command = [sys.executable, "-m", "flyball_server.cli", "verify", name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert words in done.stderr
 
 
 def test_lists_go_on_after_a_restart_and_only_what_moved_is_signed_again(world):

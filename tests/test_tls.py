@@ -160,6 +160,23 @@ def test_where_clients_need_a_certificate_a_token_alone_opens_nothing(strict, fi
     assert outcomes(strict, None) == {Refused}, "and a certificate alone does not, either"
 
 
+def test_a_connection_that_tls_ends_says_what_to_look_at(strict, files, trust, monkeypatch):
+    def hints():
+        for way in ways(strict, "fb_token").values():
+            with pytest.raises(LinkError) as caught:
+                way()
+            yield str(caught.value)
+
+    trust(files["ca"])
+    assert all("FLYBALL_CERT and FLYBALL_KEY name it" in hint for hint in hints())
+    trust(files["others"], files["client"])
+    for hint in list(hints())[:2]:  # gRPC does not say why
+        assert "FLYBALL_CA names the file" in hint
+    monkeypatch.setattr(strict, "http", strict.http.replace("https", "http"))
+    monkeypatch.setattr(strict, "grpc", strict.grpc.replace("grpcs", "grpc"))
+    assert ["https://" in hint or "grpcs://" in hint for hint in hints()] == [True] * 3
+
+
 @pytest.mark.parametrize("port", ["http", "grpc"])
 def test_a_training_job_is_steered_over_tls(strict, files, trust, port, monkeypatch):
     trust(files["ca"], files["client"])

@@ -12,8 +12,11 @@ import hmac
 import http.server
 import json
 import re
+import socketserver
 import sqlite3
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, contextmanager
@@ -390,9 +393,9 @@ def test_waits_double_up_to_a_limit_and_differ_between_deliveries(monkeypatch):
 @pytest.mark.parametrize(
     ("hook", "words"),
     [
-        ({"url": "ftp://x/"}, "ops.url is 'ftp://x/'"),
+        ({"url": "ftp://x/"}, "ops.url is no address: give https://HOST/PATH"),
         ({"url": "https://me:pw@x/"}, "leave them out"),
-        ({"url": None}, "ops.url is None"),
+        ({"url": None}, "ops.url is no address"),
         ({"secret": SECRET}, "does not belong into this file"),
         ({"secret_env": "OPS_SECRET"}, "either secret_env"),
         ({"secret_file": "nowhere"}, "nowhere cannot be read"),
@@ -420,3 +423,50 @@ def test_a_secret_is_shown_nowhere(tmp_path):
     assert SECRET not in f"{hook!r} {hook}"
     given = load_hooks(hooks_file(tmp_path, 1, ops={"secret_file": None, "secret_env": "OPS"}), {"OPS": SECRET})
     assert given["ops"].secret.value == SECRET.encode()
+
+
+class Echo(socketserver.StreamRequestHandler):
+    """Gives what it is asked for back as its status line, which is no HTTP."""
+
+    def handle(self):
+        self.wfile.write(self.rfile.readline())
+
+
+def test_of_the_address_of_a_hook_only_the_host_is_ever_shown(tmp_path, receiver):
+    hush = "services/T0/hush-hush"
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Echo) as echo:
+        threading.Thread(target=echo.serve_forever, daemon=True).start()
+        ports = {"good": receiver.port, "echo": echo.server_address[1], "away": 1}
+        hooks = {name: {"url": f"http://127.0.0.1:{port}/{hush}?key=hush"} for name, port in ports.items()}
+        file = hooks_file(tmp_path, 1, **hooks)
+        command = [sys.executable, "-m", "flyball_server.cli", "serve", "--json", "--store", "memory:"]
+        command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--webhooks", file]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+            with httpx.Client(base_url=json.loads(process.stdout.readline())["http"]) as http_:
+                Job(http_, "r").command("note")
+                receiver.wait(1)
+                until = time.monotonic() + 20
+                while not all(one["error"] or one["status"] == "delivered" for one in log_of(http_)):
+                    assert time.monotonic() < until, log_of(http_)
+                    time.sleep(0.02)
+                listed = log_of(http_)
+            process.terminate()
+            _, log = process.communicate(timeout=30)
+        echo.shutdown()
+    errors = {one["hook"]: one["error"] for one in listed}
+    assert errors["good"] == ""
+    assert errors["away"].startswith("http://127.0.0.1:1: ConnectError")
+    assert errors["echo"].startswith(f"http://127.0.0.1:{ports['echo']}: RemoteProtocolError")
+    assert receiver.got[0].path.startswith(f"/{hush}"), "it was really sent there"
+    (hook,) = load_hooks(hooks_file(tmp_path, 1, ops=hooks["good"]), {}).values()
+    for shown in (log, json.dumps(listed), repr(hook)):
+        assert "hush" not in shown
+
+
+@pytest.mark.parametrize("line", ["url: [https://x/hush", "url: htps://x/hush"])
+def test_a_file_that_cannot_be_read_is_refused_without_quoting_an_address(tmp_path, line):
+    (tmp_path / "hooks.yaml").write_text(f"ops:\n  {line}\n  events: [spike]\n")
+    with pytest.raises(Invalid) as caught:
+        load_hooks(tmp_path / "hooks.yaml", {})
+    assert "hush" not in str(caught.value)

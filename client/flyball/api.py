@@ -25,7 +25,7 @@ from flyball.api_commands import Commands
 from flyball.api_commands import run_path as _path
 from flyball.connect import DEFAULT_SERVER, certificates
 from flyball.errors import FlyballError, LinkError, Refused
-from flyball.secure import checked_token
+from flyball.secure import checked_token, tls_hint
 from flyball.tables import Table
 
 if TYPE_CHECKING:
@@ -318,6 +318,8 @@ class Client(Commands, Record):
         try:
             yield
         except self._broken_off as error:
+            if "without sending a response" in str(error):
+                raise LinkError(f"{self.server} ended the connection without an answer: {self._hint(error)}") from error
             raise LinkError(f"{self.server} broke off its answer: the service's log says why; try again") from error
         except self._no_address as error:
             raise FlyballError(f"this cannot be asked for: {error}; give shorter arguments") from error
@@ -325,7 +327,11 @@ class Client(Commands, Record):
             raise LinkError(
                 f"no answer from {self.server} ({error or type(error).__name__}): is the service running there? "
                 "`flyball-server serve` starts one; --server or FLYBALL_SERVER names another address"
+                + (f"; {self._hint(error)}" if "ssl" in str(error).lower() else "")
             ) from error
+
+    def _hint(self, error: Exception) -> str:
+        return tls_hint(urlsplit(self.server).scheme, error)
 
 
 def rest_address(server: str | None) -> str:

@@ -16,6 +16,7 @@ import grpc
 
 from flyball import limits, wire
 from flyball.errors import LinkError, Refused
+from flyball.secure import tls_hint
 from flyball_proto.v1 import steering_pb2 as pb
 from flyball_proto.v1 import steering_pb2_grpc as pb_grpc
 
@@ -50,6 +51,7 @@ class GrpcTransport:
         token: str | None,
         certificates: tuple[bytes | None, bytes | None, bytes | None] | None = None,
     ) -> None:
+        self._hint = tls_hint("grpc" if certificates is None else "grpcs", "")
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         if certificates is not None:
             ca, cert, key = certificates
@@ -83,7 +85,7 @@ class GrpcTransport:
             if not known.wait(limits.CONNECT_S):
                 raise LinkError(f"no connection within {limits.CONNECT_S:g} s")
             if state is not grpc.ChannelConnectivity.READY:
-                raise LinkError("cannot connect: is the service running there, and is that its gRPC port, with TLS?")
+                raise LinkError(f"cannot connect: is the service running, and is that its gRPC port? {self._hint}")
         finally:
             self._channel.unsubscribe(changed)
 

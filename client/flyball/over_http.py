@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from flyball import limits, wire
 from flyball.errors import LinkError, Refused
+from flyball.secure import tls_hint
 
 #: HTTP statuses that mean no; any other that is not 2xx means "not now".
 _REFUSALS = {
@@ -35,7 +36,7 @@ class HttpTransport:
     def __init__(self, url: str, token: str | None, context: ssl.SSLContext | None = None) -> None:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port
-        self._path = parts.path.rstrip("/")
+        self._scheme, self._path = parts.scheme, parts.path.rstrip("/")
         self._closed = False
         self._older = False
         self._headers = {"Content-Type": "application/json"}
@@ -89,9 +90,14 @@ class HttpTransport:
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            hint = " (is that the gRPC port?)" if isinstance(error, http.client.BadStatusLine) else ""
-            raise LinkError(f"{type(error).__name__}: {str(error)[:80]!a}{hint}") from error
+            raise LinkError(f"{type(error).__name__}: {str(error)[:80]!a}{self._hint(error)}") from error
         return _checked(answer.status, answer.getheader("Retry-After"), content)
+
+    def _hint(self, error: Exception) -> str:
+        if isinstance(error, ssl.SSLError | http.client.BadStatusLine | ConnectionResetError | BrokenPipeError):
+            port = "is that the gRPC port? " if isinstance(error, http.client.BadStatusLine) else ""
+            return f" ({port}{tls_hint(self._scheme, error)})"
+        return ""
 
     def _exchange(self, path: str, data: str) -> http.client.HTTPResponse:
         connection = self._connection

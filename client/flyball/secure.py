@@ -49,6 +49,15 @@ class Certificates(NamedTuple):
         )
 
 
+def tls_hint(scheme: str, error: object) -> str:
+    """What to look at where a connection over `scheme` ended without any answer: TLS tells no more than that."""
+    if not scheme.endswith("s"):
+        return f"if the service speaks TLS, its address begins with {scheme}s://"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "FLYBALL_CA names the file of who vouches for the service"
+    return "if the service wants a certificate of yours, FLYBALL_CERT and FLYBALL_KEY name it"
+
+
 def checked_token(token: str | None) -> str | None:
     """The token without the spaces and line ends around it that files and variables have; None for an empty one.
 

@@ -68,6 +68,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     Raises OSError where an address is taken, Invalid for a wrong profile or project or an address of a store
     that means nothing, an error naming the file where the store cannot be opened.
     """
+    for name in ("httpx", "httpcore"):  # they log every request with its address, and a webhook's may hold secrets
+        logging.getLogger(name).setLevel(logging.WARNING)
     profiles = load_profiles(settings.profiles) if settings.profiles else {}
     projects = load_projects(settings.projects) if settings.projects else NOWHERE
     named_hooks = load_hooks(settings.webhooks, os.environ) if settings.webhooks else {}

@@ -32,6 +32,9 @@ from flyball_server.verify import names as verify_names
 from flyball_server.verify import verify, verify_store
 from flyball_server.what_if import Asked, beside, summary, what_if
 
+#: Endings of files that people have of runs, and that prove nothing.
+_OTHER_FILES = (".csv", ".json", ".jsonl", ".parquet", ".db", ".pem")
+
 
 def add(cli: typer.Typer) -> None:
     """Add the commands to `flyball-server`."""
@@ -68,7 +71,8 @@ def verify_command(
         Path | None, typer.Option(help="File of the public key (PEM) that must have signed the export files.")
     ] = None,
     heads: Annotated[
-        Path | None, typer.Option(help="File of signed heads: the store, or the export files named, must hold them.")
+        Path | None,
+        typer.Option(help="File of signed heads: the store, or the runs or files named, must hold them."),
     ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON line per run, and one of the store's own problems.")
@@ -80,16 +84,17 @@ def verify_command(
     Exit code 1 where anything differs. Of an export file its checksums and its signature are checked, too; it needs
     no store. With --heads only this is checked: whether every row that was signed is still there, as it was signed.
     """
-    files = [Path(name) for name in runs or () if name.endswith(".flyball") and Path(name).is_file()]
+    with errors():
+        files = [Path(name) for name in runs or () if _is_export(name)]
+    if files and len(files) < len(runs or ()):
+        raise typer.BadParameter("give run ids or export files, not both")
     if heads is not None:
         if public_key is None:
             raise typer.BadParameter("--heads needs --public-key: what `flyball-server key` prints, kept elsewhere")
         with errors():
-            _verify_heads(heads, read_public_key(public_key), files, store, json_output)
+            _verify_heads(heads, read_public_key(public_key), files or runs or [], store, json_output)
         return
     if files:
-        if len(files) < len(runs or ()):
-            raise typer.BadParameter("give run ids or export files, not both")
         with errors():
             _verify_files(files, None if public_key is None else read_public_key(public_key), json_output)
         return
@@ -116,14 +121,28 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _verify_heads(heads: Path, key: bytes, files: list[Path], store: str, json_output: bool) -> None:
-    """files: instead of the store."""
+def _is_export(name: str) -> bool:
+    """Whether an export file is meant, and not a run. Raises Invalid for other files, which no run is named after."""
+    path = Path(name)
+    if path.suffix == ".flyball":
+        if not path.is_file():
+            raise Invalid(f"{name} does not exist, or is no file: name an export file as `flyball export` wrote it")
+        return True
+    if path.suffix in _OTHER_FILES or "/" in name or "\\" in name:
+        there = "is no export file" if path.is_file() else "does not exist, and an export file is named otherwise"
+        raise Invalid(f"{name} {there}: what can be verified are runs and their exports, *.flyball")
+    return False
+
+
+def _verify_heads(heads: Path, key: bytes, of: list[Path] | list[str], store: str, json_output: bool) -> None:
+    """of: export files, instead of the store; or runs of the store, none: all."""
     signed, failed = read_heads(heads, key), False
+    files, runs = [one for one in of if isinstance(one, Path)], [one for one in of if isinstance(one, str)]
     with contextlib.ExitStack() as stack:
         if files:
             checks = check_files(files, signed)
         else:
-            checks = check_store(stack.enter_context(_opened(store, read_only=True)), signed)
+            checks = check_store(stack.enter_context(_opened(store, read_only=True)), signed, runs)
         for found in checks:
             failed = failed or bool(found.problem)
             if json_output:

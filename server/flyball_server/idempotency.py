@@ -11,7 +11,7 @@ from typing import Any
 
 from flyball_server import limits
 from flyball_server.auth.access import Caller
-from flyball_server.core.errors import Conflict, Invalid
+from flyball_server.core.errors import Invalid, KeyReused
 from flyball_server.core.run import Run
 
 
@@ -26,13 +26,13 @@ def key_of(key: str, content: Any, caller: Caller) -> str:
 
 
 def repeated(run: Run, key: str, run_id: str) -> str:
-    """What an earlier request with the same key brought forth, by its id; "" where there is none. Raises Conflict where
-    that was another request."""
+    """What an earlier request with the same key brought forth, by its id; "" where there is none. Raises KeyReused
+    where that was another request."""
     if not key:
         return ""
     for other, found in run.steering.keys:
         if other.partition(":")[0] == key.partition(":")[0]:
             if other == key:
                 return found
-            raise Conflict(f"run {run_id}: this Idempotency-Key was used for another command, {found}: take a new one")
+            raise KeyReused(f"run {run_id}: this Idempotency-Key was used for another command, {found}: take a new one")
     return ""

@@ -107,6 +107,11 @@ def _yaml(text: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)  # a SafeLoader: plain data only
+    except yaml.MarkedYAMLError as error:
+        # Without the lines it would quote: a file of webhooks has addresses in it that nobody shall read in a log.
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"not readable as YAML ({error.problem or error.context}{where})") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"not readable as YAML ({error})") from error
 

@@ -60,7 +60,9 @@ class Tail:
         except SteeringError as error:
             if str(error) != self._problem:
                 self._problem = str(error)
-                _log.error("the store's journal cannot be read, so freezes and canaries stay as they are: %s", error)
+                _log.error(
+                    "the store's journal cannot be read, so tokens, freezes and canaries stay as they are: %s", error
+                )
 
     async def watch(self) -> None:
         """Look again and again, for as long as the service runs."""

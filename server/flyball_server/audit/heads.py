@@ -169,5 +169,5 @@ def _behind(journal: Journal, where: AuditFilter, since: int, limit: int) -> lis
 
 
 def _described(noted: Noted) -> dict[str, Any]:
-    row = noted.row
-    return {"seq": row.seq, "at": records.utc(row.at), "hash": row.hash.hex(), **row.meta}
+    """A list as it is kept elsewhere: of its row only the number, which follows from what is signed."""
+    return {"seq": noted.row.seq, **noted.row.meta}

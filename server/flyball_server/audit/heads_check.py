@@ -7,7 +7,7 @@ row that was changed, taken away or written anew with all that follows is found,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,10 @@ from flyball_server.storage.journal import DELETED, GENESIS, STORE, Journal, Rea
 
 #: A file of heads is no larger; one list has at most some hundred KB.
 FILE_MAX = 256 << 20
+#: What of a list makes its signature; all else must follow from it.
+_SIGNING = ("heads", "key", "signature")
+#: Where no head speaks of a run.
+_NOTHING = "nothing is proved: none of the heads is of this run"
 
 
 class Head(NamedTuple):
@@ -44,7 +48,8 @@ class Found(NamedTuple):
 def read_heads(path: Path, key: bytes) -> dict[str, list[Head]]:
     """The heads in a file (an answer of GET /v1/heads, or one list a line), by run, in order, STORE included.
 
-    Raises Invalid, naming the list, where the key did not sign one, or one is missing between two others.
+    Raises Invalid, naming the list, where the key did not sign one, or one is missing between two others; and where
+    there is nothing in it, which would prove nothing.
     """
     found: dict[str, dict[int, Head]] = {}
     before: dict[str, Mapping[str, Any]] = {}
@@ -66,12 +71,18 @@ def read_heads(path: Path, key: bytes) -> dict[str, list[Head]]:
                 known = found.setdefault(run, {}).setdefault(seq, Head(seq, hash_, heads["at"]))
                 if known.hash != hash_:
                     raise Invalid(f"{what}: row {seq} of {run!r} was signed with another hash at {known.at}")
+    if not found:
+        raise Invalid(f"{path} holds no signed heads, so nothing is proved: `flyball heads` prints them")
     return {run: [heads[seq] for seq in sorted(heads)] for run, heads in found.items()}
 
 
-def check_store(journal: Journal, heads: Mapping[str, list[Head]]) -> Iterator[Found]:
-    """Whether a store holds what was signed, run by run."""
-    for run, signed in sorted(heads.items()):
+def check_store(journal: Journal, heads: Mapping[str, list[Head]], runs: Collection[str] = ()) -> Iterator[Found]:
+    """Whether a store holds what was signed, run by run; runs: of these only."""
+    for run in runs or sorted(heads):
+        signed = heads.get(run, [])
+        if not signed:
+            yield Found(run, 0, _NOTHING)
+            continue
         record = None if run == STORE else journal.record(run)
         if record is not None and record.status == DELETED:
             note = f"deleted: row {record.seq} of the store's journal says when and why"
@@ -92,10 +103,12 @@ def check_files(files: Iterable[Path], heads: Mapping[str, list[Head]]) -> Itera
         signed = heads.get(run, [])
         # What was signed later than the file was written may well lie behind its end.
         within = [head for head in signed if head.seq <= end or not _is_later(head.at, written)]
-        note = "none of the heads is of this run" if not signed else ""
-        if len(within) < len(signed):
-            note = f"{len(signed) - len(within)} heads are newer than the file, which ends with row {end}"
-        yield Found(run, len(within), _compared(cast("Reading", ExportedRun(export)), run, within, end), note)
+        newer = len(signed) - len(within)
+        note = f"{newer} heads are newer than the file, which ends with row {end}" if newer else ""
+        problem = _compared(cast("Reading", ExportedRun(export)), run, within, end)
+        if not within:
+            problem = f"nothing is proved: {note}" if newer else _NOTHING
+        yield Found(run, len(within), problem, note)
 
 
 def _compared(journal: Reading, run: str, signed: list[Head], end: int | None) -> str:
@@ -112,9 +125,10 @@ def _compared(journal: Reading, run: str, signed: list[Head], end: int | None) -
         problem = str(error)
     before = 0
     for head in signed:
+        if head.seq > newest and problem:  # what lies behind the damage may well be there
+            return problem + (f"; up to row {before} all is as signed" if before else "")
         if head.seq > newest:
-            ends = problem or f"the journal ends with row {newest}"
-            return f"row {head.seq} is missing, which was signed at {head.at}: {ends}"
+            return f"row {head.seq} is missing, which was signed at {head.at}: the journal ends with row {newest}"
         if hashes[head.seq] != head.hash:
             return (
                 f"row {head.seq} has another hash than was signed at {head.at}: something in rows {before + 1} to "
@@ -168,6 +182,12 @@ def _signed(entry: Any, key: bytes, what: str) -> dict[str, Any]:
         raise Invalid(f"{what}: signed by {_called(signer)}, and not by the key given, {fingerprint(key)}")
     if not is_signed(key, signature, data):
         raise Invalid(f"{what}: the signature is not that of the key: it was changed")
+    # What stands around the signed part for convenience must follow from it, or it could say anything.
+    around = {"seq": heads["store"][0] + 1, "project": heads["project"]}
+    for name, value in entry.items():
+        if name not in _SIGNING and (name not in around or value != around[name] or type(value) is bool):
+            wanted = f"it signs {around[name]!r}" if name in around else "no such field belongs there"
+            raise Invalid(f"{what}: {name!r:.40} is {value!r:.80}, but {wanted}: it was changed")
     found: dict[str, Any] = heads
     return found
 

@@ -1,7 +1,8 @@
 """Webhooks as a file names them: who is told, of what, and where the secret lies that signs it.
 
 Rule of this module: a file with anything wrong in it is refused as a whole, before the service begins; and no secret
-stands in it, but the name of the variable or the file that holds one.
+stands in it, but the name of the variable or the file that holds one. An address may be one, too, as those of chat
+services are: behind its host nothing of it is ever shown.
 
     ops:
       url: https://ops.example/flyball
@@ -55,6 +56,15 @@ class Hook(NamedTuple):
     projects: frozenset[str] | None
     labels: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        return f"Hook({self.name!r}, {self.place!r})"
+
+    @property
+    def place(self) -> str:
+        """What may be shown of the address: scheme, host and port."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}"
+
     def wants(self, event: str, project: str, labels: Mapping[str, str]) -> bool:
         """Whether it is told of this event of a run."""
         return (
@@ -104,7 +114,7 @@ def _url(name: str, url: Any) -> str:
     except ValueError:
         right = False
     if not right or not isinstance(url, str):
-        raise Invalid(f"{name}.url is {url!r:.80}: give https://HOST/PATH (http:// only where the network is trusted)")
+        raise Invalid(f"{name}.url is no address: give https://HOST/PATH (http:// only where the network is trusted)")
     if parts.username or parts.password:
         raise Invalid(f"{name}.url holds a name or a password: leave them out, the signature says who sends")
     return url

@@ -170,10 +170,13 @@ class Hooks:
             async with asyncio.timeout(limits.HOOK_TIMEOUT_S):
                 async with client.stream("POST", hook.url, content=body, headers=headers) as answer:
                     status = answer.status_code  # what else it says is not read
-        except TimeoutError:
+        except (TimeoutError, httpx.TimeoutException):
             error = f"no answer within {limits.HOOK_TIMEOUT_S:.0f} s"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as found:
-            error = f"{type(found).__name__}: {found}".replace(hook.url, "the url")[:200]
+        except (httpx.NetworkError, OSError) as found:
+            error = f"{hook.place}: {type(found).__name__}: {found}"[:200]
+        except (httpx.HTTPError, httpx.InvalidURL) as found:
+            # Their words may quote what was sent, or what a receiver says back: the path of the address is secret.
+            error = f"{hook.place}: {type(found).__name__}: its answer is no HTTP"
         return self._judged(delivery._replace(attempts=delivery.attempts + 1), status, error)
 
     def _judged(self, delivery: Delivery, status: int, error: str) -> Delivery:

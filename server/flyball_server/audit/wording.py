@@ -144,7 +144,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "asked": _asked,
     "deleted": _deleted,
     "token_created": _token_created,
-    "token_revoked": lambda meta: f"token {meta['token']} revoked: {meta['reason']}",
+    "token_revoked": lambda meta: f"token t{meta['token']} revoked: {meta['reason']}",
     "refused": lambda meta: f"refused {meta['count']} times: {meta['why']}",
     "frozen": _frozen,
     "thawed": _thawed,

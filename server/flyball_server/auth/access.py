@@ -54,7 +54,7 @@ class Caller(NamedTuple):
         """
         self.check_role(right)
         if not self.reaches(project):
-            raise unknown_run(run) if run else NotFound(f"project {project!r:.60} is not known")
+            raise unknown_run(run) if run else unknown_project(project)
 
     def check_run(self, right: str, run: str) -> None:
         """`check` of a run by its id, before anybody looks whether there is one."""
@@ -71,6 +71,11 @@ class Caller(NamedTuple):
         self.check_role(right)
         if self.projects is not None:
             raise Denied(f"{self.actor} may {right} in {', '.join(sorted(self.projects))} only, and this concerns all")
+
+
+def unknown_project(project: str) -> NotFound:
+    """The answer about a project out of reach, whether or not there is anything in it."""
+    return NotFound(f"project {project!r:.60} is not known to your token: an admin can give you one that reaches it")
 
 
 def unknown_run(run: str) -> NotFound:

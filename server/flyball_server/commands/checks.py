@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from flyball_server import limits
 from flyball_server.checks import alternative, check_text
 from flyball_server.core import commands
-from flyball_server.core.base import nearest
 from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Spec
 from flyball_server.core.numbers import LARGEST_LR
@@ -62,8 +61,7 @@ def check_envelope(request: CommandRequest) -> CommandRequest:
     """The request with its words trimmed. Raises Invalid for a kind that is none, fields that are not the kind's, and a
     reason that is missing or too long."""
     if request.kind not in commands.KINDS:
-        near = nearest(request.kind, list(commands.KINDS))
-        raise Invalid(f"kind is {request.kind!r:.60}: there is no such command{near}; give one of "
+        raise Invalid(f"kind is {request.kind!r:.60}: there is no such command; give one of "
                       f"{', '.join(commands.KINDS)}")  # fmt: skip
     for name in request.fields:
         if name not in _FIELDS[request.kind]:
@@ -140,7 +138,7 @@ def _override(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
     value, factor = fields.get("value"), fields.get("factor")
     if setting not in SETTINGS and setting not in controls:
         known = [*SETTINGS, *controls]
-        raise Invalid(f"setting is {setting!r:.60}: give one of {', '.join(known)}{nearest(setting, known)}")
+        raise Invalid(f"setting is {setting!r:.60}, which this run does not have; give one of {', '.join(known)}")
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
         raise Invalid(f"groups is {groups!r:.60}: give a list of group names, or leave it out for all")
     names = {group.name: group for group in spec.groups}

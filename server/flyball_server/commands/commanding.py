@@ -20,7 +20,7 @@ from flyball_server.commands.log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
 from flyball_server.core import commands
 from flyball_server.core import run as fold
-from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
+from flyball_server.core.errors import Ahead, Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
 from flyball_server.engine import Engine
@@ -297,7 +297,10 @@ def _check_expected(run: Run, request: CommandRequest) -> None:
     if expected is None:
         return
     if not 0 <= expected <= run.seq:
-        raise Stale(f"run {request.run}: row {expected} is expected to be known, but the newest is row {run.seq}")
+        raise Ahead(
+            f"run {request.run}: If-Match is row {expected}, but the newest is row {run.seq}: look at the run, then "
+            f"say If-Match: {run.seq}"
+        )
     if newest > expected:
         command = next((one for one in run.steering.commands if one.seq == newest), None)
         who = f" by {command.actor} ({command.reason})" if command is not None else ""

@@ -3,8 +3,10 @@
 SteeringError (never raised itself)
 ├── Invalid    the request is wrong: correct the named field
 ├── NotFound   no such run or policy: check the name
-├── Conflict   somebody else moved first: read again, then decide
+├── Conflict   not possible as things are, perhaps since somebody else moved first: read again, then decide
+│   ├── KeyReused  the idempotency key stands for another request: take a new one
 │   └── Stale      the caller did not know of the newest command: look, then decide
+│       └── Ahead      the caller claims to know a row that is not written yet: look, then decide
 ├── Unauthenticated nobody knows who asks: send a valid token
 ├── Denied     not allowed: ask for the role
 ├── Busy       a stated limit is full: come back later
@@ -45,6 +47,14 @@ class Stale(Conflict):
     """The caller decided without knowing the run's newest command; the message names its row."""
 
     code = "stale"
+
+
+class Ahead(Stale):
+    """The caller claims to know a row that is not written yet: it is mistaken, or looked at another store."""
+
+
+class KeyReused(Conflict):
+    """The idempotency key stands for another request; a new request takes a new key."""
 
 
 class Unauthenticated(SteeringError):

@@ -17,7 +17,7 @@ from flyball_server import limits, queries
 from flyball_server.auth.access import PROPOSE, Caller
 from flyball_server.commands.checks import check_envelope
 from flyball_server.commands.commanding import Commanding
-from flyball_server.core.errors import Conflict, Invalid, NotFound, SteeringError
+from flyball_server.core.errors import Invalid, KeyReused, NotFound, SteeringError
 from flyball_server.engine import Engine
 from flyball_server.fleet import many
 from flyball_server.fleet.selector import Selector, parsed, selected
@@ -107,7 +107,7 @@ class Fleet:
                 return row.seq, runs
         known, seq = self._keys[whose]  # of two at once the first counts
         if known != content:
-            raise Conflict(f"this Idempotency-Key was used for another fleet command, f{seq}: take a new one")
+            raise KeyReused(f"this Idempotency-Key was used for another fleet command, f{seq}: take a new one")
         row_known = await queries.in_thread(queries.row, self._journal, STORE, seq)
         assert row_known is not None
         # Somebody's reach may have shrunk since: `give` checks every run again.

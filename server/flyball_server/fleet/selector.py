@@ -66,12 +66,10 @@ def parsed(text: str) -> Selector:
             values[key] = value
         else:
             known = [*KEYS, "label.NAME"]
-            raise Invalid(f"selector: {key!r:.60} is nothing to select by{nearest(key, known)}; give "
-                          f"{', '.join(known)}")  # fmt: skip
+            raise Invalid(f"selector: {key!r:.60} is nothing to select by{nearest(key, known)}")
     status = values.get("status")
     if status is not None and status not in STATUSES:
-        raise Invalid(f"selector: status is {status!r:.60}{nearest(status, list(STATUSES))}; give one of "
-                      f"{', '.join(STATUSES)}")  # fmt: skip
+        raise Invalid(f"selector: status is {status!r:.60}{nearest(status, list(STATUSES))}")
     return Selector(text, RunFilter(values.get("project"), status, values.get("policy"), labels or None), tuple(globs))
 
 

@@ -90,12 +90,10 @@ class AuditPage(BaseModel):
 
 
 class SignedHeads(BaseModel):
-    """One signed list. heads: what is signed, as canonical JSON; key: the Ed25519 public key; seq, hash: its row in the
+    """One signed list. heads: what is signed, as canonical JSON; key: the Ed25519 public key; seq: its row in the
     store's own journal."""
 
     seq: int
-    at: str
-    hash: str
     project: str
     heads: dict[str, Any]
     key: str

@@ -13,12 +13,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from flyball_server.core.errors import Busy, Denied, SteeringError, Unauthenticated
+from flyball_server.core.errors import Ahead, Busy, Denied, KeyReused, SteeringError, Unauthenticated
 
 STATUS = {
     "invalid": (422, "The request is wrong"),
     "not_found": (404, "There is no such thing"),
-    "conflict": (409, "Somebody else moved first"),
+    "conflict": (409, "Not possible as things are"),
     "stale": (412, "Somebody else moved first"),
     "unauthenticated": (401, "Nobody knows who asks"),
     "denied": (403, "Not allowed"),
@@ -26,6 +26,12 @@ STATUS = {
     "limited": (429, "Too many requests"),
     "damaged": (500, "The stored record is damaged"),
     "internal": (500, "The service failed"),
+}
+
+#: Titles of errors that say more than their code does.
+_TITLES: dict[type[SteeringError], str] = {
+    Ahead: "There is no such row yet",
+    KeyReused: "The Idempotency-Key was used before",
 }
 
 
@@ -67,6 +73,7 @@ def _found(error: Any) -> str:
 def of(error: SteeringError) -> JSONResponse:
     """The problem document of one of our errors."""
     status, title = STATUS[error.code]
+    title = _TITLES.get(type(error), title)
     headers: dict[str, str] = {}
     if isinstance(error, Busy):
         headers["Retry-After"] = str(max(1, ceil(error.retry_after_s)))
