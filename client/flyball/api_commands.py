@@ -27,9 +27,9 @@ class Commands:
     """Part of `flyball.api.Client`. Every method raises what those of `Client` raise.
 
     A command is a dict: id, run, kind, status, over, reason, actor, args, verdict (what the guard left of it), clamped
-    and clamped_to (the same in words, whatever became of it since), applied ({"step", "ranks", "of_ranks"}), history (each
-    stage with its time). status: proposed, accepted, clamped, applied, done, declined, expired, superseded, released,
-    withdrawn, rejected, approved.
+    and clamped_to (the same in words, whatever became of it since), applied ({"step", "ranks", "of_ranks"}), history
+    (each stage with its time). status: proposed, accepted, clamped, applied, done, declined, expired, superseded,
+    released, withdrawn, rejected, approved.
     """
 
     if TYPE_CHECKING:  # Client's own
