@@ -76,8 +76,8 @@ def _of(before: Run, seq: int, event: Event, outcome: Outcome) -> Iterator[tuple
         data = _known(before, event.command, event.status)
         if event.status == "applied":
             data |= {"step": event.step, "ranks": event.ranks, "of_ranks": event.of_ranks}
-        left = {"clamped_to": data.get("clamped_to", "")}
-        yield "command", wording.text("command_moved", event._asdict() | left), data
+        moved = {**event._asdict(), "clamped_to": data.get("clamped_to", "")}
+        yield "command", wording.text("command_moved", moved), data
     elif isinstance(event, DirectiveAnswered):
         data = {**_known(before, event.directive, event.outcome), "note": event.note, "step": event.step}
         yield "command", wording.text("directive_answered", event._asdict()), data
@@ -91,7 +91,12 @@ def _of(before: Run, seq: int, event: Event, outcome: Outcome) -> Iterator[tuple
 def _judged(before: Run, event: Judged) -> tuple[str, dict[str, Any]]:
     """A proposal that is approved by some of those it takes is still one."""
     known = next((one for one in before.steering.proposals if one.id == event.proposal), None)
-    data = {"proposal": event.proposal, "status": event.verdict, "actor": event.actor, "reason": event.reason}
+    data: dict[str, Any] = {
+        "proposal": event.proposal,
+        "status": event.verdict,
+        "actor": event.actor,
+        "reason": event.reason,
+    }
     if known is None or event.verdict != "approved":
         return wording.text("judged", event._asdict()), data
     n = len(known.approved) + 1

@@ -141,7 +141,7 @@ def _begun(run: str, row: Row, groups: Sequence[str]) -> CommandView:
         needed=meta.get("needed", 0),
         history=(_entry(row, status),),
         clamped=clamped,
-        clamped_to=commands.clamped_to(meta["args"], verdict.get("held"), groups) if clamped else "",
+        clamped_to=commands.clamped_to(meta["args"], verdict.get("held"), groups) if verdict and clamped else "",
     )
 
 
