@@ -61,7 +61,8 @@ def test_each_command_says_in_one_line_what_came_of_it(job, say):
         (["release", run], "release: accepted; lr: body 0.1, head 0.01"),
         (["bounds", run, "max_lr=0.05", "max_factor=none"], "bounds max_factor=none max_lr=0.05: accepted; "
          "lr: body 0.05, head 0.01"),
-        (["switch-policy", run, '{"type": "plateau"}'], "switch_policy: accepted"),
+        (["switch-policy", run, '{"type": "plateau"}'], "switch_policy to plateau@1: accepted; "
+         "lr: body 0.05, head 0.01; carried over: learning rates, guard state"),
         (["checkpoint", run, "--arg", "name=x"], "checkpoint: accepted"),
         (["rewind", run, 1], "rewind: accepted"),
     ):  # fmt: skip
@@ -85,9 +86,29 @@ def test_show_tells_what_people_and_others_have_a_hand_in(job, say):
     job.report(confirm=False, controls=controls)
     job.report(receipt={"conflict": "StepLR wrote lr of body: 0.03 -> 0.3"})
     shown = say("show", job.run).stdout
-    assert re.search(r"\ncommands\n.*\nc\d+ +override +applied +http:127.0.0.1 +step 90 +flat\n", shown)
+    command = r"override, clamped to body 0.03, head 0.02 +applied +http:127.0.0.1 +step 90 +flat"
+    assert re.search(rf"\ncommands\n.*\nc\d+ +{command}\n", shown)
     assert re.search(r"\ncontrols\n.*\nkl_coef +0.1 +- +0.1 +0 +1\n", shown)
     assert re.search(r"\nconflicts\n.*\n4 +1 +StepLR wrote lr of body: 0.03 -> 0.3\n", shown)
+
+
+def test_a_clamped_command_says_to_what_also_when_it_is_applied(job, say):
+    controls = [{"name": "kl_coef", "value": 0.1, "min": 0.0, "max": 1.0}]
+    job.report(confirm=False, controls=controls)
+    told = say("override", job.run, "kl_coef=7", "--reason", "a test").stdout
+    assert told.endswith(" override kl_coef 7: clamped by the guard; kl_coef 1\n"), "its value, and no learning rates"
+    say("override", job.run, "lr=9", "--group", "head", "--reason", "a test")
+    job.report()
+    job.report()
+    listed = say("commands", job.run).stdout
+    assert re.search(r"override kl_coef 7, clamped to 1 +applied at step \d+ on 1/1 ranks", listed)
+    assert re.search(r"override lr 9 of head, clamped to 0.02 +applied at step \d+ on 1/1 ranks", listed)
+    shown = say("show", job.run).stdout
+    assert "overrides kl_coef: 7, clamped by the guard" in shown
+    marks = [line for line in shown.splitlines() if "overrides lr of head" in line]
+    assert [line.split()[1:5] for line in marks] == [["head", "0.01", "->", "0.02"]], "only the group it is about"
+    rest = [(one["clamped"], one["clamped_to"]) for one in json.loads(say("commands", job.run, "--json").stdout)]
+    assert rest == [(True, "1"), (True, "0.02")]
 
 
 def test_wait_tells_each_stage_and_its_exit_code_how_it_ended(job, say):
@@ -102,7 +123,10 @@ def test_wait_tells_each_stage_and_its_exit_code_how_it_ended(job, say):
         job.report(receipt={"ranks": 3, "of_ranks": 4})
         done = waiting.result(30)
     command = job.show()["commands"][0]["id"]
-    assert (done.returncode, done.stdout) == (0, f"{command} override lr 5: applied at step 4 on 3/4 ranks\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{command} override lr 5, clamped to body 0.2, head 0.02: applied at step 4 on 3/4 ranks\n",
+    )
     assert done.stderr.splitlines() == [
         f"{command} clamped by the guard; lr: body 0.2, head 0.02", f"{command} applied at step 4 on 3/4 ranks"
     ]  # fmt: skip
@@ -196,7 +220,7 @@ def test_a_proposal_is_listed_judged_and_taken_back(job, say, monkeypatch):
 def test_many_runs_are_shown_before_and_after(job, say):
     words = ["fleet", f"run={job.run}", "override", "lr=4", "--factor", "--reason", "a test"]
     tried = say(*words, "--dry-run").stdout
-    assert re.search(r"clamped +- +body 0.1 -> 0.2, head 0.01 -> 0.02\n", tried)
+    assert re.search(r"clamped +- +clamped to x 2; body 0.1 -> 0.2, head 0.01 -> 0.02\n", tried)
     assert tried.endswith("dry run, nothing changed: 1 clamped\n")
     found = json.loads(say(*words, "--yes", "--json").stdout)
     assert (found["counts"], found["dry_run"]) == ({"clamped": 1}, False)
@@ -220,11 +244,24 @@ def test_at_a_terminal_many_runs_are_commanded_after_a_look_and_a_yes(job, say):
         assert len(job.show()["commands"]) == open_
 
 
+def test_a_fleet_command_ends_when_it_is_told_and_a_switch_says_to_what_and_what_it_carried_over(job, say):
+    fleet = ["fleet", f"run={job.run.partition(':')[2]}", "--reason", "a test", "--yes"]
+    assert say(*fleet, "hold", "--until-step", 90).stdout.endswith("1 accepted\n"), "by its name in the project"
+    say(*fleet, "override", "lr=0.05", "--until", "2999-01-01T00:00:00Z", code=1)
+    assert [(c["kind"], c["until_step"]) for c in job.show()["commands"]] == [("hold", 90)]
+    switched = say(*fleet, "switch-policy", "plateau").stdout
+    assert "switch_policy to plateau; carried over: learning rates" in switched
+    assert "switch_policy to plateau" in say("commands", job.run).stdout
+
+
 def test_freeze_and_canary_from_the_command_line(job, say):
     frozen = say("freeze", "--project", "cli", "--reason", "a fire").stdout
     assert re.match(r"frozen: cli; \d+ active runs are on hold\n", frozen)
+    assert re.search(r"\nproject cli +\S+ +\S+ +a fire\n", say("frozen").stdout)
+    assert "`flyball frozen`" in say("runs").stderr
     assert "project cli is frozen by" in say("override", job.run, "lr=1", "--reason", "x", code=1).stderr
     assert "a fire" in say("thaw", "--project", "cli", "--reason", "out").stdout
+    assert (say("frozen").stdout, say("runs").stderr) == ("nothing is frozen\n", "")
     started = say("canary", "start", f"run={job.run}", "plateau", "--share", "1", "--reason", "try").stdout
     number = started.split()[0]
     assert f"{number} open: 1 of 1 runs, try" in started

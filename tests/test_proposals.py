@@ -10,9 +10,12 @@ import asyncio
 import pytest
 from tests.storage.stores import Opened, fill
 
+from flyball.cli_words import stage
+from flyball_server.audit.hook_events import told
 from flyball_server.auth.access import Caller
 from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound
+from flyball_server.core.events import Judged, Outcome
 from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal
 from flyball_server.verify import verify
@@ -98,6 +101,10 @@ def test_a_bots_proposal_takes_two_people_where_the_project_says_so():
             ("ann",),
             before,
         )
+        assert stage(first._asdict(), first.history[-1]) == "approved 1 of 2 by ann: agreed", "on the command line"
+        events = [Judged(asked.id, "approved", "cas", "agreed")]
+        (told_,) = told((await opened.engine.whole("r")).run, events, [Outcome((), ())])
+        assert told_.text == f"proposal {asked.id} approved 2 of 2 by cas: agreed"
         with pytest.raises(Conflict, match="approved by ann already"):
             await commanding.judge("r", asked.id, "approved", "still", ANN)
         assert (await commanding.judge("r", asked.id, "approved", "agreed", BEN)).status == "accepted"

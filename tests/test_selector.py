@@ -23,7 +23,7 @@ class Records:
 
 
 def record(run, status="active", project="default", at=1):
-    return RunRecord(run, project, run, status, "constant@1", {}, 1, 0, at, at, 1, b"")
+    return RunRecord(run, project, run.rpartition(":")[2], status, "constant@1", {}, 1, 0, at, at, 1, b"")
 
 
 def test_a_selector_is_what_the_store_can_filter_by_and_patterns_of_names():
@@ -66,6 +66,7 @@ def test_without_a_status_only_what_has_not_ended_is_meant_and_only_what_the_cal
     assert names == ["a", "v:c"]
     assert [one.run for one in selected(records, parsed("run=*"), Caller("x", "viewer", frozenset("v")), 5)] == ["v:c"]
     assert [one.run for one in selected(records, parsed("run=v:*"), ANYBODY, 5)] == ["v:c"]
+    assert [one.run for one in selected(records, parsed("run=c"), ANYBODY, 5)] == ["v:c"], "by its name in the project"
     selected(records, parsed("status=active"), ANYBODY, 5)
     assert records.where.stale_before < 5, "counted back from now"
 

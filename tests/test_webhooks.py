@@ -182,6 +182,19 @@ def test_what_happens_to_a_run_is_told_in_order_and_signed(store, tmp_path, rece
         assert log_of(http_, hook="nobody") == []
 
 
+def test_a_clamped_command_is_told_with_what_the_guard_left_also_when_it_is_applied(store, tmp_path, receiver):
+    with serving(store, hooks_file(tmp_path, receiver.port)) as http_:
+        job = Job(http_, "r", guard={"max_lr": 0.2})
+        job.report(3)
+        job.command("override", value=5.0, groups=["body"], reason="too low")
+        job.report()
+        job.report()
+        given, applied = receiver.wait(2)
+        assert given["text"] == "override of lr of body: 5, clamped to 0.2: too low"
+        assert "applied at step 4 on 1/1 ranks, clamped to 0.2" in applied["text"]
+        assert [one["clamped_to"] for one in (given, applied)] == ["0.2", "0.2"]
+
+
 def test_the_page_shows_how_a_delivery_is_verified():
     text = (Path(__file__).parent.parent / "docs" / "audit.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "hmac" in block)

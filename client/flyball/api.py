@@ -80,8 +80,8 @@ class Client(Commands, Record):
         policy: str | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """All runs that match, newest first. status: created, active, stale, finished, failed or deleted (those only
-        then); policy: a name (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
+        """All runs that match, newest first. status: created, active, stale, lost, finished, failed or deleted (those
+        only then); policy: a name (`windowed`) or one version of it (`windowed@1`); labels: all must match."""
         where: dict[str, Any] = {"project": project, "status": status, "policy": policy, "limit": RUNS_PAGE}
         where["label"] = [f"{key}={value}" for key, value in (labels or {}).items()]
         while True:

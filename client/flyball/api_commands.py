@@ -26,9 +26,10 @@ MANY_S = 600.0
 class Commands:
     """Part of `flyball.api.Client`. Every method raises what those of `Client` raise.
 
-    A command is a dict: id, run, kind, status, over, reason, actor, args, verdict (what the guard left of it), applied
-    ({"step", "ranks", "of_ranks"}), history (each stage with its time). status: proposed, accepted, clamped, applied,
-    done, declined, expired, superseded, released, withdrawn, rejected, approved.
+    A command is a dict: id, run, kind, status, over, reason, actor, args, verdict (what the guard left of it), clamped
+    and clamped_to (the same in words, whatever became of it since), applied ({"step", "ranks", "of_ranks"}), history
+    (each stage with its time). status: proposed, accepted, clamped, applied, done, declined, expired, superseded,
+    released, withdrawn, rejected, approved.
     """
 
     if TYPE_CHECKING:  # Client's own
@@ -194,7 +195,8 @@ class Commands:
         """Give a command to every run that a selector means: "project=vision,label.team=a,policy=windowed,
         status=active,run=ablation-*"; without a status, to those that have not ended.
 
-        {"fleet", "matched", "counts": {status: n}, "results": [{"run", "status", "id", "error", "code", "would"}]}.
+        {"fleet", "matched", "counts": {status: n}, "results": [{"run", "status", "id", "clamped_to", "carried",
+        "error", "code", "would"}]}.
         dry_run: change nothing, and tell under `would` the learning rates before and after.
         """
         command = {"kind": kind, "reason": reason, **_given(fields)}

@@ -42,6 +42,7 @@ class RunStatus(StrEnum):
     CREATED = "created"
     ACTIVE = "active"
     STALE = "stale"
+    LOST = "lost"
     FINISHED = "finished"
     FAILED = "failed"
     DELETED = "deleted"
@@ -65,6 +66,7 @@ def runs(
     with errors(), Client(server, token) as client:
         matching = client.runs(project=project, status=status, policy=policy, labels=labels)
         found = list(islice(matching, limit + 1))
+        frozen = [] if json_output else client.frozen()
     more, found = found[limit:], found[:limit]
     if json_output:
         print_json(found)
@@ -86,6 +88,8 @@ def runs(
     )
     if more:
         print(f"flyball: there are more than {limit}: --limit shows them", file=sys.stderr)
+    if frozen:
+        print("flyball: something is frozen: `flyball frozen` tells what and why", file=sys.stderr)
 
 
 @cli.command()
@@ -109,11 +113,7 @@ def show(run: RunId, json_output: Json = False, server: Server = None, token: To
     section(
         "newest decisions",
         ("step", "group", "lr", "decision", "reason"),
-        [
-            (one["step"], group, f"{short(before)} -> {short(one['lr_after'][group])}", _decided(one), one["reason"])
-            for one in newest
-            for group, before in one["lr_before"].items()
-        ],
+        [(one["step"], group, lr, _decided(one), one["reason"]) for one in newest for group, lr in _moved(one)],
     )
 
 
@@ -265,6 +265,17 @@ def _print_run(run: Mapping[str, Any]) -> None:
         facts["damage"] = run["problem"]
     for name, fact in facts.items():
         print(f"{name:<8} {fact}")
+
+
+def _moved(decision: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The groups whose learning rate a decision is about, and how it moved; of an override only those it names."""
+    fields = (decision["fields"] or {}) if decision["decision"] == "command_override" else {}
+    if fields.get("setting", "lr") != "lr":
+        return [("-", "-")]
+    before, after = decision["lr_before"], decision["lr_after"]
+    named = str(fields.get("groups", "")).split(", ")
+    shown = [group for group in before if group in named] or list(before)
+    return [(group, f"{short(before[group])} -> {short(after[group])}") for group in shown]
 
 
 def _decided(decision: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 from flyball.api import Client
 from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
-from flyball.cli_words import approved, asked, stage
+from flyball.cli_words import approved, asked, stage, titled
 from flyball.errors import FlyballError, Refused
 
 Reason = Annotated[str, typer.Option(help="Why; it stays in the run's journal, and in the job's log.")]
@@ -238,7 +238,7 @@ def commands(
         print_json(found)
         return
     header = ("id", "command", "status", "by", "at", "reason")
-    table(header, [(c["id"], asked(c), stage(c, c["history"][-1]), c["actor"], c["at"], c["reason"]) for c in found])
+    table(header, [(c["id"], titled(c), stage(c, c["history"][-1]), c["actor"], c["at"], c["reason"]) for c in found])
 
 
 def proposals(run: RunId, json_output: Json = False, server: Server = None, token: Token = None) -> None:
@@ -300,7 +300,7 @@ def _give(common: Common, call: Callable[[Client], dict[str, Any]]) -> None:
         if common.json_output:
             print_json(view)
         else:
-            print(f"{view['id']} {asked(view)}: {stage(view, view['history'][-1], _groups(client, view))}")
+            print(f"{view['id']} {titled(view)}: {stage(view, view['history'][-1], _groups(client, view))}")
     if not common.wait or view["applied"] is not None or view["status"] == "done":
         return
     if view["over"]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from flyball.api import Client
 from flyball.cli_output import Json, Server, Token, errors, print_json, section, short, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
+from flyball.cli_words import asked, carried, clamped
 from flyball.errors import FlyballError
 
 Selector = Annotated[
@@ -36,6 +37,7 @@ def add(cli: typer.Typer) -> None:
     cli.command()(fleet)
     cli.command()(freeze)
     cli.command()(thaw)
+    cli.command()(frozen)
     cli.add_typer(canary, name="canary")
 
 
@@ -49,7 +51,9 @@ def fleet(
     factor: Annotated[bool, typer.Option("--factor", help="override: the number is a factor.")] = False,
     group: Annotated[list[str] | None, typer.Option(help="override: only this group; may be repeated.")] = None,
     for_steps: Annotated[int | None, typer.Option(min=1, help="override, hold: so many optimizer steps.")] = None,
+    until_step: Annotated[int | None, typer.Option(min=1, help="override, hold: up to this optimizer step.")] = None,
     for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="So long: 90s, 30min, 2h, 1d.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="TIME", help="Until then: 2027-01-31T12:00:00Z.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing: show what would change.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
     json_output: Json = False,
@@ -58,19 +62,20 @@ def fleet(
 ) -> None:
     """Give every run that SELECTOR means a command; without a status, to those that have not ended."""
     given = {**_fields(kind, words or [], factor), "groups": group or None, "for_steps": for_steps}
-    said = {**given, "expires_in_s": seconds(for_)}
+    said = {**given, "until_step": until_step, "expires_in_s": seconds(for_), "expires_at": until}
     name = kind.replace("-", "_")
+    what = asked({"kind": name, "args": said}) if name in ("switch_policy", "set_profile") else ""
     with errors(), Client(server, token) as client:
         if not yes and not dry_run:
             if json_output or not sys.stdin.isatty():
                 raise FlyballError("nobody is here to confirm: look with --dry-run, then say --yes")
-            _print_results(client.fleet(selector, name, reason=reason, dry_run=True, **said))
+            _print_results(client.fleet(selector, name, reason=reason, dry_run=True, **said), what)
             typer.confirm("Do this?", abort=True)
         found = client.fleet(selector, name, reason=reason, dry_run=dry_run, **said)
     if json_output:
         print_json(found)
     else:
-        _print_results(found)
+        _print_results(found, what)
     if found["counts"].get("refused"):
         raise SystemExit(1)
 
@@ -98,8 +103,23 @@ def thaw(reason: Why, project: Project = None, json_output: Json = False, server
         return
     print(f"thawed: {project or 'everything'}, which {found['actor']} froze at {found['at']}: {found['reason']}")
     for one in left:
-        print(f"still frozen: {one['project'] or 'everything'}, by {one['actor']}: {one['reason']}")
+        print(f"still frozen: {_frozen(one)}, by {one['actor']}: {one['reason']}")
     _print_failed(found["failed"])
+
+
+def frozen(json_output: Json = False, server: Server = None, token: Token = None) -> None:
+    """List what is frozen: by whom, since when and why."""
+    with errors(), Client(server, token) as client:
+        found = client.frozen()
+    if json_output:
+        print_json(found)
+        return
+    if not found:
+        print("nothing is frozen")
+        return
+    header = ("what", "by", "since", "reason")
+    rows = [(_frozen(one), one["actor"], one["at"], one["reason"]) for one in found]
+    table(header, rows)
 
 
 @canary.command()
@@ -188,27 +208,35 @@ def _fields(kind: str, words: Sequence[str], factor: bool) -> dict[str, Any]:
     return {}
 
 
-def _print_results(found: Mapping[str, Any]) -> None:
-    rows = [(one["run"], one["status"], one["id"] or "-", _change(one)) for one in found["results"]]
+def _frozen(freeze: Mapping[str, Any]) -> str:
+    return f"project {freeze['project']}" if freeze["project"] else "everything"
+
+
+def _print_results(found: Mapping[str, Any], what: str = "") -> None:
+    """What became of each run. what: the policy or profile that they are switched to."""
+    rows = [(one["run"], one["status"], one["id"] or "-", _change(one, what)) for one in found["results"]]
     if rows:
         table(("run", "would be" if found["dry_run"] else "status", "id", "what"), rows)
     counts = ", ".join(f"{n} {status}" for status, n in found["counts"].items()) or "no run matches"
     print(f"{'dry run, nothing changed: ' if found['dry_run'] else ''}{counts}")
 
 
-def _change(one: Mapping[str, Any]) -> str:
+def _change(one: Mapping[str, Any], what: str) -> str:
     if one["error"]:
         return str(one["error"])
+    left = clamped(one).removeprefix(", ")
+    told = [words for words in (what, left, carried(one["carried"])) if words]
     would = one["would"]
     if not would:
-        return ""
+        return "; ".join(told)
     moved = [
         f"{group} {short(lr)} -> {short(would['after'][group])}"
         for group, lr in would["before"].items()
         if lr != would["after"][group]
     ]
     ended = would["ends"]
-    return "; ".join([", ".join(moved) or "no learning rate moves", *([f"ends {', '.join(ended)}"] if ended else [])])
+    told.append(", ".join(moved) or "no learning rate moves")
+    return "; ".join([*told, *([f"ends {', '.join(ended)}"] if ended else [])])
 
 
 def _print_failed(failed: Sequence[Mapping[str, str]]) -> None:

@@ -13,7 +13,9 @@ from flyball.cli_output import section, short
 
 def print_steering(run: Mapping[str, Any]) -> None:
     """What of a run people and programs have a hand in: open commands, proposals, controls, and who else wrote."""
-    given = [(c["id"], c["kind"], c["status"], c["actor"], _until(c), c["reason"]) for c in run["commands"]]
+    given = [
+        (c["id"], f"{c['kind']}{clamped(c)}", c["status"], c["actor"], _until(c), c["reason"]) for c in run["commands"]
+    ]
     section("commands", ("id", "command", "status", "by", "until", "reason"), given)
     open_ = [(p["id"], p["kind"], p["actor"], approved(p), p["reason"]) for p in run["proposals"]]
     section("proposals (flyball approve)", ("id", "command", "by", "approved", "reason"), open_)
@@ -29,15 +31,19 @@ def stage(view: Mapping[str, Any], entry: Mapping[str, Any], groups: Sequence[st
     status, note = entry["status"], entry.get("note")
     told = f": {note}" if note else ""
     if status in ("accepted", "clamped"):
-        lr = (view["verdict"] or {}).get("lr") or []
-        settings = ", ".join(f"{name} {short(one)}" for name, one in zip(groups or [], lr, strict=False))
-        words = f"; lr: {settings}" if settings else ""
-        return f"clamped by the guard{words}" if status == "clamped" else f"accepted{words}"
+        words = _verdict(view, groups or [])
+        if status == "accepted":
+            return f"accepted{words}"
+        limits = f" to {view['clamped_to']}" if view["kind"] in ("bounds", "set_profile") else ""
+        return f"clamped by the guard{limits}{words}"
     if status == "applied":
         return f"applied at step {entry['step']} on {entry['ranks']}/{entry['of_ranks']} ranks{told}"
     if status == "proposed":
         return f"proposed, approved by {approved(view)}"
-    if status in ("rejected", "approved", "withdrawn", "expired") and entry.get("reason"):
+    if status == "approved":
+        judged = [one for one in view["history"] if one["status"] == "approved" and one["seq"] <= entry["seq"]]
+        return f"approved {len(judged)} of {view['needed']} by {entry['actor']}: {entry.get('reason', '')}"
+    if status in ("rejected", "withdrawn", "expired") and entry.get("reason"):
         return f"{status} by {entry['actor']}: {entry['reason']}"
     return f"{status} at step {entry['step']}{told}" if "step" in entry else f"{status}{told}"
 
@@ -48,12 +54,49 @@ def asked(view: Mapping[str, Any]) -> str:
     if kind == "override":
         what = f"x {short(args['factor'])}" if "factor" in args else short(args.get("value"))
         groups = args.get("groups")
-        return f"override {args.get('setting', 'lr')} {what}" + (f" of {', '.join(groups)}" if groups else "")
+        return f"override {args.get('setting') or 'lr'} {what}" + (f" of {', '.join(groups)}" if groups else "")
     if kind == "bounds":
         return "bounds " + " ".join(
             f"{name}={'none' if value is None else value}" for name, value in args.get("guard", {}).items()
         )
+    if kind in ("switch_policy", "set_profile"):
+        return f"{kind} to {_target(args)}"
     return kind
+
+
+def titled(view: Mapping[str, Any]) -> str:
+    """The command in a few words, and what the guard left of it, whatever became of it since."""
+    return asked(view) + ("" if view["history"][-1]["status"] == "clamped" else clamped(view))
+
+
+def clamped(view: Mapping[str, Any]) -> str:
+    """What the guard left of a clamped command."""
+    return f", clamped to {view['clamped_to']}" if view.get("clamped_to") else ""
+
+
+def carried(names: Sequence[str]) -> str:
+    """What another policy took over from the one before it."""
+    return f"carried over: {', '.join(names)}" if names else ""
+
+
+def _verdict(view: Mapping[str, Any], groups: Sequence[str]) -> str:
+    """What a command does at once: to the learning rates, or to the setting or control that it is about."""
+    verdict, setting = view["verdict"] or {}, view["args"].get("setting") or "lr"
+    if setting != "lr":
+        left = clamped(view).removeprefix(", clamped to ")
+        held = (verdict.get("held") or {}).get("controls") or {}
+        now = left or ", ".join(short(value) for value in held.values())
+        return f"; {setting} {now}" if now else ""
+    told = ", ".join(f"{name} {short(one)}" for name, one in zip(groups, verdict.get("lr") or [], strict=False))
+    return "; ".join(["", *([f"lr: {told}"] if told else []), *filter(None, [carried(verdict.get("carried") or ())])])
+
+
+def _target(args: Mapping[str, Any]) -> str:
+    """The policy that a switch is to, and the profile that it is of."""
+    plan = args.get("plan") or args
+    policy, profile = plan.get("policy") or "", plan.get("profile") or ""
+    name = str(policy if isinstance(policy, str) else policy.get("type", ""))
+    return f"{profile} ({name})" if profile and name else str(profile or name)
 
 
 def approved(view: Mapping[str, Any]) -> str:

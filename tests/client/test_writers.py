@@ -193,6 +193,17 @@ def test_who_cannot_be_proven_to_have_written_is_named_as_a_guess(steer, caplog)
     assert len(warnings_of(caplog)) == 3
 
 
+def test_a_scheduler_is_not_said_to_be_replaced_where_the_service_was_never_heard(steer, caplog):
+    optimizer = optimizer_of()
+    schedule = S.StepLR(optimizer, 1, gamma=0.5)
+    governor = steer(optimizer, server="http://127.0.0.1:9", lag=None, start_wait_s=0.0)
+    assert train(optimizer, governor, 12, schedule.step)[-1] < 0.001, "nothing replaces what it writes"
+    (warning,) = [one for one in warnings_of(caplog) if "StepLR" in one]
+    assert warning.endswith(
+        "what it writes as the learning rate holds until the service's settings come, and not after"
+    )
+
+
 def test_a_scheduler_beside_a_trainer_is_proven_by_what_it_wrote(steer, caplog):
     optimizer = optimizer_of()
     schedule, trainer = S.ExponentialLR(optimizer, 0.9), Trainer(optimizer)

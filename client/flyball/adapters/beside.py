@@ -23,8 +23,9 @@ class Beside:
         self._steps = 0
         self._seen: list[tuple[weakref.ref[Any], Any]] = []
 
-    def look(self) -> Conflict | None:
-        """A scheduler that went on between the two looks, if there is one."""
+    def look(self, *, steered: bool) -> Conflict | None:
+        """A scheduler that went on between the two looks, if there is one. steered: whether there are settings of the
+        service to write."""
         self._steps += 1
         first, second = limits.BESIDE_STEPS
         # Schedulers leave a mark on the groups they work on: without one there is no need to search.
@@ -38,8 +39,10 @@ class Beside:
         if not running:
             return None
         name = type(running[0]).__name__
-        text = f"{name} runs beside the service: what it writes as the learning rate is replaced before each step"
-        return Conflict(f"beside: {name}", text)
+        told = "is replaced before each step" if steered else "holds until the service's settings come, and not after"
+        return Conflict(
+            f"beside: {name}", f"{name} runs beside the service: what it writes as the learning rate {told}"
+        )
 
 
 def _epoch(scheduler: Any) -> Any:

@@ -62,7 +62,8 @@ def attach(
         policy: a policy's name, or {"type": NAME, parameters...}; without one a new run keeps its settings, and a
             resumed run goes on under its own policy, base and seed.
         base: a schedule that the policy's factors multiply, {"type": "cosine", "T_max": 1000}.
-        guard: limits around the policy, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the service.
+        guard: limits around the policy to begin with, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the
+            service. Operators may widen or tighten them (`bounds`) within what project and service allow.
         labels: words to find the run by.
         server: grpc://host:port or http://host:port; default: FLYBALL_SERVER, then http://127.0.0.1:1788.
         token: the bearer token; default: FLYBALL_TOKEN.
@@ -197,7 +198,7 @@ class _Groups:
         same = settings is self._wanted and self._used is not None and untouched(groups, self._stands or ())
         conflict = None if same else self._write(settings, reference, groups)
         if self._beside is not None:
-            conflict = conflict or self._look(self._beside)
+            conflict = conflict or self._look(self._beside, settings is not None)
         if noise_seed is not None and settings is not None and settings.noise_std is not None:
             add = functools.partial(self._add_noise, settings.noise_std, noise_seed)
             if self._closure is None:
@@ -206,8 +207,8 @@ class _Groups:
                 self._closure = behind(self._closure, add)
         return conflict
 
-    def _look(self, beside: Beside) -> Conflict | None:
-        found = beside.look()
+    def _look(self, beside: Beside, steered: bool) -> Conflict | None:
+        found = beside.look(steered=steered)
         if beside.over or self._writers.named:
             self._beside = None
         return None if self._writers.named else found

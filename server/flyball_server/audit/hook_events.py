@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flyball_server.audit import wording
+from flyball_server.core import commands
 from flyball_server.core.events import (
     Applied,
     Commanded,
@@ -67,14 +68,16 @@ def _of(before: Run, seq: int, event: Event, outcome: Outcome) -> Iterator[tuple
     elif not isinstance(event, Commanded | CommandMoved | DirectiveAnswered | Proposed | Judged):
         return
     elif isinstance(event, Commanded):
-        status = str((outcome.verdict or {}).get("status", "accepted"))
-        data = {"command": f"c{seq}", "kind": event.kind, "status": status, **_who(event)}
-        yield "command", f"{wording.asked(event.kind, event.args)}, {status}: {event.reason}", data
+        verdict = outcome.verdict or {}
+        status, left = str(verdict.get("status", "accepted")), wording.clamped(event.args, verdict)
+        data = {"command": f"c{seq}", "kind": event.kind, "status": status, **_left(left[4:]), **_who(event)}
+        yield "command", f"{wording.asked(event.kind, event.args)}, {status}{left}: {event.reason}", data
     elif isinstance(event, CommandMoved):
         data = _known(before, event.command, event.status)
         if event.status == "applied":
             data |= {"step": event.step, "ranks": event.ranks, "of_ranks": event.of_ranks}
-        yield "command", wording.text("command_moved", event._asdict()), data
+        moved = {**event._asdict(), "clamped_to": data.get("clamped_to", "")}
+        yield "command", wording.text("command_moved", moved), data
     elif isinstance(event, DirectiveAnswered):
         data = {**_known(before, event.directive, event.outcome), "note": event.note, "step": event.step}
         yield "command", wording.text("directive_answered", event._asdict()), data
@@ -82,8 +85,23 @@ def _of(before: Run, seq: int, event: Event, outcome: Outcome) -> Iterator[tuple
         data = {"proposal": f"p{seq}", "kind": event.kind, "status": "proposed", "needed": event.needed, **_who(event)}
         yield "proposal", wording.text("proposed", event._asdict()), data
     else:
-        data = {"proposal": event.proposal, "status": event.verdict, "actor": event.actor, "reason": event.reason}
-        yield "proposal", wording.text("judged", event._asdict()), data
+        yield "proposal", *_judged(before, event)
+
+
+def _judged(before: Run, event: Judged) -> tuple[str, dict[str, Any]]:
+    """A proposal that is approved by some of those it takes is still one."""
+    known = next((one for one in before.steering.proposals if one.id == event.proposal), None)
+    data: dict[str, Any] = {
+        "proposal": event.proposal,
+        "status": event.verdict,
+        "actor": event.actor,
+        "reason": event.reason,
+    }
+    if known is None or event.verdict != "approved":
+        return wording.text("judged", event._asdict()), data
+    n = len(known.approved) + 1
+    data |= {"status": "approved" if n >= known.needed else "proposed", "approved": n, "needed": known.needed}
+    return f"proposal {event.proposal} approved {n} of {known.needed} by {event.actor}: {event.reason}", data
 
 
 def _who(event: Commanded | Proposed) -> dict[str, Any]:
@@ -93,5 +111,14 @@ def _who(event: Commanded | Proposed) -> dict[str, Any]:
 def _known(before: Run, command: str, status: str) -> dict[str, Any]:
     """What is known of a command that goes on."""
     found = next((one for one in before.steering.commands if one.id == command), None)
-    more = {} if found is None else {"kind": found.kind, "actor": found.actor, "reason": found.reason}
-    return {"command": command, "status": status, **more}
+    if found is None:
+        return {"command": command, "status": status}
+    held = None if found.held is None else found.held._asdict()
+    left = commands.clamped_to(found.args, held) if found.clamped else ""
+    more = {"kind": found.kind, "actor": found.actor, "reason": found.reason}
+    return {"command": command, "status": status, **_left(left), **more}
+
+
+def _left(clamped_to: str) -> dict[str, str]:
+    """What the guard left of a command, where that was not all."""
+    return {"clamped_to": clamped_to} if clamped_to else {}

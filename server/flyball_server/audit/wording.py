@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flyball_server.core import commands
+
 #: What a sentence is cut off at.
 TEXT_MAX = 300
 #: What of a list is shown.
@@ -64,7 +66,8 @@ def _attached(meta: Mapping[str, Any]) -> str:
 
 
 def _commanded(meta: Mapping[str, Any]) -> str:
-    status = meta["verdict"]["status"] if meta.get("verdict") else "given"
+    verdict = meta.get("verdict") or {}
+    status = f"{verdict.get('status', 'given')}{clamped(meta['args'], verdict)}"
     of = f" (proposal {meta['proposal']})" if meta.get("proposal") else ""
     return f"{asked(meta['kind'], meta['args'])}, {status}{of}: {meta['reason']}"
 
@@ -73,7 +76,8 @@ def _moved(meta: Mapping[str, Any]) -> str:
     applied = meta["status"] == "applied"
     where = f" at step {meta['step']} on {meta['ranks']}/{meta['of_ranks']} ranks" if applied else ""
     note = f": {meta['note']}" if meta["note"] else ""
-    return f"command {meta['command']} {meta['status']}{where}{note}"
+    left = f", clamped to {meta['clamped_to']}" if meta.get("clamped_to") else ""
+    return f"command {meta['command']} {meta['status']}{where}{left}{note}"
 
 
 def _answered(meta: Mapping[str, Any]) -> str:
@@ -86,7 +90,8 @@ def _proposed(meta: Mapping[str, Any]) -> str:
 
 
 def _judged(meta: Mapping[str, Any]) -> str:
-    return f"proposal {meta['proposal']} {meta['verdict']}: {meta['reason']}"
+    # Of several approvals that a proposal takes, this is one.
+    return f"proposal {meta['proposal']}: {meta['verdict']} by {meta['actor']}: {meta['reason']}"
 
 
 def _asked(meta: Mapping[str, Any]) -> str:
@@ -125,10 +130,20 @@ def asked(kind: str, args: Mapping[str, Any]) -> str:
     words = args.get("words") or {}
     if kind == "override":
         how = words.get("asked") or (f"x {args['factor']:g}" if "factor" in args else f"{args['value']:g}")
-        return f"override of {args['setting']} of {', '.join(args.get('groups') or ()) or 'all groups'}: {how}"
+        setting = args.get("setting", "lr")
+        everywhere = " of all groups" if setting in ("lr", "momentum", "noise_std") else ""  # a control has none
+        groups = f" of {', '.join(args['groups'])}" if args.get("groups") else everywhere
+        return f"override of {setting}{groups}: {how}"
     rest = {name: value for name, value in args.items() if name not in (*_HIDDEN, "clamped") and value}
-    about = words.get("released") or words.get("after") or words.get("guard") or (json.dumps(rest) if rest else "")
+    about = next((words[name] for name in ("released", "profile", "after", "guard") if words.get(name)), "")
+    about = about or (json.dumps(rest) if rest else "")
     return f"{kind} {about}".rstrip()
+
+
+def clamped(args: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    """What the guard left of a command with this verdict: " to 0.02", or "" where it left all."""
+    left = commands.clamped_to(args, verdict.get("held")) if verdict.get("status") == "clamped" else ""
+    return f" to {left}" if left else ""
 
 
 _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {

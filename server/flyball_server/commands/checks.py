@@ -160,7 +160,7 @@ def _override(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
         )
     if spec.mode == "multiplier" and setting == "momentum":
         raise Invalid("setting: momentum is not steered in multiplier mode")
-    meant = "all groups" if not groups else ", ".join(groups)
+    meant = ", ".join(groups) or ("" if setting in controls else "all groups")
     words = {"setting": setting, "groups": meant, "asked": f"{number:g}" if factor is None else f"x {number:g}"}
     args = {"setting": setting, "groups": sorted(set(groups)), name: float(number)}
     return {**args, "words": words}

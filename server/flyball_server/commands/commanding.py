@@ -112,7 +112,7 @@ class Commanding:
         """What `give` would do now: the command is folded in memory, and nothing is written.
 
         {"status", "before": {group: lr}, "after": the same under the command, "ends": [ids], and what the guard left of
-        it: "held", "carried"}. Raises as `give` does.
+        it: "held", "clamped_to", "carried"}. Raises as `give` does.
         """
         caller.check_run(_right(request.kind), request.run)
         request = check_envelope(request)
@@ -190,8 +190,7 @@ class Commanding:
         if not 1 <= limit <= limits.PAGE_MAX:
             raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
         live = await self._seen(run, caller)
-        rows = (self._journal, live.spec.run)
-        found = await queries.in_thread(commands_of, *rows)
+        found = await queries.in_thread(commands_of, self._journal, live.spec.run, _groups(live))
         views = [view for view in found if view.seq > after and not (open_only and view.over)]
         following = views[limit - 1].seq if len(views) > limit else None
         return {"run": run, "commands": views[:limit], "next": following}
@@ -240,7 +239,11 @@ class Commanding:
         return Around(spec, live.run, self._profiles, capped)
 
     async def _view(self, live: LiveRun, command: str) -> CommandView:
-        return await queries.in_thread(command_of, self._journal, live.spec.run, command)
+        return await queries.in_thread(command_of, self._journal, live.spec.run, command, _groups(live))
+
+
+def _groups(live: LiveRun) -> list[str]:
+    return [group.name for group in live.spec.groups]
 
 
 def _right(kind: str) -> str:
@@ -269,12 +272,14 @@ def _events(
 def _folded(live: LiveRun, run: Run, events: Sequence[Event]) -> dict[str, Any]:
     """What these events would make of the run: see `Commanding.preview`."""
     run = run._replace(lag=None)  # without a lag a command shows in the settings at once
-    names, before = [group.name for group in live.spec.groups], run.settings.lr
-    told: dict[str, Any] = {"status": "accepted"}
+    names, before = _groups(live), run.settings.lr
+    told: dict[str, Any] = {"status": "accepted", "clamped_to": ""}
     ended: list[str] = []
     for event in events:
         run, outcome = fold.apply(live.rules, run, event)
         told |= outcome.verdict or {}
+        if told["status"] == "clamped" and isinstance(event, Commanded):
+            told["clamped_to"] = commands.clamped_to(event.args, told.get("held"), names)
         ended += [event.command] if isinstance(event, CommandMoved) else told.pop("superseded", [])
     told["before"], told["after"] = (dict(zip(names, lr, strict=True)) for lr in (before, run.settings.lr))
     told.pop("lr", None)

@@ -5,7 +5,7 @@ Rule of this module: it only reads; every line of a command's history is a row, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flyball_server import records
@@ -22,6 +22,7 @@ class CommandView(NamedTuple):
 
     at: when it was asked for. verdict: what the guard left of it, as learning rates per group and as what is held.
     applied: {"step", "ranks", "of_ranks"} of the receipt that confirmed it. history: one entry per row.
+    clamped: whether the guard left less of it than was asked, whatever became of it since; clamped_to: what it left.
     """
 
     id: str
@@ -42,6 +43,8 @@ class CommandView(NamedTuple):
     approvals: tuple[str, ...]
     needed: int
     history: tuple[Mapping[str, Any], ...]
+    clamped: bool = False
+    clamped_to: str = ""
 
     @property
     def over(self) -> bool:
@@ -55,28 +58,28 @@ class CommandView(NamedTuple):
         return self.over or self.status == "applied"
 
 
-def commands_of(journal: Journal, run: str) -> list[CommandView]:
-    """All commands and proposals of a run, in the order of their rows."""
-    return list(_followed(run, journal.audit.of(run)).values())
+def commands_of(journal: Journal, run: str, groups: Sequence[str]) -> list[CommandView]:
+    """All commands and proposals of a run with these groups, in the order of their rows."""
+    return list(_followed(run, journal.audit.of(run), groups).values())
 
 
-def command_of(journal: Journal, run: str, command: str) -> CommandView:
+def command_of(journal: Journal, run: str, command: str, groups: Sequence[str]) -> CommandView:
     """One of them. Raises NotFound."""
     number = command[1:].partition(".")[0]
     if command[:1] in ("c", "p", "a") and number.isascii() and number.isdecimal() and 0 < int(number) < 2**53:
-        found = _followed(run, journal.audit.of(run, after=int(number) - 1)).get(command)
+        found = _followed(run, journal.audit.of(run, after=int(number) - 1), groups).get(command)
         if found is not None:
             return found
     raise NotFound(f"run {run}: there is no command {command!r:.40}: `flyball commands {run}` lists them")
 
 
-def _followed(run: str, noted: Iterator[Noted]) -> dict[str, CommandView]:
+def _followed(run: str, noted: Iterator[Noted], groups: Sequence[str]) -> dict[str, CommandView]:
     found: dict[str, CommandView] = {}
     for _, _, row in noted:
         if _leaves_asks(row):
             found |= {one: _moot(view, row) for one, view in found.items() if view.actor == POLICY and not view.over}
         if row.kind == "commanded":
-            view = _begun(run, row)
+            view = _begun(run, row, groups)
             found[view.id] = view
             for one in (view.verdict or {}).get("superseded", ()):
                 if one in found:
@@ -85,7 +88,7 @@ def _followed(run: str, noted: Iterator[Noted]) -> dict[str, CommandView]:
             if view.proposal in found:
                 found[view.proposal] = found[view.proposal]._replace(command=view.id)
         elif row.kind == "proposed":
-            found[f"p{row.seq}"] = _begun(run, row)
+            found[f"p{row.seq}"] = _begun(run, row, groups)
         elif row.kind == ASKED:
             for i, ask in enumerate(row.meta["asks"]):
                 found[f"a{row.seq}.{i}"] = _asked(run, row, i, ask)
@@ -109,11 +112,12 @@ def _moot(view: CommandView, row: Row) -> CommandView:
     return view._replace(status="superseded", history=(*view.history, _entry(row, "superseded")))
 
 
-def _begun(run: str, row: Row) -> CommandView:
+def _begun(run: str, row: Row, groups: Sequence[str]) -> CommandView:
     meta = row.meta
     is_command = row.kind == "commanded"
     verdict = meta.get("verdict")
     status = verdict["status"] if verdict else "proposed"
+    clamped = status == "clamped"
     if meta["kind"] == "note":
         status = "done"
     args = {name: value for name, value in meta["args"].items() if name not in ("words", "clamped")}
@@ -136,6 +140,8 @@ def _begun(run: str, row: Row) -> CommandView:
         approvals=(),
         needed=meta.get("needed", 0),
         history=(_entry(row, status),),
+        clamped=clamped,
+        clamped_to=commands.clamped_to(meta["args"], verdict.get("held"), groups) if verdict and clamped else "",
     )
 
 

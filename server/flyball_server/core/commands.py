@@ -11,6 +11,7 @@ not training time: going back to an earlier step leaves them as they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Command(NamedTuple):
     """An accepted command that is not over. id: "c" and the number of its row, or "a" of a policy's own asking.
 
     status: accepted, clamped or applied. until: the first step it does not hold for; expires_at: microseconds since
-    1970 UTC when somebody ends it. held: of a lasting one.
+    1970 UTC when somebody ends it. held: of a lasting one. clamped: whether the guard left less of it than was asked.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Command(NamedTuple):
     until: int | None = None
     expires_at: int | None = None
     held: Held | None = None
+    clamped: bool = False
 
 
 class Control(NamedTuple):
@@ -258,8 +260,24 @@ def released(commands: Sequence[Command], args: Mapping[str, Any]) -> list[str]:
     return [c.id for c in commands if c.kind in (*LASTING, *DIRECTIVES)]
 
 
+def clamped_to(args: Mapping[str, Any], held: Mapping[str, Any] | None, groups: Sequence[str] = ()) -> str:
+    """What the guard left of a clamped command, in words: the value that holds (by group, where they differ), or the
+    limits in force. held: a `Held` as a mapping; groups: their names, where they are known."""
+    if held is None:
+        limits = (args.get("plan") or {}).get("guard") or {}
+        return " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(limits.items()))
+    times = "x " if held.get("relative") else ""
+    if held.get("controls"):
+        return ", ".join(f"{value:g}" for value in held["controls"].values())
+    row = next((held[name] for name in ("lr", "momentum", "noise_std") if held.get(name)), ())
+    told = [(groups[i] if groups else "", f"{times}{value:g}") for i, value in enumerate(row) if value is not None]
+    if len({value for _, value in told}) == 1:
+        return told[0][1]
+    return ", ".join(f"{name} {value}".lstrip() for name, value in told)
+
+
 _SENTENCES = {
-    "override": "{actor} overrides {setting} of {groups}: {asked}{clamped}.",
+    "override": "{actor} overrides {setting}{of}: {asked}{clamped}.",
     "hold": "{actor} holds all settings as they are.",
     "release": "{actor} releases {released}.",
     "bounds": "{actor} sets the limits {guard}{clamped}.",
@@ -270,5 +288,6 @@ _SENTENCES = {
 
 def explain(fields: Mapping[str, Any]) -> str:
     """A command's mark in words, with the reason that was given."""
-    sentence = _SENTENCES.get(fields["kind"], "{actor} asks for {kind}.").format(**fields)
+    of = f" of {fields['groups']}" if fields.get("groups") else ""
+    sentence = _SENTENCES.get(fields["kind"], "{actor} asks for {kind}.").format(**fields, of=of)
     return f"{sentence} Reason: {fields['reason']}"

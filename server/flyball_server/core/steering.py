@@ -38,7 +38,7 @@ def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None,
     """A command is accepted, in the place of those it supersedes; what it releases was told by events of their own."""
     command = Command(
         f"c{seq}", event.kind, seq, event.actor, event.reason, "clamped" if clamped else "accepted", event.args,
-        event.until, event.expires_at, held,
+        event.until, event.expires_at, held, clamped,
     )  # fmt: skip
     over = commands.superseded(steering.commands, event.kind, event.args)
     kept = tuple([one for one in steering.commands if one.id not in over]) if over else steering.commands

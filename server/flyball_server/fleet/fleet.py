@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flyball_server import limits, queries
 from flyball_server.auth.access import PROPOSE, Caller
 from flyball_server.commands.checks import check_envelope
-from flyball_server.commands.commanding import Commanding
+from flyball_server.commands.commanding import Commanding, Given
 from flyball_server.core.errors import Invalid, KeyReused, NotFound, SteeringError
 from flyball_server.engine import Engine
 from flyball_server.fleet import many
@@ -54,7 +54,8 @@ class Fleet:
         """Give every selected run a command, or with `dry_run` tell what that would change.
 
         {"fleet": id or None, "selector", "dry_run", "matched", "counts": {status: n}, "results": [{"run", "status",
-        "id", "error", "code", "would"}]}. What one run refuses is its result. Raises Invalid, Denied, Conflict.
+        "id", "clamped_to", "carried", "error", "code", "would"}]}. What one run refuses is its result. Raises Invalid,
+        Denied, Conflict.
         """
         caller.check_role(PROPOSE)
         command = check_envelope(request.command)
@@ -65,8 +66,8 @@ class Fleet:
             return await self._tried(selector.text, command, runs, caller)
         fleet, runs = await self._planned(selector, said, whose_key(caller, request.key), caller)
         command = command._replace(key=f"fleet:{fleet}")
-        views = await many.each(runs, lambda run: self.give(command._replace(run=run), caller))
-        results = [_result(run, found) for run, found in views.items()]
+        given = await many.each(runs, lambda run: self._commanding.give(command._replace(run=run), caller))
+        results = [_result(run, found) for run, found in given.items()]
         counts = _counts(results)
         await self._engine.ledger.append(DONE, {"fleet": fleet, "counts": counts}, caller.actor)
         return _answer(selector.text, results, f"f{fleet}")
@@ -85,7 +86,7 @@ class Fleet:
         results = [
             _refused(run, one)
             if isinstance(one, SteeringError)
-            else {"run": run, "status": one.pop("status"), "id": None, "error": None, "code": None, "would": one}
+            else _told(run, one.pop("status"), None, one.pop("clamped_to"), one.get("carried", ())) | {"would": one}
             for run, one in found.items()
         ]
         return _answer(text, results, None)
@@ -142,14 +143,22 @@ def whose_key(caller: Caller, key: str) -> str:
     return hashlib.sha256(f"{caller.actor}\n{key}".encode()).hexdigest() if key else ""
 
 
-def _result(run: str, found: tuple[str, str] | SteeringError) -> dict[str, Any]:
+def _result(run: str, found: Given | SteeringError) -> dict[str, Any]:
     if isinstance(found, SteeringError):
         return _refused(run, found)
-    return {"run": run, "status": found[1], "id": found[0], "error": None, "code": None, "would": None}
+    view = found.view
+    return _told(run, view.status, view.id, view.clamped_to, (view.verdict or {}).get("carried", ()))
 
 
 def _refused(run: str, error: SteeringError) -> dict[str, Any]:
-    return {"run": run, "status": "refused", "id": None, "error": str(error), "code": error.code, "would": None}
+    return _told(run, "refused", None, "", ()) | {"error": str(error), "code": error.code}
+
+
+def _told(run: str, status: str, id_: str | None, clamped_to: str, carried: Sequence[str]) -> dict[str, Any]:
+    return {
+        "run": run, "status": status, "id": id_, "clamped_to": clamped_to, "carried": list(carried), "error": None,
+        "code": None, "would": None,
+    }  # fmt: skip
 
 
 def _counts(results: Sequence[Mapping[str, Any]]) -> dict[str, int]:

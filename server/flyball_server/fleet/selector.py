@@ -27,8 +27,8 @@ _CONDITION = re.compile(r'\s*([^=,\s]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^,"]*?))\
 
 
 class Selector(NamedTuple):
-    """A selector that was understood. where: what the store can filter by; globs: patterns of run ids, all of which
-    must match."""
+    """A selector that was understood. where: what the store can filter by; globs: patterns, each of which must match a
+    run's id, or its name within its project."""
 
     text: str
     where: RunFilter
@@ -38,7 +38,8 @@ class Selector(NamedTuple):
         """Whether it means this run, which passed `where`."""
         if self.where.status is None and record.status not in _OPEN:
             return False
-        return record.status != "damaged" and all(fnmatchcase(record.run, glob) for glob in self.globs)
+        names = (record.run, record.name)
+        return record.status != "damaged" and all(any(fnmatchcase(n, glob) for n in names) for glob in self.globs)
 
 
 def parsed(text: str) -> Selector:

@@ -67,7 +67,8 @@ class Moment(BaseModel):
 class CommandAnswer(BaseModel):
     """A command or a proposal. status: proposed, accepted, clamped, applied, done, declined, expired, superseded,
     released, withdrawn, rejected, approved. verdict: what the guard left of it. applied: at which step, on how many of
-    how many ranks. command: what came of an approved proposal. over: whether nothing more will happen to it."""
+    how many ranks. clamped: whether the guard left less than was asked, whatever became of it since; clamped_to: what
+    it left, in words. command: what came of an approved proposal. over: whether nothing more will happen to it."""
 
     id: str
     run: str
@@ -82,6 +83,8 @@ class CommandAnswer(BaseModel):
     until_step: int | None
     expires_at: str | None
     verdict: dict[str, Any] | None
+    clamped: bool
+    clamped_to: str
     applied: dict[str, int] | None
     proposal: str
     command: str

@@ -36,11 +36,14 @@ class FleetBody(_Body):
 
 class RunResult(BaseModel):
     """What became of one run. status: as of a command, or "refused" with `error` and `code`. would: of a dry run,
-    learning rates by group `before` and `after`, what the guard leaves of it, and what it ends."""
+    learning rates by group `before` and `after`, what the guard leaves of it, and what it ends. clamped_to: the same in
+    words, also when it is done; carried: what another policy took over."""
 
     run: str
     status: str
     id: str | None
+    clamped_to: str = ""
+    carried: list[str] = []
     error: str | None
     code: str | None
     would: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ Rule of this module: no decision is taken here; every route is one call of the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from flyball_server import limits, records
 from flyball_server.core.base import SCHEDULES
-from flyball_server.core.commands import Command, control_values
+from flyball_server.core.commands import Command, clamped_to, control_values
 from flyball_server.core.errors import Invalid
 from flyball_server.core.policies import POLICIES
 from flyball_server.guards import json_schema as guard_schema
@@ -71,7 +72,8 @@ class ShadowDetail(BaseModel):
 
 
 class OpenCommand(BaseModel):
-    """A command that is not over: see `GET /v1/runs/RUN/commands/ID` for what happened to it so far."""
+    """A command that is not over: see `GET /v1/runs/RUN/commands/ID` for what happened to it so far.
+    clamped_to: what the guard left of it where it is clamped."""
 
     id: str
     kind: str
@@ -80,6 +82,8 @@ class OpenCommand(BaseModel):
     reason: str
     until_step: int | None
     expires_at: str | None
+    clamped: bool
+    clamped_to: str
 
 
 class OpenProposal(BaseModel):
@@ -298,7 +302,7 @@ def detail(view: RunView) -> RunDetail:
             )
             for (name, beside), state in zip(spec.shadows.items(), run.shadows, strict=True)
         },
-        commands=[_command(one) for one in beside.commands],
+        commands=[_command(one, [group.name for group in spec.groups]) for one in beside.commands],
         proposals=[OpenProposal(**{n: getattr(one, n) for n in OpenProposal.model_fields}) for one in beside.proposals],
         command_seq=beside.newest,
         controls=[
@@ -316,7 +320,9 @@ def detail(view: RunView) -> RunDetail:
     )
 
 
-def _command(one: Command) -> OpenCommand:
+def _command(one: Command, groups: Sequence[str]) -> OpenCommand:
     expires_at = None if one.expires_at is None else records.utc(one.expires_at)
-    fields = {name: getattr(one, name) for name in ("id", "kind", "status", "actor", "reason")}
-    return OpenCommand(**fields, until_step=one.until, expires_at=expires_at)
+    fields = {name: getattr(one, name) for name in ("id", "kind", "status", "actor", "reason", "clamped")}
+    held = None if one.held is None else one.held._asdict()
+    left = clamped_to(one.args, held, groups) if one.clamped else ""
+    return OpenCommand(**fields, until_step=one.until, expires_at=expires_at, clamped_to=left)
