@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Busy, Conflict, Damaged, SteeringError
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, SteeringError
 from flyball_server.storage import audit, outbox, tables, tidying
 from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
@@ -184,6 +184,8 @@ class Writer:
 
     def _delete(self, deletion: Deletion) -> None:
         run, expected = deletion.record.run, deletion.expected_seq
+        if run == STORE:
+            raise Invalid(f"{STORE!r} is no run: it cannot be deleted")
         if why := self._gone():
             raise Busy(why)
         with self._connection.begin():
