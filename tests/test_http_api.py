@@ -224,6 +224,9 @@ def test_a_body_beyond_the_limit_is_too_large_with_and_without_a_length(http, ru
     assert report(http, run, [0])["through"] == 0
 
 
+#: Half of a surrogate pair, which JSON can say and no text can hold.
+HALF = "\ud800"
+RECEIPT = {"number": 1, "step": 0, "decided": -1, "lr": [0.1, 0.01]}
 ODD = [None, True, 0, -1, 1.5, 2**63, 10**400, "", "x", "é\u0000", [], [None], {}, {"a": None}, [[]], "NaN", 1e308]
 
 
@@ -321,11 +324,25 @@ def test_no_value_in_any_place_of_a_report_breaks_the_service_or_the_run(http, r
         ({"lag": -1}, "lag"),
         ({"from_step": -5}, "from_step"),
         ({"unknown": 1}, "unknown"),
+        ({"client": HALF}, "client"),
+        ({"client": "x" * (limits.NAME_MAX + 1)}, "client"),
+        ({"digest": HALF}, "digest"),
+        ({"digest": "a" * (limits.NAME_MAX + 1)}, "digest"),
+        ({"session": HALF}, "session"),
+        ({"labels": {HALF: "v"}}, "labels"),
+        ({"policy": {"type": "plateau", "metric": HALF}}, "policy"),
+        ({"fork": {"run": "nobody", "digest": HALF}}, "fork.digest"),
+        ({"seq": -1, "digest": "ab"}, "seq"),
+        ({"seq": 2**63, "digest": "ab"}, "seq"),
+        ({"policy": {"type": "x" * limits.SPEC_BYTES_MAX}}, str(limits.SPEC_BYTES_MAX)),
+        ({"guard": {"x" * limits.SPEC_BYTES_MAX: None}}, str(limits.SPEC_BYTES_MAX)),
+        ({"shadows": {"s": {"type": "x" * limits.SPEC_BYTES_MAX}}}, str(limits.SPEC_BYTES_MAX)),
+        ({HALF: 1}, "unicode"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )
 def test_a_wrong_attach_is_refused_naming_the_field_and_leaves_nothing(http, run, fields, word):
-    problem(http.post("/v1/attach", json=attach_body(run, **fields)), 422, word)
+    problem(http.post("/v1/attach", **raw(attach_body(run, **fields))), 422, word)
     assert http.get(f"/v1/runs/{run}").status_code == 404
 
 
@@ -341,13 +358,27 @@ def test_a_wrong_attach_is_refused_naming_the_field_and_leaves_nothing(http, run
         ({"receipts": [{"number": 1, "step": 0, "decided": 0, "lr": [0.1]}]}, "receipts"),
         ({"end": "done"}, "end"),
         ({"answers": [{"directive": "d", "outcome": "maybe"}]}, "outcome"),
+        ({"answers": [{"directive": HALF, "outcome": "done"}]}, "directive"),
+        ({"answers": [{"directive": "d" * (limits.NAME_MAX + 1), "outcome": "done"}]}, "directive"),
+        ({"answers": [{"directive": "d", "outcome": "done", "note": HALF}]}, "note"),
+        ({"answers": [{"directive": "d", "outcome": "done", "note": "x" * (limits.REASON_MAX + 1)}]}, "note"),
+        ({"answers": [{"directive": "d", "outcome": "done", "step": 2**63}]}, "answers: step"),
+        ({"receipts": [RECEIPT | {"conflict": HALF}]}, "conflict"),
+        ({"receipts": [RECEIPT | {"conflict": "x" * (limits.CONFLICT_MAX + 1)}]}, "conflict"),
+        ({"receipts": [RECEIPT | {"controls": {HALF: 1.0}}]}, "signals"),
+        ({"receipts": [RECEIPT | {"controls": {"x" * (limits.NAME_MAX + 1): 1.0}}]}, "signals"),
+        ({"receipts": [RECEIPT | {"ranks": 0}]}, "ranks"),
+        ({"receipts": [RECEIPT | {"ranks": -1}]}, "ranks"),
+        ({"receipts": [RECEIPT | {"of_ranks": -1}]}, "of_ranks"),
+        ({"receipts": [RECEIPT | {"ranks": 3, "of_ranks": 2}]}, "of_ranks"),
+        ({"controls": [{"name": HALF, "value": 1, "min": 0, "max": 1}]}, "signals"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
 def test_a_wrong_report_is_refused_naming_the_field_and_changes_nothing(http, run, fields, word):
     attach(http, run)
     before = http.get(f"/v1/runs/{run}").json()["seq"]
-    problem(http.post(f"/v1/runs/{run}/report", json=report_body([0, 1]) | fields), 422, word)
+    problem(http.post(f"/v1/runs/{run}/report", **raw(report_body([0, 1]) | fields)), 422, word)
     assert http.get(f"/v1/runs/{run}").json()["seq"] == before
 
 

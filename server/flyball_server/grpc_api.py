@@ -250,7 +250,7 @@ def _receipt(r: pb.Receipt) -> Receipt:
     settings = Settings(tuple(r.lr), tuple(r.momentum) or None, tuple(r.noise_std) or None)
     wanted = tuple(r.wanted_lr) or None
     return Receipt(
-        r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks, r.confirms, dict(r.controls), wanted,
+        r.number, r.step, r.decided, settings, r.late, r.conflict, r.ranks or 1, r.confirms, dict(r.controls), wanted,
         r.of_ranks,
     )  # fmt: skip
 

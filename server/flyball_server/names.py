@@ -29,7 +29,7 @@ def project_of(run: str) -> str:
 
 @lru_cache(4096)
 def is_run_id(run: str) -> bool:
-    """Whether a run can have this id. What is kept beside runs, under names that none can have, is no run to anybody."""
+    """Whether a run can have this id; what is kept beside runs has names that none can have."""
     names = run.split(":", 1)
     return all(len(name) <= limits.NAME_MAX and NAME.fullmatch(name) is not None for name in names)
 
