@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 from tests.callers import Open
 
 import flyball_server
-from flyball_server import http_api, limits
+from flyball_server import checks, http_api, limits
+from flyball_server.commands import checks as command_checks
 from flyball_server.core import errors
 from flyball_server.core.policies import POLICIES
 from flyball_server.http_api import problems
@@ -206,13 +207,16 @@ def test_an_error_nobody_thought_of_is_a_problem_document_without_its_inside():
         ("GET", "/v1/runs/nobody/series", 404),
         ("GET", "/v1/runs/nobody/decisions", 404),
         ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/runs/", 404),
         ("GET", "/v1/runs/%00%F0%9F%98%80", 404),
         ("GET", "/v1/attach", 405),
         ("DELETE", "/v1/runs", 405),
     ],
 )
 def test_what_is_not_there_is_a_problem_document(http, method, path, status):
-    problem(http.request(method, path), status)
+    answer = http.request(method, path, headers={"Host": "evil.example"})
+    problem(answer, status)
+    assert "location" not in answer.headers
 
 
 def test_a_body_beyond_the_limit_is_too_large_with_and_without_a_length(http, run):
@@ -402,6 +406,31 @@ def test_text_that_is_no_unicode_is_refused_or_comes_back(http, run):
         answer = http.post("/v1/attach", **raw(body | {"run": f"{run}-{next(names)}"}))
         assert answer.status_code < 500, answer.text
     assert http.get("/v1/runs").status_code == 200
+
+
+def test_what_is_no_unicode_and_is_stored_already_is_told_with_a_question_mark(http, run, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(checks, "check_text", lambda *_: None)  # as it was, or is elsewhere
+        attach(http, run)
+        answers = [{"directive": "d", "outcome": "done", "note": f"n{HALF}"}]
+        body = report_body([0], receipts=[RECEIPT | {"conflict": f"c{HALF}"}], answers=answers)
+        assert http.post(f"/v1/runs/{run}/report", **raw(body)).status_code == 200
+        override = {"kind": "override", "value": 0.01, "reason": f"r{HALF}\U0001f600"}
+        with monkeypatch.context() as also:
+            also.setattr(command_checks, "check_text", lambda *_: None)
+            assert http.post(f"/v1/runs/{run}/commands", **raw(override)).status_code == 201
+    assert report(http, run, [1])["notices"][0].endswith("r?\U0001f600")
+    told = {
+        "": "c?", "/commands": "r?\U0001f600", "/journal": "n?", "/journal?format=csv": "n?", "/lineage": "",
+        "/journal?format=jsonl": "n?",
+    }  # fmt: skip
+    for path, words in told.items():
+        answer = http.get(f"/v1/runs/{run}{path}")
+        text = answer.text if "csv" in path else "".join(map(str, map(json.loads, answer.text.splitlines())))
+        assert (answer.status_code, words in text, HALF in text) == (200, True, False), path
+    for form in ("json", "csv", "jsonl"):
+        assert "r?" in http.get(f"/v1/audit?run={run}&format={form}").text
+    assert http.get(f"/v1/runs/{run}/export").status_code == 200
 
 
 # -- lists, series, decisions ------------------------------------------------------------------------------------
