@@ -487,6 +487,10 @@ def test_runs_are_filtered_and_come_in_pages_newest_first(http, many, query, wan
         ("/v1/runs?cursor=%C2%B2~r", "cursor"),
         ("/v1/runs?label=x", "label"),
         ("/v1/runs?label==x", "label"),
+        (
+            "/v1/runs?" + "&".join(f"label=l{i}=x" for i in range(limits.LABELS_MAX + 1)),
+            f"more than {limits.LABELS_MAX}",
+        ),
         ("/v1/runs?status=sleeping", "status"),
         ("/v1/runs/RUN/series?signals=", "signals"),
         ("/v1/runs/RUN/series?signals=lr:nobody", "nobody"),

@@ -1,7 +1,7 @@
 """Answers as bytes, whatever text is stored.
 
-Rule of this module: what is no text (half a surrogate pair, which is refused on its way in, but may stand in a record of
-before or from elsewhere) becomes a question mark; it never takes the rest of an answer with it.
+Rule of this module: what is no text (half a surrogate pair, which is refused on its way in, but may stand in an older
+record, or one from elsewhere) becomes a question mark; it never takes the rest of an answer with it.
 """
 
 from __future__ import annotations

@@ -438,9 +438,11 @@ def meaning(error: Exception) -> Exception:
         return Conflict("another writer appended to this run first")
     found = error.orig if isinstance(error, sa.exc.DatabaseError) else error
     if isinstance(found, sqlite3.OperationalError):
-        return Busy(f"the database cannot write now: {found}")
+        _log.warning("the database cannot write now: %s", found)
+        return Busy("the store cannot write now: the service's log says why")
     if isinstance(found, sqlite3.DatabaseError):
-        return Damaged(f"the database is damaged: {found}")
+        _log.error("the database is damaged: %s", found)
+        return Damaged("the store's file is damaged: the service's log says how")
     if not isinstance(error, SteeringError):
         _log.error("an append failed", exc_info=error)
     return error
