@@ -93,6 +93,11 @@ HEARD_EVERY_S = 20.0
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.
 DRAIN_S = 10.0
+#: Bytes of an HTTP request's first line and header fields together, and the time they may take to come.
+HEAD_BYTES_MAX = 64 * 1024
+HEAD_S = 10.0
+#: HTTP connections at a time, and requests under way; more are answered with 503.
+CONNECTIONS_MAX = STREAMS_MAX
 #: How long an HTTP connection may idle before it is closed.
 KEEP_ALIVE_S = 120
 #: What is kept free of the disk under the store, unless the setting `disk_free_min` says otherwise.
