@@ -307,6 +307,21 @@ def test_no_token_a_wrong_an_expired_and_a_revoked_one_are_one_and_the_same(worl
     assert {half for _, words in calls for half in words.split(" / ")} == {json.loads(text)["detail"]}
 
 
+def test_bytes_that_are_no_message_are_refused_like_any_other_request_without_a_token(world):
+    (service,) = pb.DESCRIPTOR.services_by_name.values()
+    for method in METHODS:
+        kind = world.channel.stream_stream if method == "Steer" else world.channel.unary_unary
+        call = kind(f"/{service.full_name}/{method}")
+        for authorization, code in (
+            ("Bearer fb_wrong", "UNAUTHENTICATED"),
+            (f"Bearer {world.admin}", "INVALID_ARGUMENT"),
+        ):
+            broken = iter([b"\xff\xff"]) if method == "Steer" else b"\xff\xff"
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(broken, metadata=(("authorization", f"Bearer {secret}"),), timeout=10))
+            assert caught.value.code().name == code, method
+
+
 def test_paths_that_are_no_routes_tell_nothing_without_a_token(world):
     for path in ("/", "/v1", "/v1/none", "/docs", "/healthz/", "//healthz", "/HEALTHZ", "/v1/runs/"):
         assert world.http.get(path).status_code == 401, path

@@ -29,5 +29,5 @@ def json_line(content: Any) -> bytes:
     """JSON on a line of its own, in ASCII: what a reader takes for the end of a line may stand in a text."""
     text = json.dumps(content, allow_nan=False)
     if "\\ud" in text:  # a pair, or half of one
-        text = json.dumps(json.loads(Json(content).body), allow_nan=False)
+        text = json.dumps(json.loads(bytes(Json(content).body)), allow_nan=False)
     return text.encode() + b"\n"
