@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from flyball_server import deletion, limits, loading, proving, records
-from flyball_server.auth.access import unknown_run
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound
 from flyball_server.core.events import Attached, Created, Event, Observed, Origin, Outcome, Spec
@@ -34,7 +33,6 @@ from flyball_server.loading import Loaded, Ruler
 from flyball_server.scrub import Scrub
 from flyball_server.storage.journal import (
     GENESIS,
-    STORE,
     Append,
     Deletion,
     Journal,
@@ -155,7 +153,7 @@ class Engine:
         One whose record is damaged is as of the last row before that, good for reading, and examined again now and
         then; Damaged is raised where nothing of it can be read.
         """
-        _check_is_run(run_id)
+        loading.check_is_run(run_id)
         live = self._live.get(run_id)
         if live is not None and not self._is_due(run_id):
             self._live.move_to_end(run_id)
@@ -179,7 +177,7 @@ class Engine:
         Raises Busy, Damaged where the store's own journal is, Lost where somebody else was faster.
         """
         run_id = record.run
-        _check_is_run(run_id)
+        loading.check_is_run(run_id)
         expected = None if live is None or self.damage.words(run_id) else live.run.seq
         observations = None if live is None else live.run.observations
 
@@ -387,12 +385,6 @@ class Engine:
         else:
             self._scrub.add(run_id, found.unread)
         return _live(found)
-
-
-def _check_is_run(run_id: str) -> None:
-    """The store's own journal is no run, whoever asks."""
-    if run_id == STORE:
-        raise unknown_run(run_id)
 
 
 def _live(found: Loaded) -> LiveRun:

@@ -187,7 +187,7 @@ def serve(
     return server, port
 
 
-def _handlers(steering: Steering) -> grpc.GenericRpcHandler:
+def _handlers(steering: Steering) -> grpc.GenericRpcHandler[Any, Any]:
     """What the generated code would register, but for what reads the requests of one message."""
     contract = pb.DESCRIPTOR.services_by_name["Steering"]
     stream = grpc.stream_stream_rpc_method_handler(
