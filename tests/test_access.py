@@ -267,6 +267,24 @@ def test_runs_of_another_project_are_answered_for_like_runs_that_never_were(worl
     assert not wrong
 
 
+def test_the_stores_own_journal_is_no_run_to_anybody(world):
+    secrets = [world.admin, world.token("admin", ["default"])["secret"]]
+    kept = world.ask(world.admin, "GET", "/v1/tombstones").json()["tombstones"]
+    assert kept
+    wrong = []
+    for route in [route for route in ROUTES if "{run}" in route]:
+        for run in ("%23store", "default:%23store", "a:b:c", "%00", "x" * 300):
+            send = {kind: make("known") for kind, make in ROUTES[route].send.items()}
+            path = path_of(route, run)
+            found = [world.ask(secret, route.partition(" ")[0], path, **send).status_code for secret in secrets]
+            if found != [404, 404]:
+                wrong.append((route, run, found))
+    assert not wrong
+    assert world.ask(secrets[1], "GET", "/v1/audit?run=%23store").status_code == 404
+    assert world.ask(world.admin, "GET", "/v1/tombstones").json()["tombstones"] == kept
+    assert world.ask(world.of["viewer"], "GET", "/v1/runs").status_code == 200, "the tokens are still known"
+
+
 def test_no_token_a_wrong_an_expired_and_a_revoked_one_are_one_and_the_same(world):
     answers, calls = set(), set()
     for authorization in [*NOT_A_TOKEN, *world.gone]:
@@ -287,6 +305,18 @@ def test_no_token_a_wrong_an_expired_and_a_revoked_one_are_one_and_the_same(worl
     assert (status, json.loads(text)["code"], challenge) == (401, "unauthenticated", 'Bearer realm="flyball"')
     assert {code for code, _ in calls} == {"UNAUTHENTICATED"}
     assert {half for _, words in calls for half in words.split(" / ")} == {json.loads(text)["detail"]}
+
+
+def test_bytes_that_are_no_message_are_refused_like_any_other_request_without_a_token(world):
+    (service,) = pb.DESCRIPTOR.services_by_name.values()
+    for method in METHODS:
+        kind = world.channel.stream_stream if method == "Steer" else world.channel.unary_unary
+        call = kind(f"/{service.full_name}/{method}")
+        for secret, code in (("fb_wrong", "UNAUTHENTICATED"), (world.admin, "INVALID_ARGUMENT")):
+            broken = iter([b"\xff\xff"]) if method == "Steer" else b"\xff\xff"
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(broken, metadata=(("authorization", f"Bearer {secret}"),), timeout=10))
+            assert caught.value.code().name == code, method
 
 
 def test_paths_that_are_no_routes_tell_nothing_without_a_token(world):

@@ -5,6 +5,7 @@ Method: a real service over HTTP; the job is spoken for by hand, message by mess
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -354,12 +355,16 @@ def test_declared_controls_are_steered_within_their_bounds(job):
         ({"kind": "switch_policy", "policy": "windowd"}, "windowed"),
         ({"kind": "set_profile", "profile": "vision"}, "no such profile"),
         ({"kind": "stop", "args": {"x": "y" * 5000}}, "bytes"),
+        ({"kind": "bounds", "guard": {"max_lrr": None}}, "max_lr"),
+        ({"kind": "bounds", "guard": {"\ud800": None}}, "surrogate"),
+        ({"kind": "switch_policy", "policy": {"type": "x" * limits.COMMAND_BYTES_MAX}}, "bytes"),
     ],
 )
 def test_a_wrong_command_is_refused_with_the_remedy_and_changes_nothing(http, fields, words):
     job = Job(http, "wrong", resume=True) if http.get("/v1/runs/wrong").is_success else Job(http, "wrong")
     seq = job.show()["seq"]
-    answer = http.post("/v1/runs/wrong/commands", json={"reason": "why", **fields})
+    body = json.dumps({"reason": "why", **fields})
+    answer = http.post("/v1/runs/wrong/commands", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422, answer.text
     assert words in answer.json()["detail"]
     assert job.show()["seq"] == seq

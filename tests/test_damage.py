@@ -388,3 +388,29 @@ def test_damage_found_by_the_scrub_stops_writing_and_the_scrub_takes_its_share(w
             assert (await opened.service.report(report_message("left", BATCHES), ANYBODY)).through > 0
 
     asyncio.run(ask())
+
+
+def test_what_is_wrong_with_the_file_is_told_to_the_log_and_not_to_callers(tmp_path, caplog):
+    file = tmp_path / "store.db"
+    body = {"run": "r", "session": "s", "groups": [{"name": "a", "lr": 0.1}]}
+    with flyball_server.running(store=f"sqlite:///{file}") as service:
+
+        def problem(method, path, **send):
+            caplog.clear()
+            answer = httpx.request(method, service.http + path, trust_env=False, **send)
+            assert answer.status_code == 503, answer.text
+            assert not [word for word in (str(tmp_path), "sqlite", "SELECT", "table") if word in answer.text]
+            return answer.json()["detail"], caplog.text
+
+        with sqlite3.connect(file) as beside:
+            beside.execute("ALTER TABLE runs RENAME TO gone")
+        words, logged = problem("GET", "/v1/runs")
+        assert "log says why" in words
+        assert f"{file} cannot be read now: no such table: runs" in logged
+        with sqlite3.connect(file) as beside:
+            beside.execute("ALTER TABLE gone RENAME TO runs")
+        file.rename(tmp_path / "moved.db")
+        words, logged = problem("POST", "/v1/attach", json=body)
+        assert "put it back" in words
+        assert f"{file} is not there any more" in logged
+        (tmp_path / "moved.db").rename(file)

@@ -277,6 +277,8 @@ def proto_report(run, **fields):
         ({"receipts": [pb.Receipt(number=1, lr=[0.1], momentum=[0.1, 0.2])]}, "momentum"),
         ({"receipts": [pb.Receipt(number=2, lr=[0.1]), pb.Receipt(number=1, lr=[0.1])]}, "receipts"),
         ({"answers": [pb.DirectiveAnswer(directive="d", outcome="maybe")]}, "outcome"),
+        ({"receipts": [pb.Receipt(number=1, lr=[0.1], ranks=-1)]}, "ranks"),
+        ({"receipts": [pb.Receipt(number=1, lr=[0.1], ranks=1, of_ranks=-1)]}, "of_ranks"),
         ({"end": "done"}, "end"),
         ({"step": range(limits.BATCH_MAX + 1)}, str(limits.BATCH_MAX)),
     ],
@@ -310,6 +312,17 @@ def test_a_wrong_attach_is_an_invalid_argument_naming_the_field(stub, fields, wo
         steer(stub, proto_attach(run, **fields))
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert word in caught.value.details()
+
+
+def test_a_receipt_that_does_not_say_on_how_many_ranks_is_of_one(stub, http):
+    run = f"r{next(names)}"
+    steer(stub, proto_attach(run))
+    given = {"kind": "override", "value": 0.01, "reason": "a test"}
+    command = http.post(f"/v1/runs/{run}/commands", json=given).json()["id"]
+    receipt = pb.Receipt(number=1, step=1, lr=[0.01], confirms=9)
+    steer(stub, proto_attach(run), proto_report(run, step=[0]), proto_report(run, step=[1], receipts=[receipt]))
+    found = http.get(f"/v1/runs/{run}/commands/{command}").json()
+    assert found["applied"] == {"step": 1, "ranks": 1, "of_ranks": 1}
 
 
 def test_a_message_of_a_newer_client_is_refused(stub):

@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 from tests.callers import Open
 
 import flyball_server
-from flyball_server import http_api, limits
+from flyball_server import checks, http_api, limits
+from flyball_server.commands import checks as command_checks
 from flyball_server.core import errors
 from flyball_server.core.policies import POLICIES
 from flyball_server.http_api import problems
@@ -206,13 +207,16 @@ def test_an_error_nobody_thought_of_is_a_problem_document_without_its_inside():
         ("GET", "/v1/runs/nobody/series", 404),
         ("GET", "/v1/runs/nobody/decisions", 404),
         ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/runs/", 404),
         ("GET", "/v1/runs/%00%F0%9F%98%80", 404),
         ("GET", "/v1/attach", 405),
         ("DELETE", "/v1/runs", 405),
     ],
 )
 def test_what_is_not_there_is_a_problem_document(http, method, path, status):
-    problem(http.request(method, path), status)
+    answer = http.request(method, path, headers={"Host": "evil.example"})
+    problem(answer, status)
+    assert "location" not in answer.headers
 
 
 def test_a_body_beyond_the_limit_is_too_large_with_and_without_a_length(http, run):
@@ -224,6 +228,9 @@ def test_a_body_beyond_the_limit_is_too_large_with_and_without_a_length(http, ru
     assert report(http, run, [0])["through"] == 0
 
 
+#: Half of a surrogate pair, which JSON can say and no text can hold.
+HALF = "\ud800"
+RECEIPT = {"number": 1, "step": 0, "decided": -1, "lr": [0.1, 0.01]}
 ODD = [None, True, 0, -1, 1.5, 2**63, 10**400, "", "x", "é\u0000", [], [None], {}, {"a": None}, [[]], "NaN", 1e308]
 
 
@@ -321,11 +328,25 @@ def test_no_value_in_any_place_of_a_report_breaks_the_service_or_the_run(http, r
         ({"lag": -1}, "lag"),
         ({"from_step": -5}, "from_step"),
         ({"unknown": 1}, "unknown"),
+        ({"client": HALF}, "client"),
+        ({"client": "x" * (limits.NAME_MAX + 1)}, "client"),
+        ({"digest": HALF}, "digest"),
+        ({"digest": "a" * (limits.NAME_MAX + 1)}, "digest"),
+        ({"session": HALF}, "session"),
+        ({"labels": {HALF: "v"}}, "labels"),
+        ({"policy": {"type": "plateau", "metric": HALF}}, "policy"),
+        ({"fork": {"run": "nobody", "digest": HALF}}, "fork.digest"),
+        ({"seq": -1, "digest": "ab"}, "seq"),
+        ({"seq": 2**63, "digest": "ab"}, "seq"),
+        ({"policy": {"type": "x" * limits.SPEC_BYTES_MAX}}, str(limits.SPEC_BYTES_MAX)),
+        ({"guard": {"x" * limits.SPEC_BYTES_MAX: None}}, str(limits.SPEC_BYTES_MAX)),
+        ({"shadows": {"s": {"type": "x" * limits.SPEC_BYTES_MAX}}}, str(limits.SPEC_BYTES_MAX)),
+        ({HALF: 1}, "unicode"),
     ],
     ids=lambda value: json.dumps(value)[:50] if isinstance(value, dict) else "",
 )
 def test_a_wrong_attach_is_refused_naming_the_field_and_leaves_nothing(http, run, fields, word):
-    problem(http.post("/v1/attach", json=attach_body(run, **fields)), 422, word)
+    problem(http.post("/v1/attach", **raw(attach_body(run, **fields))), 422, word)
     assert http.get(f"/v1/runs/{run}").status_code == 404
 
 
@@ -341,13 +362,27 @@ def test_a_wrong_attach_is_refused_naming_the_field_and_leaves_nothing(http, run
         ({"receipts": [{"number": 1, "step": 0, "decided": 0, "lr": [0.1]}]}, "receipts"),
         ({"end": "done"}, "end"),
         ({"answers": [{"directive": "d", "outcome": "maybe"}]}, "outcome"),
+        ({"answers": [{"directive": HALF, "outcome": "done"}]}, "directive"),
+        ({"answers": [{"directive": "d" * (limits.NAME_MAX + 1), "outcome": "done"}]}, "directive"),
+        ({"answers": [{"directive": "d", "outcome": "done", "note": HALF}]}, "note"),
+        ({"answers": [{"directive": "d", "outcome": "done", "note": "x" * (limits.REASON_MAX + 1)}]}, "note"),
+        ({"answers": [{"directive": "d", "outcome": "done", "step": 2**63}]}, "answers: step"),
+        ({"receipts": [RECEIPT | {"conflict": HALF}]}, "conflict"),
+        ({"receipts": [RECEIPT | {"conflict": "x" * (limits.CONFLICT_MAX + 1)}]}, "conflict"),
+        ({"receipts": [RECEIPT | {"controls": {HALF: 1.0}}]}, "signals"),
+        ({"receipts": [RECEIPT | {"controls": {"x" * (limits.NAME_MAX + 1): 1.0}}]}, "signals"),
+        ({"receipts": [RECEIPT | {"ranks": 0}]}, "ranks"),
+        ({"receipts": [RECEIPT | {"ranks": -1}]}, "ranks"),
+        ({"receipts": [RECEIPT | {"of_ranks": -1}]}, "of_ranks"),
+        ({"receipts": [RECEIPT | {"ranks": 3, "of_ranks": 2}]}, "of_ranks"),
+        ({"controls": [{"name": HALF, "value": 1, "min": 0, "max": 1}]}, "signals"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
 def test_a_wrong_report_is_refused_naming_the_field_and_changes_nothing(http, run, fields, word):
     attach(http, run)
     before = http.get(f"/v1/runs/{run}").json()["seq"]
-    problem(http.post(f"/v1/runs/{run}/report", json=report_body([0, 1]) | fields), 422, word)
+    problem(http.post(f"/v1/runs/{run}/report", **raw(report_body([0, 1]) | fields)), 422, word)
     assert http.get(f"/v1/runs/{run}").json()["seq"] == before
 
 
@@ -371,6 +406,31 @@ def test_text_that_is_no_unicode_is_refused_or_comes_back(http, run):
         answer = http.post("/v1/attach", **raw(body | {"run": f"{run}-{next(names)}"}))
         assert answer.status_code < 500, answer.text
     assert http.get("/v1/runs").status_code == 200
+
+
+def test_what_is_no_unicode_and_is_stored_already_is_told_with_a_question_mark(http, run, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(checks, "check_text", lambda *_: None)  # as it was, or is elsewhere
+        attach(http, run)
+        answers = [{"directive": "d", "outcome": "done", "note": f"n{HALF}"}]
+        body = report_body([0], receipts=[RECEIPT | {"conflict": f"c{HALF}"}], answers=answers)
+        assert http.post(f"/v1/runs/{run}/report", **raw(body)).status_code == 200
+        override = {"kind": "override", "value": 0.01, "reason": f"r{HALF}\U0001f600"}
+        with monkeypatch.context() as also:
+            also.setattr(command_checks, "check_text", lambda *_: None)
+            assert http.post(f"/v1/runs/{run}/commands", **raw(override)).status_code == 201
+    assert report(http, run, [1])["notices"][0].endswith("r?\U0001f600")
+    told = {
+        "": "c?", "/commands": "r?\U0001f600", "/journal": "n?", "/journal?format=csv": "n?", "/lineage": "",
+        "/journal?format=jsonl": "n?",
+    }  # fmt: skip
+    for path, words in told.items():
+        answer = http.get(f"/v1/runs/{run}{path}")
+        text = answer.text if "csv" in path else "".join(map(str, map(json.loads, answer.text.splitlines())))
+        assert (answer.status_code, words in text, HALF in text) == (200, True, False), path
+    for form in ("json", "csv", "jsonl"):
+        assert "r?" in http.get(f"/v1/audit?run={run}&format={form}").text
+    assert http.get(f"/v1/runs/{run}/export").status_code == 200
 
 
 # -- lists, series, decisions ------------------------------------------------------------------------------------
@@ -427,6 +487,10 @@ def test_runs_are_filtered_and_come_in_pages_newest_first(http, many, query, wan
         ("/v1/runs?cursor=%C2%B2~r", "cursor"),
         ("/v1/runs?label=x", "label"),
         ("/v1/runs?label==x", "label"),
+        (
+            "/v1/runs?" + "&".join(f"label=l{i}=x" for i in range(limits.LABELS_MAX + 1)),
+            f"more than {limits.LABELS_MAX}",
+        ),
         ("/v1/runs?status=sleeping", "status"),
         ("/v1/runs/RUN/series?signals=", "signals"),
         ("/v1/runs/RUN/series?signals=lr:nobody", "nobody"),

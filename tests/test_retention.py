@@ -221,7 +221,7 @@ def test_a_disk_about_to_be_full_is_busy_and_tells(tmp_path):
     async def ask():
         huge = 1 << 60  # more than any disk has
         async with Opened(open_journal(f"sqlite:///{tmp_path}/f.db", disk_free_min=huge)) as opened:
-            with pytest.raises(Busy, match="the disk of"):
+            with pytest.raises(Busy, match="disk is full"):
                 await opened.service.attach(attach_message("r"), ANYBODY)
             usage = await opened.service.usage(ANYBODY)
             assert (usage.state, usage.disk_free_min) == ("full", huge)

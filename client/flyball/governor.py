@@ -282,7 +282,7 @@ class Governor:
         return waited
 
     def _receipt(self, used: Settings, confirms: int, wanted_lr: tuple[float, ...] | None) -> None:
-        conflict, self._conflict = "" if self._conflict is None else self._conflict.text, None
+        conflict, self._conflict = "" if self._conflict is None else self._conflict.text[: limits.CONFLICT_CHARS], None
         self._session.receipt(
             self._next_step, self._decided, used, self._late, conflict, 1,
             confirms=confirms, controls=self._controls, wanted_lr=wanted_lr,

@@ -45,6 +45,8 @@ CONFIRMS_MAX = 64
 #: Notices remembered, so that none is logged twice, and the length of a notice or of an answer's note.
 NOTICES_MAX = 256
 NOTE_CHARS = 500
+#: The length of what a receipt says of somebody else who wrote.
+CONFLICT_CHARS = 2000
 #: Causes of conflicts and of warnings told apart; beyond that they are counted, and neither logged nor reported.
 CAUSES_MAX = 1000
 #: The steps after attach at which schedulers are looked for, and looked at again: one that went on is named.

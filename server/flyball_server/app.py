@@ -40,7 +40,8 @@ from flyball_server.exports.exchange import Exchange
 from flyball_server.fleet.canaries import Canaries
 from flyball_server.fleet.fleet import Fleet
 from flyball_server.fleet.freezing import Freezing
-from flyball_server.limits import DRAIN_S, KEEP_ALIVE_S
+from flyball_server.http_api.protocol import BoundedProtocol
+from flyball_server.limits import CONNECTIONS_MAX, DRAIN_S, KEEP_ALIVE_S
 from flyball_server.profiles import load_profiles
 from flyball_server.projects import NOWHERE, load_projects
 from flyball_server.rules import rules_of
@@ -102,7 +103,8 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         parts = http_api.Parts(service, commanding, many, exchange, tokens, auditing, heads, hooks)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)
         options: dict[str, Any] = {} if tls is None else tls.uvicorn()
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **options)
+        config = uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off", **options)
+        config.limit_concurrency = CONNECTIONS_MAX
         # Anybody could name another address as theirs; what tells callers apart behind a proxy are tokens.
         config.proxy_headers = config.server_header = False
         # Training steps may be a minute apart; a client that finds its connection closed has to come again.

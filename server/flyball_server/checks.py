@@ -63,6 +63,7 @@ def spec_from(request: Attach, profiles: Mapping[str, Profile], projects: Projec
         if not key or len(key) > limits.NAME_MAX or len(text) > limits.NAME_MAX:
             raise Invalid(f"labels: {key!r:.60}={text!r:.60} is empty or longer than {limits.NAME_MAX} characters")
     _check_groups(request.groups)
+    _check_sizes(request)
     if request.lag is not None and not 0 <= request.lag <= limits.INTEGER_MAX:
         raise Invalid(f"lag is {request.lag}: give 0 or more optimizer steps, or leave it out")
     check_seed(request.seed)
@@ -151,6 +152,18 @@ def check_spec(spec: Spec) -> None:
         )
 
 
+def _check_sizes(request: Attach) -> None:
+    """What an attach says becomes a row of its run, and is folded, forked and told again."""
+    for field in ("policy", "base", "guard", "shadows"):
+        try:
+            text = json.dumps(getattr(request, field), default=dict, ensure_ascii=False)
+        except RecursionError:
+            raise Invalid(f"{field} is nested too deeply") from None
+        check_text(field, text)
+        if len(text.encode()) > limits.SPEC_BYTES_MAX:
+            raise Invalid(f"{field} has {len(text.encode())} bytes as JSON: give at most {limits.SPEC_BYTES_MAX}")
+
+
 def check_seed(seed: int) -> None:
     """Raise Invalid where a seed does not fit the wire."""
     if abs(seed) > limits.INTEGER_MAX:
@@ -169,6 +182,12 @@ def check_resumption(request: Attach) -> None:
             raise Invalid(f"{field} is {value} without resume: say resume to go on with an existing run")
         if value is not None and not 0 <= value <= limits.INTEGER_MAX:
             raise Invalid(f"{field} is {value}: give 0 to {limits.INTEGER_MAX}")
+    check_words("client", request.client, limits.NAME_MAX)
+    for where, token in (("", request), ("fork.", request.fork)):
+        if token is not None:
+            check_words(where + "digest", token.digest, limits.NAME_MAX)
+            if not 0 <= token.seq <= limits.INTEGER_MAX:
+                raise Invalid(f"{where}seq is {token.seq}: give 0 to {limits.INTEGER_MAX}")
 
 
 def _check_text(spec: Spec) -> None:
@@ -232,6 +251,10 @@ def _difference(old: Any, new: Any) -> str:
     return f"recorded is {old!r}, this process asks for {new!r}"
 
 
+#: The least that a receipt's numbers may be.
+_LEAST = {"number": -1, "step": -1, "decided": -1, "ranks": 1, "confirms": 0, "of_ranks": 0}
+
+
 def check_report(request: Report) -> None:
     n = len(request.steps)
     if n > limits.BATCH_MAX:
@@ -241,16 +264,27 @@ def check_report(request: Report) -> None:
     if any(a.number >= b.number for a, b in pairwise(request.receipts)):
         raise Invalid("receipts: their numbers must rise strictly")
     for receipt in request.receipts:
-        for name in ("number", "step", "decided", "ranks", "confirms", "of_ranks"):
+        for name, least in _LEAST.items():
             value = getattr(receipt, name)
-            if not -1 <= value <= limits.INTEGER_MAX:
-                raise Invalid(f"receipts: {name} is {value}; give 0 to {limits.INTEGER_MAX}")
+            if not least <= value <= limits.INTEGER_MAX:
+                raise Invalid(f"receipts: {name} is {value}; give {max(0, least)} to {limits.INTEGER_MAX}")
+        if 0 < receipt.of_ranks < receipt.ranks:
+            raise Invalid(
+                f"receipts: ranks is {receipt.ranks} of_ranks {receipt.of_ranks}; give no more than there are"
+            )
+        check_words("receipts: conflict", receipt.conflict, limits.CONFLICT_MAX)
         if len(receipt.controls) > limits.CONTROLS_MAX:
             raise Invalid(f"receipts: {len(receipt.controls)} controls are too many; at most {limits.CONTROLS_MAX}")
+        for name in receipt.controls:
+            check_signal_name(name)
     check_controls(request.controls)
     for answer in request.answers:
         if answer.outcome not in ("done", "declined"):
-            raise Invalid(f"answers: outcome is {answer.outcome!r}: give 'done' or 'declined'")
+            raise Invalid(f"answers: outcome is {answer.outcome!r:.60}: give 'done' or 'declined'")
+        check_words("answers: directive", answer.directive, limits.NAME_MAX)
+        check_words("answers: note", answer.note, limits.REASON_MAX)
+        if not -1 <= answer.step <= limits.INTEGER_MAX:
+            raise Invalid(f"answers: step is {answer.step}; give 0 to {limits.INTEGER_MAX}")
     if len(request.answers) > ANSWERS_KEPT:
         raise Invalid(f"answers: {len(request.answers)} are too many; at most {ANSWERS_KEPT}")
     steps = request.steps
@@ -273,18 +307,23 @@ def check_side_report(said: SideReport) -> None:
     if not said.signals and not said.note:
         raise Invalid("signals is empty: name at least one, such as val_loss, or give a note")
     check_signal_names(said.signals)
-    if len(said.note) > limits.REASON_MAX:
-        raise Invalid(f"note has {len(said.note)} characters: give at most {limits.REASON_MAX}")
+    check_words("note", said.note, limits.REASON_MAX)
     if said.source and (len(said.source) > limits.NAME_MAX or not NAME.fullmatch(said.source)):
         raise Invalid(f"source is {said.source!r:.60}: use letters, digits, '.', '_' or '-'")
     if bool(said.source) != bool(said.number) or not 0 <= said.number <= limits.INTEGER_MAX:
         raise Invalid(f"number is {said.number} and source {said.source!r:.60}: give both, counting from 1, or neither")
-    check_text("note", said.note)
+
+
+def check_words(field: str, text: str, most: int) -> None:
+    """`check_text` of a text of at most so many characters."""
+    if len(text) > most:
+        raise Invalid(f"{field} has {len(text)} characters: give at most {most}")
+    check_text(field, text)
 
 
 def check_text(field: str, text: str) -> None:
     """Half a surrogate pair could be stored, and never be told to anybody: raise Invalid."""
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise Invalid(f"{field} holds half of a surrogate pair, which is no text: send it as UTF-8")
 
 

@@ -156,6 +156,7 @@ class Engine:
         One whose record is damaged is as of the last row before that, good for reading, and examined again now and
         then; Damaged is raised where nothing of it can be read.
         """
+        loading.check_is_run(run_id)
         live = self._live.get(run_id)
         if live is not None and not self._is_due(run_id):
             self._live.move_to_end(run_id)
@@ -179,6 +180,7 @@ class Engine:
         Raises Busy, Damaged where the store's own journal is, Lost where somebody else was faster.
         """
         run_id = record.run
+        loading.check_is_run(run_id)
         expected = None if live is None or self.damage.words(run_id) else live.run.seq
         observations = None if live is None else live.run.observations
 

@@ -29,8 +29,8 @@ EXPIRES_MAX_S = 3650 * 86400.0
 #: Runs that one fleet command or canary may mean, and how many of them are worked on at the same time.
 FLEET_MAX = 2000
 FLEET_PARALLEL = 32
-#: Bytes of a fleet command as JSON, without its runs.
-FLEET_COMMAND_BYTES_MAX = 64 * 1024
+#: Bytes of a command as JSON, without the runs it is for.
+COMMAND_BYTES_MAX = 64 * 1024
 #: Idempotency keys of fleet commands that are remembered, the newest.
 FLEET_KEYS_KEPT = 10_000
 #: Characters of a selector.
@@ -58,6 +58,8 @@ WAIT_POLL_S = 1.0
 EXPIRE_EVERY_S = 1.0
 #: People whose approval a project may demand for a proposed command.
 APPROVALS_MAX = 10
+#: Bytes as JSON of policy, base, guard and shadows, each, that an attach may carry.
+SPEC_BYTES_MAX = 256 * 1024
 #: Parameter groups of one run.
 GROUPS_MAX = 256
 #: Labels of one run.
@@ -95,6 +97,11 @@ HEARD_EVERY_S = 20.0
 STREAMS_MAX = 20_000
 #: Time that requests in flight get to finish when the service is told to stop.
 DRAIN_S = 10.0
+#: Bytes of an HTTP request's first line and header fields together, and the time they may take to come.
+HEAD_BYTES_MAX = 64 * 1024
+HEAD_S = 10.0
+#: HTTP connections at a time, and requests under way; more are answered with 503.
+CONNECTIONS_MAX = STREAMS_MAX
 #: How long an HTTP connection may idle before it is closed.
 KEEP_ALIVE_S = 120
 #: What is kept free of the disk under the store, unless the setting `disk_free_min` says otherwise.
@@ -113,8 +120,10 @@ DAMAGE_RECHECK_SHARE = 20.0
 SCRUB_ROWS = 256
 SCRUB_SHARE = 0.2
 SCRUBBED_MAX = 100_000
-#: Characters in the reason for a deletion.
+#: Characters in a reason, in a note, and in a directive's answer.
 REASON_MAX = 500
+#: Characters in what a receipt says of somebody else who wrote: it may name several groups.
+CONFLICT_MAX = 2000
 #: Times that a row of the store's journal is tried again: nothing spreads these writers, as runs do those of runs.
 LEDGER_TRIES = 64
 #: Tokens that may be valid at a time, projects of one, and the longest time that one may be said to live.

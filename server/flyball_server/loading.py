@@ -50,6 +50,12 @@ class Loaded(NamedTuple):
     problem: str
 
 
+def check_is_run(run_id: str) -> None:
+    """The store's own journal is no run, whoever asks."""
+    if run_id == STORE:
+        raise unknown_run(run_id)
+
+
 def load(journal: Journal, ruler: Ruler, run_id: str) -> Loaded:
     """Fold a run. Raises NotFound, Deleted, and Damaged where not even its first row can be read."""
     record = journal.record(run_id)

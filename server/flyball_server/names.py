@@ -28,6 +28,13 @@ def project_of(run: str) -> str:
 
 
 @lru_cache(4096)
+def is_run_id(run: str) -> bool:
+    """Whether a run can have this id; what is kept beside runs has names that none can have."""
+    names = run.split(":", 1)
+    return all(len(name) <= limits.NAME_MAX and NAME.fullmatch(name) is not None for name in names)
+
+
+@lru_cache(4096)
 def is_signal_name(name: str) -> bool:
     """Whether a signal can have this name (`=` and `?` mark a row's own columns)."""
     return len(name) <= limits.NAME_MAX and _SIGNAL.fullmatch(name) is not None

@@ -239,6 +239,8 @@ class Service:
         where = where._replace(projects=caller.projects)
         if not 1 <= limit <= limits.PAGE_MAX:
             raise Invalid(f"limit is {limit}: give 1 to {limits.PAGE_MAX}")
+        if len(where.labels or ()) > limits.LABELS_MAX:
+            raise Invalid(f"label: {len(where.labels or ())} are too many; no run has more than {limits.LABELS_MAX}")
         if where.status is not None:
             if where.status not in STATUSES:
                 raise Invalid(f"status is {where.status!r}: give one of {', '.join(STATUSES)}")

@@ -55,9 +55,7 @@ def _status(calls: Any) -> str:
         for _ in calls:
             pass
     except grpc.RpcError as error:
-        # What gRPC itself says of bytes that are no message, before anybody of ours sees them.
-        is_unreadable = "deserializing request" in (error.details() or "")
-        return "UNREADABLE" if is_unreadable else str(error.code().name)
+        return str(error.code().name)
     return "OK"
 
 

@@ -200,6 +200,9 @@ def test_a_deletion_leaves_a_record_and_a_tombstone_and_the_name_is_not_used_aga
     assert [type(error) for error in errors] == [Conflict, Conflict]
     assert type(delete(deletion._replace(row=chain(STORE, [stone], after=stone)[0]))) is Conflict, "deleted once"
     assert list(journal.rows("b")) == b
+    (second,) = chain(STORE, [row("deleted", meta={"run": STORE})], after=stone)
+    assert type(delete(Deletion(None, second, left_of(record(STORE, stone), second), None))) is Invalid
+    assert list(journal.rows(STORE)) == [stone], "the store's own journal is no run"
 
 
 def test_a_note_follows_the_newest_row_of_the_stores_journal_and_changes_no_run(

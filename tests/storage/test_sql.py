@@ -215,7 +215,7 @@ def connections() -> Iterator[list[sqlite3.Connection]]:
         sa.event.remove(sa.Engine, "connect", note)
 
 
-def test_a_full_disk_is_busy_writes_nothing_and_recovers(path: Path) -> None:
+def test_a_full_disk_is_busy_writes_nothing_and_recovers(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = chain("r", observed(12, 256))
     with connections() as found, started(opened(path)) as (journal, results):
         assert keep(journal, results, append("r", rows[:1])) == [None]
@@ -224,7 +224,8 @@ def test_a_full_disk_is_busy_writes_nothing_and_recovers(path: Path) -> None:
         for _ in range(3):
             errors = keep(journal, results, append("r", rows[1:]), append("s", chain("s", rows[:3])))
             assert [type(e) for e in errors] == [Busy, Busy]
-            assert "full" in str(errors[0])
+            assert "full" in caplog.text
+            assert "log says why" in str(errors[0])
             assert list(journal.rows("r")) == rows[:1]
             assert journal.record("s") is None
         found[0].execute("PRAGMA max_page_count = 1000000")
@@ -232,7 +233,7 @@ def test_a_full_disk_is_busy_writes_nothing_and_recovers(path: Path) -> None:
         assert list(journal.rows("r")) == rows
 
 
-def test_a_file_moved_away_is_busy_and_recovers_when_it_is_back(path: Path) -> None:
+def test_a_file_moved_away_is_busy_and_recovers_when_it_is_back(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Writing goes on into a file that has no name any more; nobody would find that again."""
     rows, away = chain("r", observed(12, 256)), path.with_suffix(".away")
     with started(opened(path)) as (journal, results):
@@ -241,7 +242,8 @@ def test_a_file_moved_away_is_busy_and_recovers_when_it_is_back(path: Path) -> N
         for _ in range(2):
             [error] = keep(journal, results, append("r", rows[1:]))
             assert isinstance(error, Busy)
-            assert str(path) in str(error)
+            assert str(path) in caplog.text
+            assert "file" in str(error)
             path.touch(exist_ok=True)  # another file of that name is no better
         away.rename(path)
         assert keep(journal, results, append("r", rows[1:])) == [None]

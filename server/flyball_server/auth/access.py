@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flyball_server.core.errors import Denied, NotFound
-from flyball_server.names import project_of
+from flyball_server.names import is_run_id, project_of
 
 #: What may be asked for, and the roles that may. A driver may not propose, and a proposer not drive: who took a run
 #: over could end it, or take it back, without anybody's approval.
@@ -57,7 +57,10 @@ class Caller(NamedTuple):
             raise unknown_run(run) if run else unknown_project(project)
 
     def check_run(self, right: str, run: str) -> None:
-        """`check` of a run by its id, before anybody looks whether there is one."""
+        """`check` of a run by its id, before anybody looks whether there is one; what is no id is an unknown run."""
+        self.check_role(right)
+        if not is_run_id(run):
+            raise unknown_run(run)
         self.check(right, project_of(run), run)
 
     def check_role(self, right: str) -> None:
@@ -80,4 +83,4 @@ def unknown_project(project: str) -> NotFound:
 
 def unknown_run(run: str) -> NotFound:
     """The answer about a run that is not known, or not to this caller."""
-    return NotFound(f"run {run!r} is not known: `flyball runs` lists those that are")
+    return NotFound(f"run {run!r:.300} is not known: `flyball runs` lists those that are")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from math import isfinite
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from flyball_server.checks import alternative, check_text
 from flyball_server.core import commands
 from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Spec
+from flyball_server.core.guard import Limits
 from flyball_server.core.numbers import LARGEST_LR
 from flyball_server.core.run import Run
 from flyball_server.guards import expanded, limits_of
@@ -38,6 +40,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 #: What is never one too many: it ends others, or the training, or adds nothing that stays.
 _ALWAYS = ("note", "release", "hold", "stop")
 SETTINGS = ("lr", "momentum", "noise_std")
+#: What can be taken away from a guard.
+_LIMITS = [field.name for field in dataclass_fields(Limits)]
 
 
 class Checked(NamedTuple):
@@ -74,8 +78,11 @@ def check_envelope(request: CommandRequest) -> CommandRequest:
         raise Invalid(f"reason has {len(reason)} characters: give at most {limits.REASON_MAX}")
     if len(request.key) > limits.NAME_MAX:
         raise Invalid(f"Idempotency-Key has {len(request.key)} characters: give at most {limits.NAME_MAX}")
-    for name, text in (("reason", reason), ("fields", json.dumps(dict(request.fields), ensure_ascii=False))):
+    fields = json.dumps(dict(request.fields), ensure_ascii=False)
+    for name, text in (("reason", reason), ("fields", fields), ("Idempotency-Key", request.key)):
         check_text(name, text)
+    if len(fields.encode()) > limits.COMMAND_BYTES_MAX:
+        raise Invalid(f"command has {len(fields.encode())} bytes: give at most {limits.COMMAND_BYTES_MAX}")
     return request._replace(reason=reason)
 
 
@@ -195,6 +202,9 @@ def _bounds(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
     given, spec = fields.get("guard"), around.spec
     if not isinstance(given, Mapping) or not given:
         raise Invalid(f"guard is {given!r:.60}: give limits, such as {{'max_lr': 0.1}}; null takes one away")
+    for name, value in given.items():
+        if value is None and name not in _LIMITS:
+            raise Invalid(f"guard.{name!r:.60}: there is no such limit to take away{nearest(name, _LIMITS)}")
     asked = {**spec.guard, **expanded({name: value for name, value in given.items() if value is not None})}
     asked = {name: value for name, value in asked.items() if given.get(name, ...) is not None}
     limits_of(asked)

@@ -68,6 +68,8 @@ def parsed(text: str) -> Selector:
         else:
             known = [*KEYS, "label.NAME"]
             raise Invalid(f"selector: {key!r:.60} is nothing to select by{nearest(key, known)}")
+    if len(labels) > limits.LABELS_MAX:
+        raise Invalid(f"selector: {len(labels)} labels are too many; no run has more than {limits.LABELS_MAX}")
     status = values.get("status")
     if status is not None and status not in STATUSES:
         raise Invalid(f"selector: status is {status!r:.60}{nearest(status, list(STATUSES))}")

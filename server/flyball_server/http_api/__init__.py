@@ -23,6 +23,7 @@ from flyball_server.http_api import audit, branches, commands, exports, fleet, p
 from flyball_server.http_api import tokens as tokens_api
 from flyball_server.http_api.body import BodyLimit
 from flyball_server.http_api.guarded import Application, Guarded, caller_of, peer_of
+from flyball_server.http_api.text import Json
 from flyball_server.service import Service
 
 
@@ -56,6 +57,9 @@ def build(parts: Parts, *, door: Door, version: str, is_ready: Callable[[], bool
         # Those pages load scripts from other people's servers; /openapi.json says the same.
         docs_url=None,
         redoc_url=None,
+        default_response_class=Json,
+        # It would tell whoever asks to come again at an address of their own choosing: the Host of the request.
+        redirect_slashes=False,
     )
 
     def denied(request: Request, why: str) -> None:

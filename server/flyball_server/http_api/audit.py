@@ -21,6 +21,7 @@ from flyball_server.audit.heads import Heads
 from flyball_server.audit.webhooks import Hooks
 from flyball_server.http_api.guarded import caller_of
 from flyball_server.http_api.runs import Count
+from flyball_server.http_api.text import encoded, json_line
 
 Format = Annotated[
     Literal["json", "jsonl", "csv"], Query(description="jsonl and csv: all that match, streamed, without pages")
@@ -207,9 +208,8 @@ def router(auditing: Auditing, heads: Heads, hooks: Hooks) -> APIRouter:
 
 def _streamed(found: Iterator[dict[str, Any]], form: str, columns: tuple[str, ...]) -> StreamingResponse:
     if form == "jsonl":
-        lines = (json.dumps(one, allow_nan=False) + "\n" for one in found)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
-    return StreamingResponse(_csv(found, columns), media_type="text/csv; charset=utf-8")
+        return StreamingResponse(map(json_line, found), media_type="application/x-ndjson")
+    return StreamingResponse(map(encoded, _csv(found, columns)), media_type="text/csv; charset=utf-8")
 
 
 def _csv(found: Iterator[Mapping[str, Any]], columns: tuple[str, ...]) -> Iterator[str]:

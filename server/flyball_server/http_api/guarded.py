@@ -10,13 +10,13 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flyball_server.auth.access import Caller
 from flyball_server.auth.door import Door, Peer
 from flyball_server.core.errors import SteeringError
 from flyball_server.http_api import problems
+from flyball_server.http_api.text import Json
 
 #: Probes, and the description of the routes, which is the same everywhere.
 OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
@@ -53,7 +53,7 @@ class Guarded:
         if scope["type"] == "lifespan" or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
-        answer: JSONResponse
+        answer: Json
         try:
             caller = await self._door.admit(peer_of(scope), _authorization(scope))
         except SteeringError as error:

@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from flyball_server.core.errors import Ahead, Busy, Denied, KeyReused, SteeringError, Unauthenticated
+from flyball_server.http_api.text import Json
 
 STATUS = {
     "invalid": (422, "The request is wrong"),
@@ -55,10 +55,10 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def problem(status: int, title: str, detail: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def problem(status: int, title: str, detail: str, code: str, headers: dict[str, str] | None = None) -> Json:
     """One problem document. `code` is the machine's word, `detail` names the field, the value and the remedy."""
     body: dict[str, Any] = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    return Json(body, status, headers, media_type="application/problem+json")
 
 
 def _found(error: Any) -> str:
@@ -70,7 +70,7 @@ def _found(error: Any) -> str:
     return f"{where}: {error['msg']} (got {error['input']!r:.80})"
 
 
-def of(error: SteeringError) -> JSONResponse:
+def of(error: SteeringError) -> Json:
     """The problem document of one of our errors."""
     status, title = STATUS[error.code]
     title = _TITLES.get(type(error), title)
@@ -82,7 +82,7 @@ def of(error: SteeringError) -> JSONResponse:
     return problem(status, title, str(error), error.code, headers)
 
 
-def unexpected() -> JSONResponse:
+def unexpected() -> Json:
     """The problem document of what nobody thought of: it stands in the log, not in the answer."""
     status, title = STATUS["internal"]
     return problem(status, title, "an unexpected error; the service's log has it", "internal")
@@ -92,21 +92,21 @@ def install(app: FastAPI, denied: Callable[[Request, str], None]) -> None:
     """Make every error of `app` a problem document. denied: told of each refusal for want of a role."""
 
     @app.exception_handler(SteeringError)
-    async def steering(request: Request, error: SteeringError) -> JSONResponse:
+    async def steering(request: Request, error: SteeringError) -> Json:
         if isinstance(error, Denied):
             denied(request, str(error))
         return of(error)
 
     @app.exception_handler(RequestValidationError)
-    async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation(_: Request, error: RequestValidationError) -> Json:
         return problem(422, STATUS["invalid"][1], "; ".join(_found(e) for e in error.errors()[:8]), "invalid")
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
+    async def http(_: Request, error: HTTPException) -> Json:
         code = "not_found" if error.status_code == 404 else "invalid"
         title = HTTPStatus(error.status_code).phrase
         return problem(error.status_code, title, str(error.detail), code, dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
+    async def failed(_: Request, error: Exception) -> Json:
         return unexpected()  # starlette raises it on, and so it comes to the log

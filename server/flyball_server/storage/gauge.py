@@ -46,7 +46,7 @@ class Gauge:
             if usage is None or state == "ok":
                 _log.info("%s has room again", self._path)
             else:
-                _log.warning("%s", usage.words)
+                _log.warning("%s: %s", self._path, usage.words)
         return usage.words if usage is not None and state == "full" else ""
 
     def usage(self, connection: Any) -> Usage:
@@ -90,10 +90,10 @@ class Gauge:
             if state == self._state == "nearly_full":
                 share, times = share - limits.ROOM_AGAIN, times * (1 + limits.ROOM_AGAIN)
             if most is not None and used >= share * most:
-                return state, f"{self._path} {what}: {used} of {most} bytes; {remedy}, or raise --store-bytes-max"
+                return state, f"the store {what}: {used} of {most} bytes; {remedy}, or raise --store-bytes-max"
             if room < times * least:
                 return state, (
-                    f"the disk of {self._path} {what}: {disk_free} bytes are free, where {least} are kept free; "
+                    f"the store's disk {what}: {disk_free} bytes are free, where {least} are kept free; "
                     f"make room on it, {remedy}"
                 )
         return "ok", ""

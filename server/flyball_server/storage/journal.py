@@ -206,8 +206,8 @@ class Journal(Reading, Protocol):
         Raises `Busy` at once when more than APPENDS_MAX appends wait."""
 
     def delete(self, deletion: Deletion) -> None:
-        """Accept a deletion. Its result comes through `deliver`, as that of an append. It may be written where
-        appends are refused because the store is full."""
+        """Accept a deletion. Its result comes through `deliver`, as that of an append; Invalid for STORE, which is no
+        run. It may be written where appends are refused because the store is full."""
 
     def hear(self, run: str, heard: Heard) -> None:
         """Remember when the run's job was heard of, where the run's record does not tell. Returns at once, and may be

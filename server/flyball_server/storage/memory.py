@@ -132,6 +132,8 @@ class MemoryJournal:
 
     def _remove(self, deletion: Deletion) -> Exception | None:
         run, expected = deletion.record.run, deletion.expected_seq
+        if run == STORE:
+            return Invalid(f"{STORE!r} is no run: it cannot be deleted")
         with self._lock:
             newest, tombstones = len(self._stored.get(run, ())), len(self._stored.get(STORE, ()))
             if self._is_deleted(run) or expected not in (None, newest) or tombstones != deletion.row.seq - 1:

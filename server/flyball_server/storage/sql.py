@@ -1,5 +1,7 @@
 """The journal in an SQL database: today one SQLite file that one process owns.
 
+What went wrong with the file goes to the log; who asks is told that something did, and what to do.
+
 Rule of this module: reads never wait for the writer and never see half an append. They use connections of
 their own, from any thread, and go page by page, so that a slow reader holds nothing open. A page may find
 rows merged that the page before found single; both forms say the same.
@@ -7,6 +9,7 @@ rows merged that the page before found single; both forms say the same.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +53,8 @@ PAGE_ROWS = 128
 CACHE_KIB = 512
 #: What the write-ahead log is cut back to after a burst.
 LOG_BYTES_MAX = 64 << 20
+
+_log = logging.getLogger(__name__)
 
 
 class SqlJournal:
@@ -154,9 +159,11 @@ class SqlJournal:
         try:
             now = os.stat(self._path)
         except OSError as error:
-            return f"{self._path} is not there any more ({error.strerror}): put it back, or restart the service"
+            _log.error("%s is not there any more (%s)", self._path, error.strerror)
+            return "the store's file is not there any more: put it back, or restart the service"
         if (now.st_dev, now.st_ino) != self._identity:
-            return f"{self._path} is another file than the one opened: put that back, or restart the service"
+            _log.error("%s is another file than the one opened", self._path)
+            return "the store's file is another one than was opened: put that back, or restart the service"
         return ""
 
     def _open(self) -> Writer:
@@ -251,11 +258,14 @@ class SqlJournal:
             with self._reading.connect() as connection:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
-            raise Busy(f"{self._path} cannot be read now: {error}") from error
+            _log.warning("%s cannot be read now: %s", self._path, getattr(error, "orig", None) or error)
+            raise Busy("the store cannot be read now: the service's log says why") from error
         except sa.exc.DatabaseError as error:
-            raise Damaged(f"{whose}{self._path} is damaged: {error.orig}") from error
+            _log.error("%s%s is damaged: %s", whose, self._path, error.orig)
+            raise Damaged(f"{whose}the store's file is damaged: the service's log says how") from error
         except (TypeError, ValueError) as error:  # SQLite gives back whatever stands in a damaged row
-            raise Damaged(f"{whose}{self._path} is damaged: {error}") from error
+            _log.error("%s%s is damaged: %s", whose, self._path, error)
+            raise Damaged(f"{whose}the store's file is damaged: the service's log says how") from error
 
     def record(self, run: str) -> RunRecord | None:
         with self._read(run) as connection:

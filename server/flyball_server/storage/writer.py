@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from flyball_server.core.errors import Busy, Conflict, Damaged, SteeringError
+from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, SteeringError
 from flyball_server.storage import audit, outbox, tables, tidying
 from flyball_server.storage.blocks import Stored, check_order, store
 from flyball_server.storage.gauge import Gauge
@@ -184,6 +184,8 @@ class Writer:
 
     def _delete(self, deletion: Deletion) -> None:
         run, expected = deletion.record.run, deletion.expected_seq
+        if run == STORE:
+            raise Invalid(f"{STORE!r} is no run: it cannot be deleted")
         if why := self._gone():
             raise Busy(why)
         with self._connection.begin():
@@ -436,9 +438,11 @@ def meaning(error: Exception) -> Exception:
         return Conflict("another writer appended to this run first")
     found = error.orig if isinstance(error, sa.exc.DatabaseError) else error
     if isinstance(found, sqlite3.OperationalError):
-        return Busy(f"the database cannot write now: {found}")
+        _log.warning("the database cannot write now: %s", found)
+        return Busy("the store cannot write now: the service's log says why")
     if isinstance(found, sqlite3.DatabaseError):
-        return Damaged(f"the database is damaged: {found}")
+        _log.error("the database is damaged: %s", found)
+        return Damaged("the store's file is damaged: the service's log says how")
     if not isinstance(error, SteeringError):
         _log.error("an append failed", exc_info=error)
     return error
