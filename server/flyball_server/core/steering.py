@@ -37,10 +37,15 @@ def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None,
     keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
     plans = steering.plans
     if event.kind in commands.RULING:
-        plans = (*plans, (seq, json.dumps(event.args["plan"], sort_keys=True)))
+        plans = (*plans, (seq, plan_text(event.args)))
     whole = steering.whole or (event.kind != "note" and (event.kind in commands.RULING or _is_about_momentum(held)))
     newest = steering.newest if event.kind == "note" else seq
     return steering._replace(commands=open_, keys=keys, plans=plans, whole=whole, newest=newest)
+
+
+def plan_text(args: Mapping[str, Any]) -> str:
+    """The rules that a command with these arguments puts in force, as JSON."""
+    return json.dumps(args["plan"], sort_keys=True)
 
 
 def _is_about_momentum(held: Held | None) -> bool:
