@@ -159,7 +159,16 @@ def test_a_repeated_request_is_the_same_command(job):
     job.report(3)
     again = job.command("override", value=0.02, status=200, headers=headers)
     assert again["id"] == first["id"]
-    assert "was used for another command" in job.command("hold", status=409, headers=headers)["detail"]
+    job.command("override", value=0.02, status=200, headers={**headers, "If-Match": "0"})
+    for kind, other in (
+        ("hold", {}),
+        ("override", {"value": 0.02, "for_steps": 3}),
+        ("override", {"value": 0.02, "reason": "another"}),
+        ("override", {"value": 0.02, "expires_in_s": 60}),
+        ("override", {"value": 0.02, "expires_at": "2999-01-01T00:00:00Z"}),
+    ):
+        refused = job.command(kind, status=409, headers=headers, **other)
+        assert "was used for another command" in refused["detail"]
     assert len(job.http.get(f"/v1/runs/{job.run}/commands").json()["commands"]) == 1
 
 

@@ -305,7 +305,10 @@ def _key(request: CommandRequest, caller: Caller) -> str:
 
 
 def _content(request: CommandRequest) -> str:
-    asked = [request.kind, request.reason, dict(request.fields)]
+    """Everything that is asked for; what the caller knew of the run is no part of it."""
+    asked: list[Any] = [request.kind, request.reason, dict(request.fields)]
+    if request.expires_in_s is not None or request.expires_at is not None:
+        asked += [request.expires_in_s, request.expires_at]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
