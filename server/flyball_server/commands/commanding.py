@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
 from flyball_server.auth.access import OPERATE, PROPOSE, VIEW, Caller
+from flyball_server.commands.capping import Caps, tighten, tightened
 from flyball_server.commands.checks import Around, Checked, check_envelope, checked
 from flyball_server.commands.log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
@@ -37,7 +38,7 @@ from flyball_server.storage.journal import Journal
 _log = logging.getLogger(__name__)
 
 
-class Projects(Protocol):
+class Projects(Caps, Protocol):
     """What a project says about commands."""
 
     def capped(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
@@ -93,6 +94,8 @@ class Commanding:
                 _check_expected(live.run, request)
                 found = checked(request, self._around(live), self._engine.now_us())
                 needed, alone = self._needed(request.kind, live, caller)
+                if alone:
+                    await self._tighten(request.kind, live)
                 seq = live.run.seq + 1
                 if alone:
                     events, at = _events(live.run, request, found, caller.actor, key)
@@ -126,7 +129,8 @@ class Commanding:
                 for event in overdue(run, now):
                     run, _ = fold.apply(live.rules, run, event)
                 _check_expected(run, request)
-                found = checked(request, self._around(live)._replace(run=run), now)
+                found = checked(request, self._around(live, run), now)
+                run = self._tightened(request.kind, live, run)
                 would = _folded(live, run, _events(run, request, found, caller.actor, "")[0])
                 if not self._needed(request.kind, live, caller)[1]:
                     would["status"] = "proposed"
@@ -155,13 +159,14 @@ class Commanding:
                 if verdict == "approved" and caller.actor == known.actor:
                     raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
                 events: list[Event] = [Judged(proposal, verdict, caller.actor, reason)]
-                following = f"{proposal}"
+                following = proposal
                 if verdict == "approved":
                     self._check_frozen(known.kind, live)
                 if verdict == "approved" and len(known.approved) + 1 >= known.needed:
                     request = CommandRequest(run, known.kind, known.reason, known.args)
                     found = checked(request, self._around(live), self._engine.now_us())
                     found = found._replace(expires_at=known.expires_at)
+                    await self._tighten(known.kind, live)
                     more, at = _events(live.run, request, found, known.actor, "", proposal)
                     following = f"c{live.run.seq + 2 + at}"
                     events += more
@@ -234,10 +239,19 @@ class Commanding:
         needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
         return needed, caller.may(OPERATE) and (needed <= 1 or kind == "note")
 
-    def _around(self, live: LiveRun) -> Around:
-        spec = spec_under(live.spec, live.run)
+    def _around(self, live: LiveRun, run: Run | None = None) -> Around:
+        """What a command is checked against; run: instead of the live one."""
+        run = tightened(live, live.run if run is None else run, self._projects)
         capped = _uncapped if self._projects is None else self._projects.capped
-        return Around(spec, live.run, self._profiles, capped)
+        return Around(spec_under(live.spec, run), run, self._profiles, capped)
+
+    async def _tighten(self, kind: str, live: LiveRun) -> None:
+        """Hold the run to the limits of today, ahead of a command."""
+        if kind != "note":
+            await tighten(self._engine, live, self._projects)
+
+    def _tightened(self, kind: str, live: LiveRun, run: Run) -> Run:
+        return run if kind == "note" else tightened(live, run, self._projects)
 
     async def _view(self, live: LiveRun, command: str) -> CommandView:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command)
