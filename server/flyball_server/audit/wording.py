@@ -97,6 +97,10 @@ def _deleted(meta: Mapping[str, Any]) -> str:
     return f"run {meta['run']} deleted, {meta['rows']} rows: {meta['reason']}"
 
 
+def _imported(meta: Mapping[str, Any]) -> str:
+    return f"run {meta['run']} imported, {meta['rows']} rows, signed by {meta['signer']}"
+
+
 def _token_created(meta: Mapping[str, Any]) -> str:
     where = "all projects" if meta["projects"] is None else ", ".join(meta["projects"])
     return f"token {meta['name']} made, {meta['role']} in {where}"
@@ -143,6 +147,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "judged": _judged,
     "asked": _asked,
     "deleted": _deleted,
+    "imported": _imported,
     "token_created": _token_created,
     "token_revoked": lambda meta: f"token {meta['token']} revoked: {meta['reason']}",
     "refused": lambda meta: f"refused {meta['count']} times: {meta['why']}",

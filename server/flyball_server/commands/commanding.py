@@ -23,10 +23,12 @@ from flyball_server.commands.log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
 from flyball_server.core import commands
 from flyball_server.core import run as fold
+from flyball_server.core.commands import Proposal
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
 from flyball_server.engine import Engine
+from flyball_server.exports.imports import Imports
 from flyball_server.fleet.freezing import Freezing
 from flyball_server.ledger import retried
 from flyball_server.live import LiveRun
@@ -65,12 +67,14 @@ class Commanding:
         profiles: Mapping[str, Profile],
         projects: Projects | None = None,
         freezing: Freezing | None = None,
+        imports: Imports | None = None,
     ) -> None:
         self._engine = engine
         self._journal = journal
         self._profiles = profiles
         self._projects = projects
         self._freezing = freezing
+        self._imports = imports
 
     async def give(self, request: CommandRequest, caller: Caller) -> Given:
         """Give a run a command, or propose it. The answer comes when the journal has it.
@@ -158,18 +162,20 @@ class Commanding:
                     raise Denied(f"proposal {proposal} is {known.actor}'s: only they may take it back")
                 if verdict == "approved" and caller.actor == known.actor:
                     raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
-                events: list[Event] = [Judged(proposal, verdict, caller.actor, reason)]
+                needed = await self._needed_now(known, live)
+                more = needed if verdict == "approved" and needed > known.needed else 0
+                events: list[Event] = [Judged(proposal, verdict, caller.actor, reason, more)]
                 following = proposal
                 if verdict == "approved":
                     self._check_frozen(known.kind, live)
-                if verdict == "approved" and len(known.approved) + 1 >= known.needed:
+                if verdict == "approved" and len(known.approved) + 1 >= needed:
                     request = CommandRequest(run, known.kind, known.reason, known.args)
                     found = checked(request, self._around(live), self._engine.now_us())
                     found = found._replace(expires_at=known.expires_at)
                     await self._tighten(known.kind, live)
-                    more, at = _events(live.run, request, found, known.actor, "", proposal)
+                    given, at = _events(live.run, request, found, known.actor, "", proposal)
                     following = f"c{live.run.seq + 2 + at}"
-                    events += more
+                    events += given
                 await self._engine.commit(live, events, caller.actor)
                 return await self._view(live, following)
 
@@ -238,6 +244,14 @@ class Commanding:
         """How many people a command takes, and whether the caller alone suffices."""
         needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
         return needed, caller.may(OPERATE) and (needed <= 1 or kind == "note")
+
+    async def _needed_now(self, proposal: Proposal, live: LiveRun) -> int:
+        """How many must approve: as many as when it was proposed, and as the project wants by now. Who approved
+        elsewhere, before the run was brought here, counts for nobody here."""
+        now = 1 if self._projects is None else self._projects.approvals(live.spec.project)
+        if self._imports is not None:
+            now += await queries.in_thread(self._imports.approvals, live.spec.run, proposal)
+        return max(proposal.needed, now)
 
     def _around(self, live: LiveRun, run: Run | None = None) -> Around:
         """What a command is checked against; run: instead of the live one."""

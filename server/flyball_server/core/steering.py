@@ -147,9 +147,10 @@ def judged(steering: Steering, event: Judged) -> Steering:
         raise Conflict(f"proposal {event.proposal} is over already, or was never made")
     if event.verdict == "approved" and event.actor in known.approved:
         raise Conflict(f"proposal {event.proposal} was approved by {event.actor} already: it takes somebody else")
-    approved = (*known.approved, event.actor)
-    if event.verdict == "approved" and len(approved) < known.needed:
-        kept = [one._replace(approved=approved) if one is known else one for one in steering.proposals]
+    approved, needed = (*known.approved, event.actor), max(known.needed, event.needed)
+    if event.verdict == "approved" and len(approved) < needed:
+        waiting = known._replace(approved=approved, needed=needed)
+        kept = [waiting if one is known else one for one in steering.proposals]
     else:
         kept = [one for one in steering.proposals if one is not known]
     return steering._replace(proposals=tuple(kept))
