@@ -209,3 +209,32 @@ def test_a_run_that_came_from_a_frozen_store_is_free_here(before, http_of_memory
         said(http.post("/v1/thaw", json={"reason": "out"}))
     assert holds(job) == []
     assert job.command("override", value=0.2)["status"] == "accepted"
+
+
+def test_who_may_thaw_reaches_as_far_as_who_froze():
+    async def ask():
+        async with Opened(open_journal("memory:")) as opened:
+            freezing = Process(opened).freezing
+            both = frozenset({"two", "three"})
+            one = frozenset({"two"})
+            cases = (
+                (ADMIN, Caller("x", "operator", one), False),
+                (ADMIN, Caller("x", "admin", one), False),
+                (ADMIN, Caller("x", "operator"), False),
+                (ADMIN, Caller("x", "admin"), True),
+                (Caller("f", "operator"), Caller("x", "admin", both), False),
+                (Caller("f", "admin", one), Caller("x", "operator", both), False),
+                (Caller("f", "operator", both), Caller("x", "operator", one), False),
+                (Caller("f", "operator", one), Caller("x", "operator", both), True),
+            )
+            for who, other, may in cases:
+                await freezing.freeze("two", "why", who)
+                if may:
+                    await freezing.thaw("two", "out", other)
+                    continue
+                with pytest.raises(Denied, match="froze it, who is") as refused:
+                    await freezing.thaw("two", "out", other)
+                assert "three" not in str(refused.value)
+                await freezing.thaw("two", "out", ADMIN)
+
+    asyncio.run(ask())

@@ -14,7 +14,7 @@ TEXT_MAX = 300
 #: What of a list is shown.
 LIST_MAX = 20
 #: What of a row is not for a list of rows: whole states, the rules in force, digests of secrets.
-_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held", "content")
+_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held", "content", "reach")
 
 
 def text(kind: str, meta: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flyball_server import limits, queries, records
 from flyball_server.auth.access import ADMIN, OPERATE, VIEW, Caller
-from flyball_server.core.errors import Conflict, Invalid, SteeringError
+from flyball_server.core.errors import Conflict, Denied, Invalid, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event
 from flyball_server.deletion import check_reason
 from flyball_server.engine import Engine
@@ -29,13 +29,16 @@ from flyball_server.tail import Tail
 
 #: The kinds of rows.
 FROZEN, THAWED = "frozen", "thawed"
+#: The least role that may freeze: what a row means that names none.
+OPERATOR = "operator"
 #: What may be commanded all the same: nothing of it moves a setting.
 ALLOWED = ("note", "hold", "stop", "checkpoint")
 
 
 class Freeze(NamedTuple):
     """A freeze that is in force, by its row. project: "" where it is everywhere. hash: the row's, which no other store
-    has; so a hold that came with an import is known for what it is."""
+    has; so a hold that came with an import is known for what it is. role, reach: of whoever froze; reach None: all
+    projects."""
 
     seq: int
     project: str
@@ -43,6 +46,8 @@ class Freeze(NamedTuple):
     at: int
     reason: str
     hash: str
+    role: str
+    reach: tuple[str, ...] | None
 
 
 class Freezing:
@@ -66,7 +71,9 @@ class Freezing:
         reason = self._checked(project, reason, caller, "say why nothing may be steered now")
         await self._tail.refresh()
         self._check_not_yet(project)
-        row = await self._engine.ledger.append(FROZEN, {"project": project, "reason": reason}, caller.actor)
+        reach = None if caller.projects is None else sorted(caller.projects)
+        meta = {"project": project, "reason": reason, "role": caller.role, "reach": reach}
+        row = await self._engine.ledger.append(FROZEN, meta, caller.actor)
         await self._tail.refresh()
         mine = self._frozen.get(project)
         if mine is None or mine.seq != row.seq:  # somebody else was faster
@@ -75,8 +82,8 @@ class Freezing:
         return {**_described(mine), **await self._sweep(project)}
 
     async def thaw(self, project: str, reason: str, caller: Caller) -> dict[str, Any]:
-        """End a freeze: the holds it gave are released, no others. Raises Denied, Invalid, Conflict where there
-        is none."""
+        """End a freeze: the holds it gave are released, no others. Raises Invalid, Conflict where there is none, Denied
+        where who froze has a higher role or reaches further."""
         reason = self._checked(project, reason, caller, "say why steering may go on")
         await self._tail.refresh()
         known = self._frozen.get(project)
@@ -85,6 +92,12 @@ class Freezing:
             raise Conflict(
                 f"{f'project {project}' if project else 'everything'} is not frozen"
                 + (f"; what is: {others}" if others and caller.projects is None else "")
+            )
+        if not caller.may_undo(known.role, known.reach):
+            whose = "all projects" if known.reach is None else "some projects"
+            raise Denied(
+                f"{known.actor} froze it, who is {known.role} of {whose}: {caller.actor} may not end that, as it takes "
+                "at least that role and the same projects"
             )
         meta = {"freeze": known.seq, "project": project, "reason": reason}
         await self._engine.ledger.append(THAWED, meta, caller.actor)
@@ -195,7 +208,11 @@ class Freezing:
     def _learn_frozen(self, row: Row) -> None:
         project = row.meta["project"]
         if project not in self._frozen:  # of two at once the first counts
-            self._frozen[project] = Freeze(row.seq, project, row.actor, row.at, row.meta["reason"], row.hash.hex())
+            reach = row.meta.get("reach", (project,) if project else None)
+            self._frozen[project] = Freeze(
+                row.seq, project, row.actor, row.at, row.meta["reason"], row.hash.hex(), row.meta.get("role", OPERATOR),
+                None if reach is None else tuple(reach),
+            )  # fmt: skip
 
     def _learn_thawed(self, row: Row) -> None:
         known = self._frozen.get(row.meta["project"])
