@@ -203,3 +203,33 @@ def test_an_imported_proposal_takes_as_many_people_of_this_service_as_any(tmp_pa
         again = tmp_path / "again.flyball"
         again.write_bytes(people[0].get("/v1/runs/vision:r/export").content)
         assert check(again).verdict.problem == ""
+
+
+def test_whoever_made_a_token_is_no_second_person_beside_it(tmp_path):
+    projects = tmp_path / "here.yaml"
+    projects.write_text("two: {approvals: 2}")
+    with flyball_server.running(auth=True, projects=str(projects)) as service, contextlib.ExitStack() as clients:
+
+        def made_by(maker, role):
+            answer = maker.post("/v1/tokens", json={"name": "made", "role": role, "projects": ["two"]})
+            headers = {"Authorization": f"Bearer {answer.json()['secret']}"}
+            return clients.enter_context(httpx.Client(base_url=service.http, headers=headers, timeout=30))
+
+        ann, ben = (clients.enter_context(client(service, role, role)) for role in ("admin", "operator"))
+        under = made_by(ann, "admin")
+        sock = made_by(under, "operator")
+        begun = {"run": "r", "project": "two", "session": "s", "groups": [{"name": "g", "lr": 0.1}]}
+        assert ann.post("/v1/attach", json=begun).status_code == 200
+
+        def approves(proposer, approver):
+            body = {"kind": "override", "factor": 0.5, "reason": "why"}
+            asked = proposer.post("/v1/runs/two:r/commands", json=body).json()
+            body = {"verdict": "approved", "reason": "agreed"}
+            return approver.post(f"/v1/runs/two:r/proposals/{asked['id']}", json=body)
+
+        for proposer, approver in ((ann, under), (under, ann), (ann, sock), (sock, ann), (sock, under)):
+            refused = approves(proposer, approver)
+            assert refused.status_code == 403, refused.text
+            assert "one made the token of the other" in refused.json()["detail"]
+        assert approves(ann, ben).json()["status"] == "accepted"
+        assert approves(sock, ben).json()["status"] == "accepted"

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
@@ -68,13 +68,16 @@ class Commanding:
         projects: Projects | None = None,
         freezing: Freezing | None = None,
         imports: Imports | None = None,
+        makers: Callable[[str], Collection[str]] | None = None,
     ) -> None:
+        """makers: whoever made an actor's token, directly or not."""
         self._engine = engine
         self._journal = journal
         self._profiles = profiles
         self._projects = projects
         self._freezing = freezing
         self._imports = imports
+        self._makers = makers
 
     async def give(self, request: CommandRequest, caller: Caller) -> Given:
         """Give a run a command, or propose it. The answer comes when the journal has it.
@@ -163,6 +166,8 @@ class Commanding:
                 if verdict == "approved" and caller.actor == known.actor:
                     raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
                 needed = await self._needed_now(known, live)
+                if verdict == "approved" and needed > 1:
+                    self._check_second(known, caller)
                 more = needed if verdict == "approved" and needed > known.needed else 0
                 events: list[Event] = [Judged(proposal, verdict, caller.actor, reason, more)]
                 following = proposal
@@ -244,6 +249,17 @@ class Commanding:
         """How many people a command takes, and whether the caller alone suffices."""
         needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
         return needed, caller.may(OPERATE) and (needed <= 1 or kind == "note")
+
+    def _check_second(self, proposal: Proposal, caller: Caller) -> None:
+        """Raise Denied where the caller is no other person than those who were heard: who makes a token may hold it."""
+        for other in dict.fromkeys((proposal.actor, *proposal.approved)):
+            if self._makers is not None and (
+                other in self._makers(caller.actor) or caller.actor in self._makers(other)
+            ):
+                raise Denied(
+                    f"proposal {proposal.id} takes several people, and of {caller.actor} and {other} one made the "
+                    "token of the other: it takes somebody else to approve it"
+                )
 
     async def _needed_now(self, proposal: Proposal, live: LiveRun) -> int:
         """How many must approve: as many as when it was proposed, and as the project wants by now. Who approved
