@@ -192,6 +192,30 @@ def test_nobody_sees_more_of_the_audit_than_their_projects_and_role(service):
             assert scoped.get("/v1/webhooks/deliveries").status_code == 403
 
 
+def test_an_import_is_on_record_and_its_rows_are_marked_as_what_somebody_else_said(service):
+    with flyball_server.running() as elsewhere, httpx.Client(base_url=elsewhere.http, timeout=30) as http:
+        job = Job(http, "r", project="vision")
+        job.run = "vision:r"
+        job.report()
+        job.command("override", value=0.02, reason="nobody here said that")
+        data = http.get("/v1/runs/vision:r/export").content
+    with client(service, "operator", ["vision"], "ivy") as ivy, client(service, "viewer", ["vision"], "vi") as viewer:
+        found = ivy.post("/v1/import", content=data).json()
+        assert ivy.post("/v1/import", content=data).json()["status"] == "unchanged"
+        ivy.post("/v1/runs/vision:r/commands", json={"kind": "note", "reason": "mine"})
+        with client(service, "viewer", ["nlp"], "other") as other:
+            assert got(other, "/v1/audit")["entries"] == []
+        seen = got(viewer, "/v1/audit")["entries"]
+        (brought,) = [one for one in seen if one["kind"] == "imported"]
+        assert (brought["actor"].endswith(" ivy"), brought["run"], brought["store"]) == (True, "vision:r", True)
+        assert brought["text"] == f"run vision:r imported, 4 rows, signed by {found['signer']}"
+        assert brought["meta"] == {"run": "vision:r", "project": "vision", "rows": 4, "digest": found["digest"],
+                                   "signer": found["signer"]}  # fmt: skip
+        marked = {one["seq"]: one["imported"] for one in seen if not one["store"]}
+        assert marked == {1: found["signer"], 2: found["signer"], 4: found["signer"], 5: None}
+        assert found["signer"] in viewer.get("/v1/audit?format=csv").text
+
+
 def test_freezes_canaries_and_fleets_are_on_record_in_words(service):
     with client(service) as http:
         for name in ("a", "b"):

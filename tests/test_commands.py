@@ -172,6 +172,16 @@ def test_a_repeated_request_is_the_same_command(job):
     assert (reused["code"], reused["title"]) == ("conflict", "The Idempotency-Key was used before")
     assert "was used for another command" in reused["detail"]
     assert "take a new one" in reused["detail"]
+    job.command("override", value=0.02, status=200, headers={**headers, "If-Match": "0"})
+    for kind, other in (
+        ("hold", {}),
+        ("override", {"value": 0.02, "for_steps": 3}),
+        ("override", {"value": 0.02, "reason": "another"}),
+        ("override", {"value": 0.02, "expires_in_s": 60}),
+        ("override", {"value": 0.02, "expires_at": "2999-01-01T00:00:00Z"}),
+    ):
+        refused = job.command(kind, status=409, headers=headers, **other)
+        assert "was used for another command" in refused["detail"]
     assert len(job.http.get(f"/v1/runs/{job.run}/commands").json()["commands"]) == 1
 
 

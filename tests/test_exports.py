@@ -12,8 +12,11 @@ import json
 import re
 import sqlite3
 
+import httpx
 import pytest
+from tests.test_commands import Job
 from tests.test_verify import FORGERIES, a_run, copied, flipped, made, with_column
+from typer.testing import CliRunner
 
 import flyball_server
 from flyball import api
@@ -21,10 +24,11 @@ from flyball.errors import FlyballError, Refused
 from flyball.exporting import Format, export_run
 from flyball_server import limits, signing
 from flyball_server.app import signer_of
+from flyball_server.cli import cli as server_cli
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.exports.check import check
 from flyball_server.exports.form import MAGIC, line, signed_part
-from flyball_server.exports.read import ExportedRun, scan
+from flyball_server.exports.read import ExportedRun, _Followed, scan
 from flyball_server.exports.write import written
 from flyball_server.settings import Settings
 from flyball_server.storage import open_journal
@@ -336,6 +340,72 @@ def test_an_active_run_and_one_without_a_step_come_as_they_are(here):
         bare, again = here.run("bare"), there.run("bare")
         assert (again["status"], again["step"]) == ("active", None)
         assert {**again, "stale_s": 0} == {**bare, "stale_s": 0}
+
+
+PROFILES = "{careful: {policy: {type: plateau, patience: 3}, guard: {max_lr: 0.3}}}"
+
+
+def test_a_run_that_was_given_every_kind_of_command_verifies_and_goes_on_elsewhere(tmp_path):
+    profiles, file = tmp_path / "profiles.yaml", tmp_path / "r.flyball"
+    profiles.write_text(PROFILES)
+    with flyball_server.running(profiles=str(profiles)) as service, httpx.Client(base_url=service.http) as http:
+        job = Job(http, lag=1, policy={"type": "windowed", "base": {"type": "cosine", "T_max": 100}})
+        given = (
+            ("override", {"factor": 0.5, "groups": ["body"]}),
+            ("hold", {"for_steps": 2}),
+            ("release", {}),
+            ("bounds", {"guard": {"max_lr": 0.4, "cooldown_steps": 3}}),
+            ("switch_policy", {"policy": {"type": "plateau"}}),
+            ("rewind", {"step": 2}),
+            ("checkpoint", {}),
+            ("restore", {}),
+            ("evaluate", {}),
+            ("stop", {}),
+            ("note", {}),
+            ("set_profile", {"profile": "careful"}),
+            ("switch_policy", {"policy": {"type": "spike_guard", "policy": {"type": "constant"}}, "base": None}),
+            ("bounds", {"guard": {"max_lr": None}}),
+        )
+        for kind, fields in given:
+            job.report(3)
+            job.command(kind, **fields)
+        job.report(3)
+        before = job.show()
+        file.write_bytes(http.get("/v1/runs/r/export").content)
+    told = CliRunner().invoke(server_cli, ["verify", str(file)])
+    assert told.exit_code == 0, told.output
+    with flyball_server.running() as service, httpx.Client(base_url=service.http) as http:
+        answer = http.post("/v1/import", content=file.read_bytes())
+        assert answer.status_code == 200, answer.text
+        job.http = http
+        after = job.show()
+        assert {**after, "stale_s": 0} == {**before, "stale_s": 0}
+        assert after["policy"] == "spike_guard@1"
+        again = Job(http, session="elsewhere", resume=True, lag=1)
+        again.session = "elsewhere"
+        again.step, again.receipts = again.advice["from_step"], again.advice["receipts_through"]
+        assert again.report(3)["through"] == before["step"] + 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ({"seed": 7}, "must have policy, base, guard, profile"),
+        ({"policy": {"type": "none"}}, "'none' is no policy"),
+        ({"guard": {"max_lr": -1}}, "max_lr"),
+    ],
+)
+def test_a_command_that_nobody_could_have_given_is_refused(plan, told):
+    """A forger chains and signs what they like, so it is the contents that are refused."""
+    rows = list(made().rows("r"))
+    spec = rows[0].meta["spec"]
+    plan = {**{name: spec[name] for name in ("policy", "base", "guard", "profile")}, **plan}
+    meta = {"kind": "bounds", "args": {"plan": plan}, "actor": "x", "reason": "x", "key": "", "until": None,
+            "expires_at": None, "proposal": "", "verdict": {"status": "accepted"}}  # fmt: skip
+    followed = _Followed()
+    followed.take(rows[0])
+    with pytest.raises(Invalid, match=told):
+        followed.take(rows[1]._replace(kind="commanded", meta=meta))
 
 
 def test_the_key_lies_beside_the_store_for_its_owner_alone(tmp_path):

@@ -187,3 +187,54 @@ def test_of_two_who_freeze_at_once_one_does_and_roles_decide_who_may():
             assert kinds[-1] == "frozen"
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_run_that_came_from_a_frozen_store_is_free_here(before, http_of_memory):
+    """before: how many rows the other store's journal had; with none the freezes have the same number in both."""
+    with flyball_server.running() as elsewhere, httpx.Client(base_url=elsewhere.http, timeout=30) as there:
+        for _ in range(before):
+            said(there.post("/v1/freeze", json={"reason": "x", "project": "other"}))
+            said(there.post("/v1/thaw", json={"reason": "x", "project": "other"}))
+        begin(there, "r").report(2)
+        said(there.post("/v1/freeze", json={"reason": "theirs"}))
+        data = there.get("/v1/runs/r/export").content
+    http = http_of_memory
+    if not before:
+        said(http.post("/v1/freeze", json={"reason": "ours"}))
+    said(http.post("/v1/import", content=data))
+    job = begin(http, "r", resume=True, session="here")
+    assert holds(job) == ([] if before else ["frozen: ours"])
+    if not before:
+        said(http.post("/v1/thaw", json={"reason": "out"}))
+    assert holds(job) == []
+    assert job.command("override", value=0.2)["status"] == "accepted"
+
+
+def test_who_may_thaw_reaches_as_far_as_who_froze():
+    async def ask():
+        async with Opened(open_journal("memory:")) as opened:
+            freezing = Process(opened).freezing
+            both = frozenset({"two", "three"})
+            one = frozenset({"two"})
+            cases = (
+                (ADMIN, Caller("x", "operator", one), False),
+                (ADMIN, Caller("x", "admin", one), False),
+                (ADMIN, Caller("x", "operator"), False),
+                (ADMIN, Caller("x", "admin"), True),
+                (Caller("f", "operator"), Caller("x", "admin", both), False),
+                (Caller("f", "admin", one), Caller("x", "operator", both), False),
+                (Caller("f", "operator", both), Caller("x", "operator", one), False),
+                (Caller("f", "operator", one), Caller("x", "operator", both), True),
+            )
+            for who, other, may in cases:
+                await freezing.freeze("two", "why", who)
+                if may:
+                    await freezing.thaw("two", "out", other)
+                    continue
+                with pytest.raises(Denied, match="froze it, who is") as refused:
+                    await freezing.thaw("two", "out", other)
+                assert "three" not in str(refused.value)
+                await freezing.thaw("two", "out", ADMIN)
+
+    asyncio.run(ask())

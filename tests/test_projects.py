@@ -4,6 +4,7 @@ Method: properties of the strictest of several guards; files with mistakes; real
 people that ask for more over REST.
 """
 
+import contextlib
 import json
 import math
 
@@ -17,8 +18,9 @@ from flyball_server.cli import cli
 from flyball_server.core.errors import Invalid
 from flyball_server.core.guard import begin, settle
 from flyball_server.core.types import Decision, Group
+from flyball_server.exports.check import check
 from flyball_server.guards import limits_of, strictest
-from flyball_server.projects import load_projects
+from flyball_server.projects import Project, Projects, load_projects
 
 TEXT = """
 "*":
@@ -280,12 +282,12 @@ def test_a_resumed_job_is_not_blamed_for_what_others_added_then_or_since(tmp_pat
     with flyball_server.running(store=store, projects=path) as service:
         assert attach(service, "new", project="vision", guard=asked).status_code == 200
         assert attach(service, "old", project="vision", guard=asked, session="t", resume=True).status_code == 200
-        assert shown(service, "vision:old")["guard"] == asked  # a run that began before keeps what is recorded
+        assert shown(service, "vision:old")["guard"]["max_lr"] == 0.05  # and held to it all the same
     write(tmp_path, TEXT.replace("0.05", "0.02"))
     with flyball_server.running(store=store, projects=path) as service:
         again = attach(service, "new", project="vision", guard=asked, session="t", resume=True)
         assert again.status_code == 200, again.text
-        assert again.json()["guard"]["max_lr"] == 0.05
+        assert again.json()["guard"]["max_lr"] == 0.02
         other = attach(service, "new", project="vision", guard={"max_lr": 2.0}, session="u", resume=True)
         assert other.status_code == 422
         assert "max_lr is recorded as 3.0, this process asks for 2.0" in other.json()["detail"]
@@ -303,10 +305,78 @@ def test_a_fork_is_held_by_its_parents_limits_and_by_those_of_the_project_it_goe
         assert found["max_change"] == (2.0 if project == "careful" else 3.0)
 
 
-def test_an_imported_run_keeps_the_guard_that_its_record_says(service, tmp_path):
+def imported(service, run, *, commands=(), **fields):
+    """A run from a service without any limits."""
     with flyball_server.running() as elsewhere:
-        assert attach(elsewhere, "r8", project="vision", guard={"max_lr": 3.0}).status_code == 200
-        data = httpx.get(f"{elsewhere.http}/v1/runs/vision:r8/export", trust_env=False).content
+        assert attach(elsewhere, run, project="vision", **fields).status_code == 200
+        report(elsewhere, f"vision:{run}", [0, 1])
+        for kind, words in commands:
+            assert command(elsewhere, f"vision:{run}", kind, **words).status_code == 201
+        data = httpx.get(f"{elsewhere.http}/v1/runs/vision:{run}/export", trust_env=False).content
     answer = httpx.post(f"{service.http}/v1/import", content=data, trust_env=False)
     assert answer.status_code == 200, answer.text
-    assert shown(service, "vision:r8")["guard"] == {"max_lr": 3.0}
+
+
+@pytest.mark.parametrize("lag", [None, 2])
+def test_an_imported_run_keeps_its_record_and_is_held_to_the_limits_when_its_job_comes(service, tmp_path, lag):
+    run = f"imported{lag}"
+    given = [("bounds", {"guard": {"max_lr": None}}), ("override", {"value": 77.0})]
+    imported(service, run, commands=given, guard={"max_lr": 90.0, "min_lr": 1e-5}, lag=lag)
+    assert shown(service, f"vision:{run}")["guard"] == {"min_lr": 1e-5}  # its record is proved, and not changed
+    answer = attach(service, run, project="vision", session="t", resume=True, lag=lag).json()
+    assert (answer["guard"]["max_lr"], answer["guard"]["min_lr"]) == (0.05, 1e-5)
+    # With a lag what was decided before is still to come first; the job's own guard holds that to the same limits.
+    assert max(answer["changes"]["lr"][-1]) == 0.05
+    body = {"session": "t", "attempt": 2, "step": [2, 3, 4], "signals": {"loss": [1.0] * 3}}
+    told = httpx.post(f"{service.http}/v1/runs/vision:{run}/report", json=body, trust_env=False).json()
+    assert max(max(lr) for lr in told["changes"]["lr"]) == 0.05
+    found = httpx.get(f"{service.http}/v1/runs/vision:{run}/commands", trust_env=False).json()["commands"]
+    assert [(one["kind"], one["actor"], one["reason"]) for one in found[2:]] == [
+        ("bounds", "service", "limits of the project")
+    ]
+    assert attach(service, run, project="vision", session="u", resume=True, lag=lag).status_code == 200
+    assert len(httpx.get(f"{service.http}/v1/runs/vision:{run}/commands", trust_env=False).json()["commands"]) == 3
+    path = tmp_path / "again.flyball"
+    path.write_bytes(httpx.get(f"{service.http}/v1/runs/vision:{run}/export", trust_env=False).content)
+    assert check(path).verdict.problem == ""
+
+
+def test_what_is_commanded_of_an_imported_run_is_held_to_the_limits_before_its_job_comes(tmp_path):
+    text = TEXT.replace("approvals: 2", "approvals: 1")
+    with flyball_server.running(projects=write(tmp_path, text)) as service:
+        imported(service, "r", guard={"min_lr": 1.0, "groups": {"head": {"scale": 3.0}}})
+        tried = {"selector": "project=vision", "command": {"kind": "override", "value": 60.0, "reason": "x"}}
+        would = httpx.post(f"{service.http}/v1/fleet/commands", json={**tried, "dry_run": True}, trust_env=False).json()
+        assert would["results"][0]["would"]["after"] == {"body": 0.05, "head": 0.005}
+        before = shown(service, "vision:r")
+        given = command(service, "vision:r", "override", value=60.0)
+        assert (given.status_code, given.json()["status"]) == (201, "clamped")
+        assert given.json()["seq"] == before["seq"] + 2
+        after = shown(service, "vision:r")
+        # What cannot hold beside today's limits gives way to them.
+        assert (after["guard"]["min_lr"], after["guard"]["max_lr"]) == (0.05, 0.05)
+        assert after["guard"]["groups"]["head"]["scale"] == 0.5
+        assert [one["lr"] for one in after["settings"]] == [0.05, 0.005]
+        assert command(service, "vision:r", "note").status_code == 201
+        assert [one["kind"] for one in after["commands"]] == ["bounds", "override"]
+
+
+@st.composite
+def any_guards(draw):
+    """Guards of which two may contradict each other, but none itself."""
+    levels = {"min_lr": bounds, "max_lr": bounds, "scale": bounds}
+    groups = st.dictionaries(st.sampled_from("ab"), st.fixed_dictionaries({}, optional=levels), max_size=2)
+    keys = {"min_factor": bounds, "max_factor": bounds, "max_change_per_window": ratios, "groups": groups}
+    guard = draw(st.fixed_dictionaries({}, optional={**keys, "min_lr": bounds, "max_lr": bounds}))
+    with contextlib.suppress(Invalid):
+        limits_of(guard)
+        return guard
+    return {}
+
+
+@given(own=any_guards(), cap=any_guards())
+def test_what_is_held_to_the_limits_once_is_so_for_good(own, cap):
+    projects = Projects([Project("p", guard=cap)])
+    once = projects.enforced("p", own, "ab")
+    assert projects.enforced("p", once, "ab") == once
+    assert limits_of(strictest(("run", once), ("cap", cap))) == limits_of(once)

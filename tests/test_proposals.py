@@ -6,16 +6,20 @@ Method: the use cases themselves over a real engine, with the callers and the pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
+import httpx
 import pytest
 from tests.storage.stores import Opened, fill
 
+import flyball_server
 from flyball.cli_words import stage
 from flyball_server.audit.hook_events import told
 from flyball_server.auth.access import Caller
 from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Conflict, Denied, Invalid, NotFound
 from flyball_server.core.events import Judged, Outcome
+from flyball_server.exports.check import check
 from flyball_server.messages import CommandRequest
 from flyball_server.storage import open_journal
 from flyball_server.verify import verify
@@ -33,6 +37,8 @@ class Project:
 
     def capped(self, project, guard, *groups):
         return guard
+
+    enforced = capped
 
     def approvals(self, project):
         return self._approvals
@@ -162,3 +168,75 @@ def test_a_proposal_in_another_project_does_not_exist():
                 await ask
 
     with_run(case)
+
+
+def asked_elsewhere(folder, approvals, role):
+    """The export of a run with an open proposal, and its id."""
+    path = folder / "elsewhere.yaml"
+    path.write_text(f"vision: {{approvals: {approvals}}}")
+    with flyball_server.running(auth=True, projects=str(path)) as service, client(service, "admin") as http:
+        begun = {"run": "r", "project": "vision", "session": "s", "groups": [{"name": "g", "lr": 0.1}]}
+        assert http.post("/v1/attach", json=begun).status_code == 200
+        with client(service, role, "stranger") as asking:
+            body = {"kind": "override", "factor": 0.5, "reason": "trust me"}
+            given = asking.post("/v1/runs/vision:r/commands", json=body).json()
+        assert given["status"] == "proposed"
+        return http.get("/v1/runs/vision:r/export").content, given["id"]
+
+
+def client(service, role, name="somebody"):
+    token = service.new_token(role, None, name)
+    return httpx.Client(base_url=service.http, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+
+
+@pytest.mark.parametrize(("approvals", "role"), [(1, "proposer"), (2, "operator")])
+def test_an_imported_proposal_takes_as_many_people_of_this_service_as_any(tmp_path, approvals, role):
+    data, proposal = asked_elsewhere(tmp_path, approvals, role)
+    projects = tmp_path / "here.yaml"
+    projects.write_text("vision: {approvals: 2}")
+    with flyball_server.running(auth=True, projects=str(projects)) as service, contextlib.ExitStack() as clients:
+        people = [clients.enter_context(client(service, "operator")) for _ in range(3)]
+        assert people[0].post("/v1/import", content=data).json()["status"] == "imported"
+        statuses = []
+        for http in people[1:]:
+            answer = http.post(
+                f"/v1/runs/vision:r/proposals/{proposal}", json={"verdict": "approved", "reason": "agreed"}
+            )
+            assert answer.status_code == 200, answer.text
+            statuses.append(answer.json()["status"])
+        assert statuses == ["proposed", "accepted"]
+        settings = people[0].get("/v1/runs/vision:r").json()["settings"]
+        assert settings[0]["lr"] == 0.05
+        again = tmp_path / "again.flyball"
+        again.write_bytes(people[0].get("/v1/runs/vision:r/export").content)
+        assert check(again).verdict.problem == ""
+
+
+def test_whoever_made_a_token_is_no_second_person_beside_it(tmp_path):
+    projects = tmp_path / "here.yaml"
+    projects.write_text("two: {approvals: 2}")
+    with flyball_server.running(auth=True, projects=str(projects)) as service, contextlib.ExitStack() as clients:
+
+        def made_by(maker, role):
+            answer = maker.post("/v1/tokens", json={"name": "made", "role": role, "projects": ["two"]})
+            headers = {"Authorization": f"Bearer {answer.json()['secret']}"}
+            return clients.enter_context(httpx.Client(base_url=service.http, headers=headers, timeout=30))
+
+        ann, ben = (clients.enter_context(client(service, role, role)) for role in ("admin", "operator"))
+        under = made_by(ann, "admin")
+        sock = made_by(under, "operator")
+        begun = {"run": "r", "project": "two", "session": "s", "groups": [{"name": "g", "lr": 0.1}]}
+        assert ann.post("/v1/attach", json=begun).status_code == 200
+
+        def approves(proposer, approver):
+            body = {"kind": "override", "factor": 0.5, "reason": "why"}
+            asked = proposer.post("/v1/runs/two:r/commands", json=body).json()
+            body = {"verdict": "approved", "reason": "agreed"}
+            return approver.post(f"/v1/runs/two:r/proposals/{asked['id']}", json=body)
+
+        for proposer, approver in ((ann, under), (under, ann), (ann, sock), (sock, ann), (sock, under)):
+            refused = approves(proposer, approver)
+            assert refused.status_code == 403, refused.text
+            assert "one made the token of the other" in refused.json()["detail"]
+        assert approves(ann, ben).json()["status"] == "accepted"
+        assert approves(sock, ben).json()["status"] == "accepted"

@@ -92,10 +92,14 @@ def audit(
     else:
         table(
             ("at", "kind", "run", "actor", "what"),
-            [[one["at"], one["kind"], one["run"] or "-", one["actor"], one["text"]] for one in found],
+            [[one["at"], one["kind"], one["run"] or "-", one["actor"], _told(one)] for one in found],
         )
     if more:
         print(f"flyball: there are more than {limit}: --limit shows them", file=sys.stderr)
+
+
+def _told(entry: dict[str, Any]) -> str:
+    return f"{entry['text']} (imported, as {entry['imported']} says)" if entry["imported"] else str(entry["text"])
 
 
 def heads(

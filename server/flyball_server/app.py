@@ -37,6 +37,7 @@ from flyball_server.commands.commanding import Commanding
 from flyball_server.core.errors import Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.exchange import Exchange
+from flyball_server.exports.imports import Imports
 from flyball_server.fleet.canaries import Canaries
 from flyball_server.fleet.fleet import Fleet
 from flyball_server.fleet.freezing import Freezing
@@ -80,12 +81,12 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     hooks = Hooks(named_hooks, journal, _now_us)
     engine = Engine(journal, rules_of, _now_us, hooks)
     tail = Tail(engine.ledger)
-    freezing = Freezing(engine, journal, tail)
+    freezing, imports = Freezing(engine, journal, tail), Imports(journal, tail)
     service = Service(engine, journal, profiles, projects, freezing)
-    commanding = Commanding(engine, journal, profiles, projects, freezing=freezing)
+    tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
+    commanding = Commanding(engine, journal, profiles, projects, freezing, imports, tokens.makers)
     fleet = Fleet(engine, journal, commanding, tail)
     canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
-    tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
     door = _door(settings, tokens, refusals)
     ready = threading.Event()
     credentials = None if tls is None else tls.grpc()
@@ -98,7 +99,7 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
         exchange = Exchange(engine, journal, signer, version(), heads)
         if settings.auth:
             await _check_tokens(tokens, settings.store)
-        auditing = Auditing(engine, journal)
+        auditing = Auditing(engine, journal, imports)
         many = http_api.Many(fleet, freezing, canaries)
         parts = http_api.Parts(service, commanding, many, exchange, tokens, auditing, heads, hooks)
         app = http_api.build(parts, door=door, version=version(), is_ready=ready.is_set)

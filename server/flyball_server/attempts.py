@@ -11,6 +11,7 @@ from typing import Any
 from flyball_server import branches, queries
 from flyball_server.auth.access import Caller
 from flyball_server.checks import check_same
+from flyball_server.commands.capping import tighten
 from flyball_server.core import run as fold
 from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Attached, Origin, Spec
@@ -104,6 +105,7 @@ class Attempts:
         if run.attempt > 0 and (from_step <= run.through or attempt != run.attempt):
             restored = await self._engine.restored(live, attempt, from_step)
         event = next_attempt(live, attempt, from_step, request.session, request.client, request.lag, restored, claimed)
+        await tighten(self._engine, live, self._projects)  # before the first step's settings follow from the limits
         await self._engine.commit(live, [event], caller.actor)
 
 

@@ -64,6 +64,28 @@ def strictest(*guards: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
+def yielding(guard: Mapping[str, Any], cap: Mapping[str, Any]) -> dict[str, Any]:
+    """`guard` with what contradicts `cap` moved to the nearest that does not: bounds on the other side of the cap's,
+    and scales above its own. What `strictest` would refuse of the two it then takes."""
+    out = _yielding(guard, cap)
+    ours, theirs = guard.get("groups") or {}, cap.get("groups") or {}
+    if ours.keys() & theirs.keys():
+        out["groups"] = {name: _yielding(one, theirs.get(name, {})) for name, one in ours.items()}
+    return out
+
+
+def _yielding(guard: Mapping[str, Any], cap: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of it."""
+    out = dict(guard)
+    for name, other, nearest_of in (
+        ("min_lr", "max_lr", min), ("max_lr", "min_lr", max), ("min_factor", "max_factor", min),
+        ("max_factor", "min_factor", max), ("scale", "scale", min),
+    ):  # fmt: skip
+        if None not in (out.get(name), cap.get(other)):
+            out[name] = nearest_of(out[name], cap[other])
+    return out
+
+
 #: Of two values of a limit, the stricter one.
 _STRICTER: Mapping[str, Callable[[Any, Any], Any]] = {
     "min_lr": max, "max_lr": min, "min_factor": max, "max_factor": min, "max_change": min,

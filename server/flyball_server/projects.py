@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from flyball_server.core.base import nearest
 from flyball_server.core.errors import Invalid
-from flyball_server.guards import expanded, limits_of, strictest
+from flyball_server.guards import expanded, limits_of, strictest, yielding
 from flyball_server.limits import APPROVALS_MAX
 from flyball_server.names import NAME
 from flyball_server.policy_files import load_data
@@ -63,6 +63,12 @@ class Projects:
         """
         caps = [self._known[name] for name in dict.fromkeys((project, EVERY)) if name in self._known]
         return strictest(("the run", guard), *((cap.said, _about(cap.guard, groups)) for cap in caps))
+
+    def enforced(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> dict[str, Any]:
+        """The limits of a run that has begun with `guard`, as far as they may go today: where these and today's cannot
+        both hold, its own give way."""
+        groups = list(groups)
+        return self.capped(project, yielding(guard, _about(self.capped(project, {}), groups)), groups)
 
     def approvals(self, project: str) -> int:
         """How many people a proposed command takes in the project."""

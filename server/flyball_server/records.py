@@ -92,6 +92,8 @@ def to_entry(event: Event, outcome: Outcome, shadows: Iterable[str] = ()) -> Ent
         del meta["claimed"]
     if isinstance(event, DirectiveAnswered) and not event.step:
         del meta["step"]
+    if isinstance(event, Judged) and not event.needed:
+        del meta["needed"]
     # Marks: what the policy had to say at the end.
     return Entry(_KINDS[type(event)], attempt, None, None, meta | _marks_json(outcome, shadows), ())
 

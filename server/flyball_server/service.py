@@ -19,6 +19,7 @@ from flyball_server.checks import (
     check_side_report,
     spec_from,
 )
+from flyball_server.commands.capping import tighten
 from flyball_server.conversation import advice, attached, new_events, overdue, reason
 from flyball_server.core.errors import Busy, Conflict, Damaged, Invalid, NotFound, SteeringError
 from flyball_server.core.events import Reported, Spec
@@ -100,6 +101,7 @@ class Service:
             async with self._engine.turn(live):
                 if live.run.session != request.session:
                     await self._attempts.open(live, request, spec, caller)
+                await tighten(self._engine, live, self._projects)
                 if self._freezing is not None:
                     await self._freezing.keep(live)
                 return attached(live, await self._engine.earlier(live))

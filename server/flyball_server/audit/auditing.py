@@ -1,7 +1,7 @@
 """The record read back by people and programs: the rows of a run, and what was asked, done and refused across all runs.
 
 Rule of this module: it only reads, and shows a caller what lies in their projects and nothing of the rest. What
-concerns no run is for admins, but for deletions, which whoever might have seen the run may see.
+concerns no run is for admins, but for deletions and imports, which whoever might see the run may see.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from flyball_server.auth.access import ADMIN, VIEW, Caller
 from flyball_server.core.errors import Damaged, Invalid
 from flyball_server.deletion import KIND as DELETION
 from flyball_server.engine import Engine
+from flyball_server.exports.imports import KIND as IMPORT
+from flyball_server.exports.imports import Imports
 from flyball_server.proving import Undamaged
 from flyball_server.storage.audit import NOTED, AuditFilter, Noted, Place
 from flyball_server.storage.blocks import DTYPES
@@ -61,9 +63,10 @@ class AuditRequest(NamedTuple):
 class Auditing:
     """The reads over one engine and its journal."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, journal: Journal, imports: Imports) -> None:
         self._engine = engine
         self._journal = journal
+        self._imports = imports
 
     async def rows(self, request: JournalRequest, caller: Caller) -> dict[str, Any]:
         """A page of a run's rows, oldest first: {"run", "rows", "through", "next"}.
@@ -96,12 +99,14 @@ class Auditing:
         found = await queries.in_thread(self._journal.audit.newest, where, before=before, limit=request.limit + 1)
         page = found[: request.limit]
         cursor = _cursor(page[-1]) if len(found) > request.limit else None
-        return {"entries": [_entry(one) for one in page], "cursor": cursor}
+        await self._imports.look()
+        return {"entries": await queries.in_thread(_entries, page, self._imports), "cursor": cursor}
 
     async def all_audit(self, request: AuditRequest, caller: Caller) -> Iterator[dict[str, Any]]:
         """All entries that match, to be read outside the event loop."""
         where, before = _audited(request, caller), _place(request.cursor)
-        return _paged(self._journal, where, before)
+        await self._imports.look()
+        return _paged(self._journal, where, before, self._imports)
 
     async def _end(self, request: JournalRequest, caller: Caller) -> int:
         """The newest row to tell of. Raises NotFound, Invalid."""
@@ -247,27 +252,32 @@ def _audited(request: AuditRequest, caller: Caller) -> AuditFilter:
         actor=request.actor,
         from_us=request.from_us,
         until_us=request.until_us,
-        store_kinds=None if caller.may(ADMIN) else frozenset({DELETION, HEADS}),
+        store_kinds=None if caller.may(ADMIN) else frozenset({DELETION, HEADS, IMPORT}),
     )
 
 
-def _paged(journal: Journal, where: AuditFilter, before: Place | None) -> Iterator[dict[str, Any]]:
+def _paged(journal: Journal, where: AuditFilter, before: Place | None, imports: Imports) -> Iterator[dict[str, Any]]:
     while True:
         page = journal.audit.newest(where, before=before, limit=limits.AUDIT_ROWS_MAX)
-        yield from map(_entry, page)
+        yield from _entries(page, imports)
         if len(page) < limits.AUDIT_ROWS_MAX:
             return
         before = _where(page[-1])
 
 
-def _entry(noted: Noted) -> dict[str, Any]:
+def _entries(page: list[Noted], imports: Imports) -> list[dict[str, Any]]:
+    return [_entry(one, imports) for one in page]
+
+
+def _entry(noted: Noted, imports: Imports) -> dict[str, Any]:
     run, project, row = noted
+    brought = None if run == STORE else imports.of(run)
     about = row.meta.get("run") if run == STORE else run
     return {
         "at": records.utc(row.at), "kind": row.kind, "actor": row.actor, "project": project,
         "run": about if isinstance(about, str) else None, "seq": row.seq, "store": run == STORE,
         "attempt": row.attempt, "text": wording.text(row.kind, row.meta), "meta": wording.slim(row.meta),
-        "hash": row.hash.hex(),
+        "hash": row.hash.hex(), "imported": brought.signer if brought is not None and row.seq <= brought.rows else None,
     }  # fmt: skip
 
 

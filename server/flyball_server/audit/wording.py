@@ -16,7 +16,7 @@ TEXT_MAX = 300
 #: What of a list is shown.
 LIST_MAX = 20
 #: What of a row is not for a list of rows: whole states, the rules in force, digests of secrets.
-_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held", "content")
+_HIDDEN = ("restored", "state", "plan", "words", "sha256", "marks", "shadow_marks", "spec", "held", "content", "reach")
 
 
 def text(kind: str, meta: Mapping[str, Any]) -> str:
@@ -102,6 +102,10 @@ def _deleted(meta: Mapping[str, Any]) -> str:
     return f"run {meta['run']} deleted, {meta['rows']} rows: {meta['reason']}"
 
 
+def _imported(meta: Mapping[str, Any]) -> str:
+    return f"run {meta['run']} imported, {meta['rows']} rows, signed by {meta['signer']}"
+
+
 def _token_created(meta: Mapping[str, Any]) -> str:
     where = "all projects" if meta["projects"] is None else ", ".join(meta["projects"])
     return f"token {meta['name']} made, {meta['role']} in {where}"
@@ -158,6 +162,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "judged": _judged,
     "asked": _asked,
     "deleted": _deleted,
+    "imported": _imported,
     "token_created": _token_created,
     "token_revoked": lambda meta: f"token t{meta['token']} revoked: {meta['reason']}",
     "refused": lambda meta: f"refused {meta['count']} times: {meta['why']}",

@@ -6,6 +6,7 @@ is the very one for a run that nobody ever began.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from flyball_server.core.errors import Denied, NotFound
@@ -68,6 +69,11 @@ class Caller(NamedTuple):
         if not self.may(right):
             wanted = ", ".join(role for role, rights in _RIGHTS.items() if right in rights)
             raise Denied(f"{self.actor} is {self.role} and may not {right}: that takes one of the roles {wanted}")
+
+    def may_undo(self, role: str, projects: Collection[str] | None) -> bool:
+        """Whether the caller's role and reach are at least these."""
+        reaches = self.projects is None or (projects is not None and self.projects.issuperset(projects))
+        return reaches and ROLES.index(self.role) >= ROLES.index(role)
 
     def check_everywhere(self, right: str) -> None:
         """For what concerns the whole store: raise Denied where the role does not suffice or only for some projects."""

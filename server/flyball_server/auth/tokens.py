@@ -86,6 +86,20 @@ class Tokens:
         status = token.status(self._now_us())
         return (token, "") if status == "valid" else (None, f"{status} token {token.id}")
 
+    def makers(self, actor: str) -> list[str]:
+        """Who made the token of this actor, who made theirs, and so on; [] for who has none."""
+        found: list[str] = []
+        while (token := self.of(actor)) is not None:
+            actor = token.created_by
+            found.append(actor)
+        return found
+
+    def of(self, actor: str) -> Token | None:
+        """The token that an actor is named after; None for who has none."""
+        number = re.match(r"token:t([0-9]{1,15}) ", actor)
+        token = None if number is None else self._by_seq.get(int(number[1]))
+        return token if token is not None and token.caller.actor == actor else None
+
     def any_valid(self) -> bool:
         """Whether there is a token that opens anything."""
         now = self._now_us()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from flyball_server import limits
 from flyball_server.checks import alternative, check_text
 from flyball_server.core import commands
+from flyball_server.core.base import nearest
 from flyball_server.core.errors import Conflict, Invalid, NotFound
 from flyball_server.core.events import Spec
 from flyball_server.core.guard import Limits

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from flyball_server import limits, queries
 from flyball_server.auth.access import OPERATE, PROPOSE, VIEW, Caller
+from flyball_server.commands.capping import Caps, tighten, tightened
 from flyball_server.commands.checks import Around, Checked, check_envelope, checked
 from flyball_server.commands.log import CommandView, command_of, commands_of
 from flyball_server.conversation import overdue
 from flyball_server.core import commands
 from flyball_server.core import run as fold
+from flyball_server.core.commands import Proposal
 from flyball_server.core.errors import Ahead, Conflict, Denied, Invalid, NotFound, Stale, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event, Judged, Proposed
 from flyball_server.core.run import Run
 from flyball_server.engine import Engine
+from flyball_server.exports.imports import Imports
 from flyball_server.fleet.freezing import Freezing
 from flyball_server.idempotency import key_of, repeated
 from flyball_server.ledger import retried
@@ -36,7 +39,7 @@ from flyball_server.storage.journal import Journal
 _log = logging.getLogger(__name__)
 
 
-class Projects(Protocol):
+class Projects(Caps, Protocol):
     """What a project says about commands."""
 
     def capped(self, project: str, guard: Mapping[str, Any], groups: Iterable[str]) -> Mapping[str, Any]:
@@ -63,12 +66,17 @@ class Commanding:
         profiles: Mapping[str, Profile],
         projects: Projects | None = None,
         freezing: Freezing | None = None,
+        imports: Imports | None = None,
+        makers: Callable[[str], Collection[str]] | None = None,
     ) -> None:
+        """makers: whoever made an actor's token, directly or not."""
         self._engine = engine
         self._journal = journal
         self._profiles = profiles
         self._projects = projects
         self._freezing = freezing
+        self._imports = imports
+        self._makers = makers
 
     async def give(self, request: CommandRequest, caller: Caller) -> Given:
         """Give a run a command, or propose it. The answer comes when the journal has it.
@@ -92,6 +100,8 @@ class Commanding:
                 _check_expected(live.run, request)
                 found = checked(request, self._around(live), self._engine.now_us())
                 needed, alone = self._needed(request.kind, live, caller)
+                if alone:
+                    await self._tighten(request.kind, live)
                 seq = live.run.seq + 1
                 if alone:
                     events, at = _events(live.run, request, found, caller.actor, key)
@@ -126,7 +136,8 @@ class Commanding:
                 for event in overdue(run, now):
                     run, _ = fold.apply(live.rules, run, event)
                 _check_expected(run, request)
-                found = checked(request, self._around(live)._replace(run=run), now)
+                found = checked(request, self._around(live, run), now)
+                run = self._tightened(request.kind, live, run)
                 would = _folded(live, run, _events(run, request, found, caller.actor, "")[0])
                 if not self._needed(request.kind, live, caller)[1]:
                     would["status"] = "proposed"
@@ -154,17 +165,22 @@ class Commanding:
                     raise Denied(f"proposal {proposal} is {known.actor}'s: only they may take it back")
                 if verdict == "approved" and caller.actor == known.actor:
                     raise Denied(f"proposal {proposal} is {caller.actor}'s own: it takes somebody else to approve it")
-                events: list[Event] = [Judged(proposal, verdict, caller.actor, reason)]
-                following = f"{proposal}"
+                needed = await self._needed_now(known, live)
+                if verdict == "approved" and needed > 1:
+                    self._check_second(known, caller)
+                more = needed if verdict == "approved" and needed > known.needed else 0
+                events: list[Event] = [Judged(proposal, verdict, caller.actor, reason, more)]
+                following = proposal
                 if verdict == "approved":
                     self._check_frozen(known.kind, live)
-                if verdict == "approved" and len(known.approved) + 1 >= known.needed:
+                if verdict == "approved" and len(known.approved) + 1 >= needed:
                     request = CommandRequest(run, known.kind, known.reason, known.args)
                     found = checked(request, self._around(live), self._engine.now_us())
                     found = found._replace(expires_at=known.expires_at)
-                    more, at = _events(live.run, request, found, known.actor, "", proposal)
+                    await self._tighten(known.kind, live)
+                    given, at = _events(live.run, request, found, known.actor, "", proposal)
                     following = f"c{live.run.seq + 2 + at}"
-                    events += more
+                    events += given
                 await self._engine.commit(live, events, caller.actor)
                 return await self._view(live, following)
 
@@ -233,10 +249,38 @@ class Commanding:
         needed = 1 if self._projects is None else self._projects.approvals(live.spec.project)
         return needed, caller.may(OPERATE) and (needed <= 1 or kind == "note")
 
-    def _around(self, live: LiveRun) -> Around:
-        spec = spec_under(live.spec, live.run)
+    def _check_second(self, proposal: Proposal, caller: Caller) -> None:
+        """Raise Denied where the caller is no other person than those who were heard: who makes a token may hold it."""
+        for other in dict.fromkeys((proposal.actor, *proposal.approved)):
+            if self._makers is not None and (
+                other in self._makers(caller.actor) or caller.actor in self._makers(other)
+            ):
+                raise Denied(
+                    f"proposal {proposal.id} takes several people, and of {caller.actor} and {other} one made the "
+                    "token of the other: it takes somebody else to approve it"
+                )
+
+    async def _needed_now(self, proposal: Proposal, live: LiveRun) -> int:
+        """How many must approve: as many as when it was proposed, and as the project wants by now. Who approved
+        elsewhere, before the run was brought here, counts for nobody here."""
+        now = 1 if self._projects is None else self._projects.approvals(live.spec.project)
+        if self._imports is not None:
+            now += await queries.in_thread(self._imports.approvals, live.spec.run, proposal)
+        return max(proposal.needed, now)
+
+    def _around(self, live: LiveRun, run: Run | None = None) -> Around:
+        """What a command is checked against; run: instead of the live one."""
+        run = tightened(live, live.run if run is None else run, self._projects)
         capped = _uncapped if self._projects is None else self._projects.capped
-        return Around(spec, live.run, self._profiles, capped)
+        return Around(spec_under(live.spec, run), run, self._profiles, capped)
+
+    async def _tighten(self, kind: str, live: LiveRun) -> None:
+        """Hold the run to the limits of today, ahead of a command."""
+        if kind != "note":
+            await tighten(self._engine, live, self._projects)
+
+    def _tightened(self, kind: str, live: LiveRun, run: Run) -> Run:
+        return run if kind == "note" else tightened(live, run, self._projects)
 
     async def _view(self, live: LiveRun, command: str) -> CommandView:
         return await queries.in_thread(command_of, self._journal, live.spec.run, command, _groups(live))
@@ -316,4 +360,5 @@ def _check_expected(run: Run, request: CommandRequest) -> None:
 
 
 def _content(request: CommandRequest) -> list[Any]:
+    """Everything that is asked for; what the caller knew of the run is no part of it."""
     return [request.kind, request.reason, dict(request.fields), request.expires_in_s, request.expires_at]

@@ -171,6 +171,7 @@ def _answered(view: CommandView, row: Row) -> CommandView:
 
 def _judged(view: CommandView, row: Row) -> CommandView:
     verdict = row.meta["verdict"]
+    view = view._replace(needed=max(view.needed, row.meta.get("needed", 0)))
     approvals = (*view.approvals, row.meta["actor"]) if verdict == "approved" else view.approvals
     done = verdict != "approved" or len(approvals) >= view.needed
     entry = _entry(row, verdict, actor=row.meta["actor"], reason=row.meta["reason"])

@@ -198,12 +198,14 @@ class Proposed(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A proposal was approved by one more person, or is over: rejected, expired or withdrawn."""
+    """A proposal was approved by one more person, or is over: rejected, expired or withdrawn. needed: how many must
+    approve, where that is more than when it was proposed; else 0."""
 
     proposal: str
     verdict: str
     actor: str
     reason: str
+    needed: int = 0
 
 
 Event = (

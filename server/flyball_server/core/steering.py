@@ -46,21 +46,15 @@ def commanded(steering: Steering, event: Commanded, seq: int, held: Held | None,
     keys = (*steering.keys, (event.key, command.id))[-commands.KEYS_KEPT :] if event.key else steering.keys
     plans = steering.plans
     if event.kind in commands.RULING:
-        plans = _plans(plans, seq, event.args["plan"])
+        plans = (*plans, (seq, plan_text(event.args)))[-commands.PLANS_KEPT :]
     whole = steering.whole or (event.kind != "note" and (event.kind in commands.RULING or _is_about_momentum(held)))
     newest = steering.newest if event.kind == "note" else seq
     return steering._replace(commands=open_, keys=keys, plans=plans, whole=whole, newest=newest)
 
 
-def _plans(plans: tuple[tuple[int, str], ...], seq: int, plan: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
-    """The rules by the row from which they decide. Other limits alone change no decision's sense: there is one plan for
-    each policy that a run had, of the newest ones."""
-    text = json.dumps(plan, sort_keys=True)
-    if plans and plans[-1][1]:
-        last = json.loads(plans[-1][1])
-        if all(last[name] == plan[name] for name in ("policy", "base")):
-            return (*plans[:-1], (plans[-1][0], text))
-    return (*plans, (seq, text))[-commands.PLANS_KEPT :]
+def plan_text(args: Mapping[str, Any]) -> str:
+    """The rules that a command with these arguments puts in force, as JSON."""
+    return json.dumps(args["plan"], sort_keys=True)
 
 
 def _is_about_momentum(held: Held | None) -> bool:
@@ -166,9 +160,10 @@ def judged(steering: Steering, event: Judged) -> Steering:
         raise Conflict(f"proposal {event.proposal} is over already, or was never made")
     if event.verdict == "approved" and event.actor in known.approved:
         raise Conflict(f"proposal {event.proposal} was approved by {event.actor} already: it takes somebody else")
-    approved = (*known.approved, event.actor)
-    if event.verdict == "approved" and len(approved) < known.needed:
-        kept = [one._replace(approved=approved) if one is known else one for one in steering.proposals]
+    approved, needed = (*known.approved, event.actor), max(known.needed, event.needed)
+    if event.verdict == "approved" and len(approved) < needed:
+        waiting = known._replace(approved=approved, needed=needed)
+        kept = [waiting if one is known else one for one in steering.proposals]
     else:
         kept = [one for one in steering.proposals if one is not known]
     return steering._replace(proposals=tuple(kept))

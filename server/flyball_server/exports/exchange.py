@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flyball_server import limits
 from flyball_server.audit.heads import Heads
@@ -17,6 +17,8 @@ from flyball_server.auth.access import OPERATE, VIEW, Caller
 from flyball_server.core.errors import Busy, Conflict, Invalid
 from flyball_server.engine import Engine
 from flyball_server.exports.check import check
+from flyball_server.exports.imports import put_on_record
+from flyball_server.exports.read import Export, ExportedRun
 from flyball_server.exports.schedule import schedule
 from flyball_server.exports.table import table
 from flyball_server.exports.write import written
@@ -28,6 +30,14 @@ from flyball_server.signing import Signer, fingerprint, pem
 from flyball_server.storage.journal import DELETED, Journal, RunRecord
 
 _log = logging.getLogger(__name__)
+
+
+class Proved(NamedTuple):
+    """A file that is right in every way."""
+
+    export: Export
+    run: ExportedRun
+    signer: str
 
 
 class Exchange:
@@ -63,10 +73,14 @@ class Exchange:
             raise Busy(f"{limits.IMPORTS_MAX} imports are under way already; try again", 5.0)
         self._importing += 1
         try:
-            answer = await asyncio.to_thread(self._import, path, caller)
-            if answer["status"] == "unchanged":
-                await self._whole(answer["run"], caller)  # that it is there says nothing about how it is
-            return answer
+            found, is_here = await asyncio.to_thread(self._proved, path, caller)
+            record = found.export.record
+            answer = {"run": record.run, "seq": record.seq, "digest": record.hash.hex(), "signer": found.signer}
+            if is_here:
+                await self._whole(record.run, caller)  # that it is there says nothing about how it is
+                return {**answer, "status": "unchanged"}
+            await put_on_record(self._engine.ledger, record, found.signer, caller.actor)
+            return {**answer, "status": await asyncio.to_thread(self._insert, found)}
         finally:
             self._importing -= 1
 
@@ -95,7 +109,8 @@ class Exchange:
         caller.check_role(VIEW)
         return {"public_key": pem(self._signer.public), "fingerprint": fingerprint(self._signer.public)}
 
-    def _import(self, path: Path, caller: Caller) -> dict[str, Any]:
+    def _proved(self, path: Path, caller: Caller) -> tuple[Proved, bool]:
+        """What is in the file, and whether it is all here already."""
         checked = check(path)
         if checked.verdict.problem or checked.export is None or checked.run is None:
             raise Invalid(f"the export is not right: {checked.verdict.problem}")
@@ -103,22 +118,28 @@ class Exchange:
         if project_of(record.run) != record.project:  # access goes by the id, before anything is read
             raise Invalid(f"the export is not right: run {record.run!r} cannot be of project {record.project!r}")
         caller.check(OPERATE, record.project)
-        answer = {"run": record.run, "seq": record.seq, "digest": record.hash.hex(), "signer": checked.signer}
+        return Proved(checked.export, checked.run, checked.signer), self._is_here(record)
+
+    def _insert(self, proved: Proved) -> str:
+        record = proved.export.record
+        try:
+            self._journal.insert(record, proved.run.segments())
+        except Conflict:
+            if not self._is_here(record):
+                raise
+            return "unchanged"
+        _log.info("run %s imported (%d rows), signed by %s", record.run, record.seq, proved.signer)
+        return "imported"
+
+    def _is_here(self, record: RunRecord) -> bool:
+        """Whether the very run is; raises Conflict where another one is, and Deleted where one was."""
         here = self._journal.record(record.run)
         if here is None:
-            try:
-                self._journal.insert(record, checked.run.segments())
-            except Conflict:
-                here = self._journal.record(record.run)
-                if here is None:
-                    raise
-            else:
-                _log.info("run %s imported (%d rows), signed by %s", record.run, record.seq, checked.signer)
-                return {**answer, "status": "imported"}
+            return False
         _refuse_deleted(self._journal, here)
         if (here.seq, here.hash) != (record.seq, record.hash):
             raise Conflict(_other(here, record))
-        return {**answer, "status": "unchanged"}
+        return True
 
 
 def _refuse_deleted(journal: Journal, record: RunRecord) -> None:

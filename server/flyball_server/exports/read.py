@@ -15,11 +15,15 @@ import zstandard
 
 from flyball_server import limits, records
 from flyball_server.checks import spec_from
+from flyball_server.core.commands import RULING
 from flyball_server.core.errors import Damaged, Invalid
+from flyball_server.core.events import Spec
+from flyball_server.core.folded import Rules, under
+from flyball_server.core.steering import plan_text
 from flyball_server.exports.form import MAGIC, Part, begun, fields, parsed, signed_part
 from flyball_server.loading import parent_of
 from flyball_server.messages import Attach
-from flyball_server.rules import rules_of
+from flyball_server.rules import PLAN, rules_of
 from flyball_server.signing import is_signed
 from flyball_server.storage.audit import Noted, noted
 from flyball_server.storage.blocks import SEGMENT, Stored, store, unpack_segment
@@ -264,6 +268,8 @@ class _Followed:
 
     def __init__(self) -> None:
         self._seen = False
+        self._spec: Spec
+        self._rules: Rules
         self.record: RunRecord
 
     def take(self, row: Row) -> None:
@@ -280,20 +286,36 @@ class _Followed:
             self.record = self.record._replace(step=row.last_step)
         elif row.kind == "ended":
             self.record = self.record._replace(status=row.meta["outcome"])
+        elif row.kind == "commanded" and row.meta["kind"] in RULING:
+            self._switch(row)
         self.record = self.record._replace(updated_at=row.at, seq=row.seq, hash=row.hash)
 
     def _begin(self, row: Row) -> None:
-        spec = records.spec_of(row)
-        # What no job could have asked for, no file may bring.
-        asked = Attach(
-            spec.project, spec.name, "import", spec.labels, spec.groups, spec.policy, spec.base, spec.guard, spec.mode,
-            spec.seed, None, False, None, None, 0, "", "",
-            {name: {**one["policy"], "base": one["base"]} for name, one in spec.shadows.items()},
-        )  # fmt: skip
-        if spec_from(asked, {}).run != spec.run:
-            raise Invalid(f"row 1: the run {spec.run!r:.60} is not called after its project and name")
-        tag = rules_of(spec).policy.tag
+        self._spec = spec = records.spec_of(row)
+        _check_asked(spec, row)
+        self._rules = rules_of(spec)
+        tag = self._rules.policy.tag
         self.record = RunRecord(
             spec.run, spec.project, spec.name, "created", tag, spec.labels, 0, None, row.at, row.at, 1, row.hash,
             parent_of(records.origin_of(row)),
         )  # fmt: skip
+
+    def _switch(self, row: Row) -> None:
+        """Go on under the rules that a command brings."""
+        plan = row.meta["args"].get("plan")
+        if not isinstance(plan, dict) or plan.keys() != set(PLAN):
+            raise Invalid(f"row {row.seq}: the plan of the {row.meta['kind']} must have {', '.join(PLAN)}")
+        _check_asked(self._spec._replace(**plan), row)
+        tag = under(self._rules, plan_text(row.meta["args"])).policy.tag
+        self.record = self.record._replace(policy=tag)
+
+
+def _check_asked(spec: Spec, row: Row) -> None:
+    """What no job could have asked for, no file may bring."""
+    asked = Attach(
+        spec.project, spec.name, "import", spec.labels, spec.groups, spec.policy, spec.base, spec.guard, spec.mode,
+        spec.seed, None, False, None, None, 0, "", "",
+        {name: {**one["policy"], "base": one["base"]} for name, one in spec.shadows.items()},
+    )  # fmt: skip
+    if spec_from(asked, {}).run != spec.run:
+        raise Invalid(f"row {row.seq}: the run {spec.run!r:.60} is not called after its project and name")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flyball_server import limits, queries, records
 from flyball_server.auth.access import ADMIN, OPERATE, VIEW, Caller
-from flyball_server.core.errors import Conflict, Invalid, SteeringError
+from flyball_server.core.errors import Conflict, Denied, Invalid, SteeringError
 from flyball_server.core.events import Commanded, CommandMoved, Event
 from flyball_server.deletion import check_reason
 from flyball_server.engine import Engine
@@ -29,18 +29,25 @@ from flyball_server.tail import Tail
 
 #: The kinds of rows.
 FROZEN, THAWED = "frozen", "thawed"
+#: The least role that may freeze: what a row means that names none.
+OPERATOR = "operator"
 #: What may be commanded all the same: nothing of it moves a setting.
 ALLOWED = ("note", "hold", "stop", "checkpoint")
 
 
 class Freeze(NamedTuple):
-    """A freeze that is in force, by its row. project: "" where it is everywhere."""
+    """A freeze that is in force, by its row. project: "" where it is everywhere. hash: the row's, which no other store
+    has; so a hold that came with an import is known for what it is. role, reach: of whoever froze; reach None: all
+    projects."""
 
     seq: int
     project: str
     actor: str
     at: int
     reason: str
+    hash: str
+    role: str
+    reach: tuple[str, ...] | None
 
 
 class Freezing:
@@ -51,7 +58,7 @@ class Freezing:
         self._journal = journal
         self._tail = tail
         self._frozen: dict[str, Freeze] = {}
-        self._thawed: dict[int, tuple[str, str]] = {}
+        self._thawed: dict[str, tuple[str, str]] = {}
         tail.on(FROZEN, self._learn_frozen)
         tail.on(THAWED, self._learn_thawed)
 
@@ -64,7 +71,9 @@ class Freezing:
         reason = self._checked(project, reason, caller, "say why nothing may be steered now")
         await self._tail.refresh()
         self._check_not_yet(project)
-        row = await self._engine.ledger.append(FROZEN, {"project": project, "reason": reason}, caller.actor)
+        reach = None if caller.projects is None else sorted(caller.projects)
+        meta = {"project": project, "reason": reason, "role": caller.role, "reach": reach}
+        row = await self._engine.ledger.append(FROZEN, meta, caller.actor)
         await self._tail.refresh()
         mine = self._frozen.get(project)
         if mine is None or mine.seq != row.seq:  # somebody else was faster
@@ -73,8 +82,8 @@ class Freezing:
         return {**_described(mine), **await self._sweep(project)}
 
     async def thaw(self, project: str, reason: str, caller: Caller) -> dict[str, Any]:
-        """End a freeze: the holds it gave are released, no others. Raises Denied, Invalid, Conflict where there
-        is none."""
+        """End a freeze: the holds it gave are released, no others. Raises Invalid, Conflict where there is none, Denied
+        where who froze has a higher role or reaches further."""
         reason = self._checked(project, reason, caller, "say why steering may go on")
         await self._tail.refresh()
         known = self._frozen.get(project)
@@ -83,6 +92,12 @@ class Freezing:
             raise Conflict(
                 f"{f'project {project}' if project else 'everything'} is not frozen"
                 + (f"; what is: {others}" if others and caller.projects is None else "")
+            )
+        if not caller.may_undo(known.role, known.reach):
+            whose = "all projects" if known.reach is None else "some projects"
+            raise Denied(
+                f"{known.actor} froze it, who is {known.role} of {whose}: {caller.actor} may not end that, as it takes "
+                "at least that role and the same projects"
             )
         meta = {"freeze": known.seq, "project": project, "reason": reason}
         await self._engine.ledger.append(THAWED, meta, caller.actor)
@@ -120,10 +135,11 @@ class Freezing:
         if not self._frozen and not live.run.steering.commands:
             return
         for freeze in self._missing(live):
-            hold = Commanded("hold", {"frozen": freeze.seq}, freeze.actor, f"frozen: {freeze.reason}")
+            args: dict[str, Any] = {"frozen": freeze.seq, "row": freeze.hash}
+            hold = Commanded("hold", args, freeze.actor, f"frozen: {freeze.reason}")
             await self._engine.commit(live, [hold], freeze.actor)
-        for command, seq in self._over(live):
-            actor, reason = self._thawed.get(seq, ("service", "the freeze is over"))
+        for command, row in await self._over(live):
+            actor, reason = self._thawed.get(row, ("service", "the freeze is over, or was in another store"))
             args = {"command": command, "setting": "", "words": {"released": command}}
             release: list[Event] = [CommandMoved(command, "released"), Commanded("release", args, actor, reason)]
             await self._engine.commit(live, release, actor)
@@ -131,20 +147,27 @@ class Freezing:
     def _missing(self, live: LiveRun) -> list[Freeze]:
         if not self._frozen or live.run.status != "active":
             return []
-        held = {command.args["frozen"] for command in live.run.steering.commands if "frozen" in command.args}
-        return [freeze for seq, freeze in self._in_force(live.spec.project).items() if seq not in held]
+        held = {command.args.get("row") for command in live.run.steering.commands if "frozen" in command.args}
+        return [freeze for row, freeze in self._in_force(live.spec.project).items() if row not in held]
 
-    def _over(self, live: LiveRun) -> list[tuple[str, int]]:
-        """What is held for a freeze that is not in force. One that is newer than what was read here is."""
+    async def _over(self, live: LiveRun) -> list[tuple[str, str]]:
+        """What is held for a freeze that is not in force here. One that is newer than what was read may be, and is
+        looked for first: holds follow a durable freeze, so what is not found then never was in this store."""
         if live.run.status != "active":
             return []
         force = self._in_force(live.spec.project)
-        held = [(c.id, c.args["frozen"]) for c in live.run.steering.commands if "frozen" in c.args]
-        return [(command, seq) for command, seq in held if seq not in force and seq <= self._tail.seq]
+        held = [c for c in live.run.steering.commands if "frozen" in c.args and c.args.get("row", "") not in force]
+        if any(command.args["frozen"] > self._tail.seq for command in held):
+            try:
+                await self._tail.refresh()
+            except SteeringError:  # nobody can know now
+                held = [command for command in held if command.args["frozen"] <= self._tail.seq]
+            force = self._in_force(live.spec.project)
+        return [(c.id, c.args.get("row", "")) for c in held if c.args.get("row", "") not in force]
 
-    def _in_force(self, project: str) -> Mapping[int, Freeze]:
+    def _in_force(self, project: str) -> Mapping[str, Freeze]:
         found = (self._frozen.get(""), self._frozen.get(project))
-        return {one.seq: one for one in found if one is not None}
+        return {one.hash: one for one in found if one is not None}
 
     async def _sweep(self, project: str) -> dict[str, Any]:
         """Put right every active run of the project, or every one; how many are on hold now, and those that failed."""
@@ -185,19 +208,24 @@ class Freezing:
     def _learn_frozen(self, row: Row) -> None:
         project = row.meta["project"]
         if project not in self._frozen:  # of two at once the first counts
-            self._frozen[project] = Freeze(row.seq, project, row.actor, row.at, row.meta["reason"])
+            reach = row.meta.get("reach", (project,) if project else None)
+            self._frozen[project] = Freeze(
+                row.seq, project, row.actor, row.at, row.meta["reason"], row.hash.hex(), row.meta.get("role", OPERATOR),
+                None if reach is None else tuple(reach),
+            )  # fmt: skip
 
     def _learn_thawed(self, row: Row) -> None:
         known = self._frozen.get(row.meta["project"])
         if known is not None and known.seq == row.meta["freeze"]:
             del self._frozen[row.meta["project"]]
-            self._thawed[known.seq] = row.actor, f"thawed: {row.meta['reason']}"
+            self._thawed[known.hash] = row.actor, f"thawed: {row.meta['reason']}"
             if len(self._thawed) > limits.THAWS_KEPT:
                 del self._thawed[next(iter(self._thawed))]
 
 
 def _described(freeze: Freeze) -> dict[str, Any]:
-    return {**freeze._asdict(), "project": freeze.project or None, "at": records.utc(freeze.at)}
+    told = {name: getattr(freeze, name) for name in ("seq", "actor", "reason")}
+    return {**told, "project": freeze.project or None, "at": records.utc(freeze.at)}
 
 
 def _failed(run: str, error: SteeringError) -> dict[str, str]:

@@ -31,7 +31,7 @@ From = Annotated[str | None, Query(alias="from", description="ISO 8601 with a ti
 Until = Annotated[str | None, Query(description="ISO 8601 with a time zone, this moment not included")]
 
 _JOURNAL = ("seq", "kind", "attempt", "first_step", "last_step", "actor", "at", "text", "summary", "meta", "hash")
-_AUDIT = ("at", "kind", "actor", "project", "run", "seq", "store", "attempt", "text", "meta", "hash")
+_AUDIT = ("at", "kind", "actor", "project", "run", "seq", "store", "attempt", "text", "meta", "hash", "imported")
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "application/x-ndjson": {}, "text/csv": {}}}
 }
@@ -68,7 +68,8 @@ class JournalPage(BaseModel):
 
 class AuditEntry(BaseModel):
     """One thing that was asked, done or refused. store: a row of the store's own journal, else of the run's. meta: the
-    row's, without whole states and specifications."""
+    row's, without whole states and specifications. imported: of a row that came with an import, who vouches for it: the
+    fingerprint of the key that signed the file."""
 
     at: str
     kind: str
@@ -81,6 +82,7 @@ class AuditEntry(BaseModel):
     text: str
     meta: dict[str, Any]
     hash: str
+    imported: str | None
 
 
 class AuditPage(BaseModel):
