@@ -5,6 +5,7 @@ Method: a real service over HTTP, jobs spoken for by hand; the comparison also o
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import httpx
@@ -213,3 +214,32 @@ def test_spikes_are_counted_once_each_whatever_the_scale_and_the_noise():
         assert comparing.spikes(wild[:64], wild[64:]) == 3
     assert comparing.spikes(np.empty(0), np.full(10, np.nan)) == 1
     assert comparing.spikes(np.empty(0), np.empty(0)) == 0
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired"])
+def test_a_canary_of_somebody_without_a_token_pauses_and_says_so(end):
+    with flyball_server.running(auth=True) as service, contextlib.ExitStack() as clients:
+
+        def client(secret):
+            headers = {"Authorization": f"Bearer {secret}"}
+            return clients.enter_context(httpx.Client(base_url=service.http, headers=headers, timeout=30))
+
+        root = client(service.new_token())
+        first = begin(root, "first")
+        body = {"name": "leaver", "role": "operator", "projects": None, "expires_in_s": 2 if end == "expired" else None}
+        token = root.post("/v1/tokens", json=body).json()
+        started = post(
+            client(token["secret"]), "", status=201, selector="run=*", policy="plateau", share=1, reason="is it better?"
+        )
+        assert (members_of(started), started["paused"]) == (["first"], "")
+        if end == "revoked":
+            assert root.delete(f"/v1/tokens/{token['id']}", params={"reason": "left"}).status_code == 200
+        else:
+            time.sleep(2.0)
+        late = begin(root, "late")
+        time.sleep(0.5)  # ten looks
+        assert (policy_of(first)[0], policy_of(late)[0]) == ("plateau@1", "constant@1")
+        found = root.get(f"/v1/canaries/{started['id']}").json()
+        assert (members_of(found), found["status"]) == (["first"], "open")
+        assert found["paused"] == f"token {token['id']} of token:{token['id']} leaver is {end}"
+        assert post(root, f"/{started['id']}/back", reason="nobody looks after it")["closed"] == "back"

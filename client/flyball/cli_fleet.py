@@ -250,6 +250,8 @@ def _print_canary(found: Mapping[str, Any], json_output: bool) -> None:
         return
     members, controls = found["members"], found["controls"]
     print(f"{found['id']} {found['status']}: {len(members)} of {len(members) + len(controls)} runs, {found['reason']}")
+    if found["paused"]:
+        print(f"paused: {found['paused']}; runs that come later are not switched")
     section("members", ("run", "status", "command", "words"), [
         (one["run"], one["status"], one["command"] or "-", one["words"]) for one in members
     ])  # fmt: skip

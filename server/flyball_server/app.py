@@ -86,7 +86,9 @@ async def serve(settings: Settings, stop: asyncio.Event, started: Callable[[str,
     tokens, refusals = Tokens(engine.ledger, tail, engine.now_us, os.urandom), Refusals(engine.ledger)
     commanding = Commanding(engine, journal, profiles, projects, freezing, imports, tokens.makers)
     fleet = Fleet(engine, journal, commanding, tail)
-    canaries = Canaries(engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing)
+    canaries = Canaries(
+        engine, journal, tail, fleet=fleet, commanding=commanding, freezing=freezing, lapsed=tokens.lapsed
+    )
     door = _door(settings, tokens, refusals)
     ready = threading.Event()
     credentials = None if tls is None else tls.grpc()

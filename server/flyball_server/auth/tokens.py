@@ -86,6 +86,13 @@ class Tokens:
         status = token.status(self._now_us())
         return (token, "") if status == "valid" else (None, f"{status} token {token.id}")
 
+    def lapsed(self, actor: str) -> str:
+        """Why what an actor asked for is not done in their name any more; "" where their token is valid, or they never
+        had one."""
+        token = self.of(actor)
+        status = "valid" if token is None else token.status(self._now_us())
+        return "" if token is None or status == "valid" else f"token {token.id} of {actor} is {status}"
+
     def makers(self, actor: str) -> list[str]:
         """Who made the token of this actor, who made theirs, and so on; [] for who has none."""
         found: list[str] = []

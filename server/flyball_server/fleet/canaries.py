@@ -1,7 +1,8 @@
 """Canaries: another policy for a share of the runs, chosen by hash, beside the rest; then for all of them, or back.
 
 Rule of this module: who is in which arm follows from the canary's row in the store's own journal and the run's name. A
-run that comes later and matches joins while the canary is open; whoever was switched is known by the command.
+run that comes later and matches joins while the canary is open, and the token of whoever started it is valid; whoever
+was switched is known by the command.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flyball_server import limits, queries, records
@@ -85,14 +86,24 @@ class Canaries:
     """The use cases about canaries of one store."""
 
     def __init__(
-        self, engine: Engine, journal: Journal, tail: Tail, *, fleet: Fleet, commanding: Commanding, freezing: Freezing
+        self,
+        engine: Engine,
+        journal: Journal,
+        tail: Tail,
+        *,
+        fleet: Fleet,
+        commanding: Commanding,
+        freezing: Freezing,
+        lapsed: Callable[[str], str],
     ) -> None:
+        """lapsed: why nothing is done any more in the name of an actor; "" where it is."""
         self._engine = engine
         self._journal = journal
         self._tail = tail
         self._fleet = fleet
         self._commanding = commanding
         self._freezing = freezing
+        self._lapsed = lapsed
         self._turn = asyncio.Lock()
         self._all: dict[int, Canary] = {}
         self._keys: dict[str, int] = {}
@@ -191,7 +202,7 @@ class Canaries:
         """Let runs that come later join, for as long as the service runs."""
         while True:
             await asyncio.sleep(limits.CANARY_EVERY_S)
-            for canary in [one for one in self._all.values() if not one.closed]:
+            for canary in [one for one in self._all.values() if not one.closed and not self._lapsed(one.actor)]:
                 try:
                     async with self._turn:
                         await self._join(canary)
@@ -304,6 +315,7 @@ class Canaries:
             "reason": canary.reason,
             "selector": canary.selector,
             "share": canary.share,
+            "paused": "" if canary.closed else self._lapsed(canary.actor),
             "command": {"kind": command.kind, **command.fields},
             "closed_by": canary.closed_by,
             "closed_reason": canary.closed_reason,

@@ -112,7 +112,8 @@ class CanaryBody(_Body):
 
 
 class CanarySummary(BaseModel):
-    """status: open, promoted or back."""
+    """status: open, promoted or back. paused: why runs that come later are not switched, "" where they are: the token
+    of whoever started it was revoked, or has expired."""
 
     id: str
     status: str
@@ -121,6 +122,7 @@ class CanarySummary(BaseModel):
     reason: str
     selector: str
     share: float
+    paused: str
     command: dict[str, Any]
     closed_by: str
     closed_reason: str
