@@ -129,7 +129,7 @@ def test_waiting_follows_a_command_until_it_is_applied_or_the_time_is_over(clien
         assert waiting.result(10)["applied"] == {"step": 1, "ranks": 1, "of_ranks": 1}
     assert told == ["accepted", "applied"]
     released = client.override(job.run, value=0.03, reason="why")
-    client.hold(job.run, reason="why")
+    client.override(job.run, value=0.04, reason="why")
     assert client.wait(job.run, released["id"], 20)["status"] == "superseded"
 
 

@@ -412,7 +412,7 @@ def test_what_is_no_unicode_and_is_stored_already_is_told_with_a_question_mark(h
     with monkeypatch.context() as before:
         before.setattr(checks, "check_text", lambda *_: None)  # as it was, or is elsewhere
         attach(http, run)
-        answers = [{"directive": "d", "outcome": "done", "note": f"n{HALF}"}]
+        answers = [{"directive": "a9.0", "outcome": "done", "note": f"n{HALF}"}]
         body = report_body([0], receipts=[RECEIPT | {"conflict": f"c{HALF}"}], answers=answers)
         assert http.post(f"/v1/runs/{run}/report", **raw(body)).status_code == 200
         override = {"kind": "override", "value": 0.01, "reason": f"r{HALF}\U0001f600"}

@@ -339,6 +339,6 @@ class _Teller:
 
 def _groups(client: Client, view: Mapping[str, Any]) -> list[str]:
     """The names of the groups that a verdict's numbers belong to; asked for where they are told."""
-    if view["history"][-1]["status"] not in ("accepted", "clamped") or not (view["verdict"] or {}).get("lr"):
+    if not (view["verdict"] or {}).get("lr"):
         return []
     return [group["group"] for group in client.run(view["run"])["settings"]]

@@ -193,7 +193,7 @@ def reports(draw):
     row = st.tuples(*[numbers] * g)
     rows = st.builds(wire.Settings, row, st.none() | row, st.none() | row)
     receipt = st.builds(
-        wire.Receipt, ints, ints, ints, rows, st.booleans(), words, ints, ints,
+        wire.Receipt, ints, ints, ints, rows, st.booleans(), words, ints.filter(bool), ints,
         st.dictionaries(words, numbers, max_size=2), st.none() | row, ints,
     )  # fmt: skip
     answer = st.builds(wire.Answer, words, st.sampled_from(["done", "declined"]), words, ints)

@@ -16,7 +16,7 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLDS = 500
+WORLDS = 250
 #: How many worlds a planted bug may survive.
 SURVIVED_MAX = 250
 #: What must have gone wrong somewhere in all these worlds; each is counted where it happens.

@@ -439,6 +439,10 @@ def meaning(error: Exception) -> Exception:
     found = error.orig if isinstance(error, sa.exc.DatabaseError) else error
     if isinstance(found, sqlite3.OperationalError):
         _log.warning("the database cannot write now: %s", found)
+        if found.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            return Busy(
+                "the store cannot write now, its disk is full: nothing is lost, and it goes on once there is room"
+            )
         return Busy("the store cannot write now: the service's log says why")
     if isinstance(found, sqlite3.DatabaseError):
         _log.error("the database is damaged: %s", found)
