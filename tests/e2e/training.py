@@ -108,15 +108,18 @@ def through_an_outage(governor: Any, optimizer: Any, train: Callable[[int], Any]
     the service has caught up again. How many steps; each one's time and learning rate, and how many missed theirs."""
     times, used, i = [], [], 0
     missed = caught_up = None
+    was_open = False
     while caught_up is None or i < caught_up + 300:
         started = time.perf_counter()
         governor.step(train(i))
         times.append(time.perf_counter() - started)
         used.append(optimizer.param_groups[0]["lr"])
         status = governor.status
-        if status.circuit_open and missed is None:
+        # Four interpreters that start at once may cost one a decision: that is no outage, and is over by step 100.
+        if i > 100 and status.circuit_open and not was_open:
             missed = i
             say(missing=i)
+        was_open = status.circuit_open
         if i % 25 == 0:
             say(step=i)
         if missed and i > missed + 500 and not status.circuit_open and status.through >= i - 1:
