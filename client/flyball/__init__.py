@@ -20,7 +20,7 @@ __all__ = ["FlyballError", "Governor", "Refused", "attach"]
 
 
 def attach(optimizer: Any, **options: Any) -> Governor:
-    """Steer `optimizer` (any `torch.optim.Optimizer`). See `flyball.adapters.torch.attach` for all options."""
+    """Steer `optimizer` (any `torch.optim.Optimizer`). See `flyball.options.Options` for all options."""
     try:
         from flyball.adapters import torch
     except ImportError as error:

@@ -15,10 +15,10 @@ from importlib.metadata import version as installed_version
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from flyball import options
 from flyball.base import Base, build
 from flyball.errors import FlyballError, Refused
 from flyball.link import Link, Transport
+from flyball.options import Options
 from flyball.secure import Certificates, checked_token
 from flyball.session import Session
 from flyball.wire import Attach, Fork, Group
@@ -29,71 +29,32 @@ log = logging.getLogger("flyball")
 DEFAULT_SERVER = "http://127.0.0.1:1788"
 
 
-def connect(
-    *,
-    groups: tuple[Group, ...],
-    run: str,
-    project: str,
-    policy: str | Mapping[str, Any] | None,
-    base: Mapping[str, Any] | None,
-    guard: Mapping[str, Any] | None,
-    labels: Mapping[str, str] | None,
-    server: str | None,
-    token: str | None,
-    mode: str,
-    seed: int,
-    lag: int | None,
-    on_outage: str,
-    resume: bool | Mapping[str, Any],
-    on_unknown: str,
-    fork: Mapping[str, Any] | None,
-    shadows: Mapping[str, Any] | None,
-    start_wait_s: float,
-) -> tuple[Session, Link]:
-    """A session and its running link. Waits up to `start_wait_s` for the service's first answer.
+def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
+    """A session and its running link, for checked options. Waits up to `start_wait_s` for the service's first answer.
 
     Raises Refused where the service says no in that time, FlyballError or ValueError where an argument is wrong or
     an extra is missing. A service that cannot be reached is no error: the link goes on trying.
     """
-    options.check_choice("on_outage", on_outage, "hold", "base", "stop")
-    options.check_choice("mode", mode, "absolute", "multiplier")
-    options.check_choice("on_unknown", on_unknown, "refuse", "import")
-    options.check("run", run, str, wanted="the run's name")
-    options.check("project", project, str, wanted="the project's name")
-    options.check("seed", seed, int, wanted="an integer")
-    options.check("server", server, str, type(None), wanted="its address, such as http://127.0.0.1:1788")
-    if not isinstance(token, str | None):  # whatever it is, it may be one, so it is not shown
-        raise ValueError(f"token is a {type(token).__name__}: give the bearer token as text")
-    options.check("resume", resume, bool, Mapping, wanted="True, False or what state_dict() returned")
-    options.check("lag", lag, int, type(None), wanted="a number of optimizer steps, 0 or more, or None")
-    if lag is not None and lag < 0:
-        raise ValueError(f"lag is {lag}: give a number of optimizer steps, 0 or more, or None")
-    options.check_mapping("policy", policy, "a policy's name, or {'type': NAME, parameters ...}", or_text=True)
-    options.check_mapping("base", base, "{'type': NAME, parameters ...}")
-    options.check_mapping("guard", guard, "limits, such as {'max_lr': 0.1}")
-    options.check_mapping("labels", labels, "text by name, such as {'team': 'vision'}")
-    options.check_mapping("shadows", shadows, "policies by name, such as {'bold': {'type': 'windowed'}}")
-    if fork is not None and resume:
-        raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
-    options.check_seconds("start_wait_s", start_wait_s)
+    run, project, resume, fork = one["run"], one["project"], one["resume"], one["fork"]
+    policy, base, shadows = one["policy"], one["base"], one["shadows"]
     # Nothing said: a resumed run goes on under its own policy, a new one keeps its settings.
     spec = {"type": policy} if isinstance(policy, str) else dict(policy or {})
     declared = _declared_base(spec, base)
-    if on_outage == "base" and declared is None:
+    if one["on_outage"] == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
     token_of = None if isinstance(resume, bool) else check_token(resume, run, project)
     message = Attach(
         project=project,
         run=run,
         session=new_session(),
-        labels=dict(labels or {}),
+        labels=dict(one["labels"] or {}),
         groups=groups,
         policy=spec,
         base=None if base is None else dict(base),
-        guard=dict(guard or {}),
-        mode=mode,
-        seed=seed,
-        lag=lag,
+        guard=dict(one["guard"] or {}),
+        mode=one["mode"],
+        seed=one["seed"],
+        lag=one["lag"],
         resume=bool(resume),
         from_step=None if token_of is None else token_of.step,
         from_attempt=None if token_of is None else token_of.attempt,
@@ -102,14 +63,14 @@ def connect(
         client=f"flyball/{_version()}",
         shadows={name: {"type": one} if isinstance(one, str) else one for name, one in (shadows or {}).items()},
         fork=None if fork is None else _fork(fork),
-        on_unknown=on_unknown,
+        on_unknown=one["on_unknown"],
     )
-    make = transport(server or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, token)
-    session = Session(message, base=declared, on_outage=on_outage, now=time.monotonic())
+    make = transport(one["server"] or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, one["token"])
+    session = Session(message, base=declared, on_outage=one["on_outage"], now=time.monotonic())
     link = Link(session, make)
     link.start()
     # A connection that is refused is no answer: the service may be about to start.
-    link.wait(lambda: session.state in ("steering", "refused"), start_wait_s, "the service's first answer")
+    link.wait(lambda: session.state in ("steering", "refused"), one["start_wait_s"], "the service's first answer")
     if session.state == "refused":
         link.close(0.0)
         raise Refused("refused", session.last_error)

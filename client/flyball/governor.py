@@ -19,14 +19,15 @@ from types import TracebackType
 from typing import Any
 
 from flyball import limits
-from flyball.connect import check_token, new_session
+from flyball.connect import check_token, connect, new_session
 from flyball.controls import NAME, Control
 from flyball.directives import KINDS
 from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
+from flyball.options import checked
 from flyball.session import Session
 from flyball.status import Status
-from flyball.wire import Settings
+from flyball.wire import Group, Settings
 
 log = logging.getLogger("flyball")
 
@@ -340,6 +341,16 @@ class Governor:
         if message not in self._warned and len(self._warned) < limits.CAUSES_MAX:
             self._warned.add(message)
             log.warning("flyball: %s", message)
+
+
+def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
+    """What every adapter's `attach` ends with: a governor of its optimizer, whose groups are declared as given.
+
+    options: see `flyball.options.Options`. Raises what `attach` says it raises.
+    """
+    whole = checked(options)
+    session, link = connect(groups, whole)
+    return Governor(optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"])
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

@@ -1,14 +1,129 @@
-"""What the options of `attach` must be: a wrong one is refused by name, before anything is sent.
+"""The options that every adapter's `attach` takes: a wrong one is refused by name, before anything is sent.
 
-Rule of this module: what an option means is not known here, only what it may look like. The service checks the rest.
+Rule of this module: only what an option may look like is checked here. The service checks the rest.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, Required, TypedDict
+
+
+class Options(TypedDict, total=False):
+    """What `attach` takes in every ecosystem; only `run` must be given.
+
+    run: the run's name within `project` (default "default").
+    policy: a policy's name, or {"type": NAME, parameters...}; without one a new run keeps its settings, and a
+        resumed run goes on under its own policy, base and seed.
+    base: a schedule that the policy's factors multiply, {"type": "cosine", "T_max": 1000}.
+    guard: limits around the policy to begin with, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the
+        service. Operators may widen or tighten them (`bounds`) within what project and service allow.
+    labels: words to find the run by.
+    server: grpc://host:port or http://host:port; default: FLYBALL_SERVER, then http://127.0.0.1:1788.
+    token: the bearer token; default: FLYBALL_TOKEN.
+    mode: "absolute" (default) writes values; "multiplier" multiplies what an in-process scheduler set, and restores
+        it. It counts a group's "initial_lr" (schedulers set it) as 1, else the learning rate it has.
+    seed: the seed of the policy's chance and of gradient noise, where there is any; default 0.
+    lag: None (default) applies the newest decision and never waits; k applies that of step t at step t + 1 + k
+        exactly, and waits for it if it is not there yet (0: lockstep).
+    wait_s: how long one step may wait with lag=k (default 0.05); None: as long as it takes.
+    on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
+        (default) the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
+    resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
+        process drives it; a checkpoint token (what `state_dict` returned) opens one at the token's step, with the
+        policy's state of that moment.
+    on_unknown: where the service does not know the run or the token that `resume` names (another store, or an older
+        backup): "refuse" (default), or "import": go on from the token's step and record the token.
+    fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
+        its own the run goes on under the other's, in the state of then.
+    shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
+    start_wait_s: how long to wait here for the service's first answer; default 2.
+    close_s: how long `close` may take to deliver the last reports; default 5.
+    """
+
+    run: Required[str]
+    project: str
+    policy: str | Mapping[str, Any] | None
+    base: Mapping[str, Any] | None
+    guard: Mapping[str, Any] | None
+    labels: Mapping[str, str] | None
+    server: str | None
+    token: str | None
+    mode: str
+    seed: int
+    lag: int | None
+    wait_s: float | None
+    on_outage: str
+    resume: bool | Mapping[str, Any]
+    on_unknown: str
+    fork: Mapping[str, Any] | None
+    shadows: Mapping[str, str | Mapping[str, Any]] | None
+    start_wait_s: float
+    close_s: float
+
+
+def checked(options: Mapping[str, Any]) -> Options:
+    """The options, complete. Raises TypeError for one that there is not, and ValueError for a wrong value."""
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, 1)
+            hint = f"do you mean {near[0]!r}?" if near else f"there are {', '.join(Options.__annotations__)}"
+            raise TypeError(f"attach has no option {name!r}: {hint}")
+    if "run" not in options:
+        raise TypeError("attach needs run=..., the run's name")
+    whole = Options(
+        run=options["run"],
+        project=options.get("project", "default"),
+        policy=options.get("policy"),
+        base=options.get("base"),
+        guard=options.get("guard"),
+        labels=options.get("labels"),
+        server=options.get("server"),
+        token=options.get("token"),
+        mode=options.get("mode", "absolute"),
+        seed=options.get("seed", 0),
+        lag=options.get("lag"),
+        wait_s=options.get("wait_s", 0.05),
+        on_outage=options.get("on_outage", "hold"),
+        resume=options.get("resume", False),
+        on_unknown=options.get("on_unknown", "refuse"),
+        fork=options.get("fork"),
+        shadows=options.get("shadows"),
+        start_wait_s=options.get("start_wait_s", 2.0),
+        close_s=options.get("close_s", 5.0),
+    )
+    _check(whole)
+    return whole
+
+
+def _check(one: Options) -> None:
+    check_seconds("wait_s", one["wait_s"], or_none=True)
+    check_seconds("close_s", one["close_s"])
+    check_choice("on_outage", one["on_outage"], "hold", "base", "stop")
+    check_choice("mode", one["mode"], "absolute", "multiplier")
+    check_choice("on_unknown", one["on_unknown"], "refuse", "import")
+    check("run", one["run"], str, wanted="the run's name")
+    check("project", one["project"], str, wanted="the project's name")
+    check("seed", one["seed"], int, wanted="an integer")
+    check("server", one["server"], str, type(None), wanted="its address, such as http://127.0.0.1:1788")
+    if not isinstance(one["token"], str | None):  # whatever it is, it may be one, so it is not shown
+        raise ValueError(f"token is a {type(one['token']).__name__}: give the bearer token as text")
+    check("resume", one["resume"], bool, Mapping, wanted="True, False or what state_dict() returned")
+    lag = one["lag"]
+    check("lag", lag, int, type(None), wanted="a number of optimizer steps, 0 or more, or None")
+    if lag is not None and lag < 0:
+        raise ValueError(f"lag is {lag}: give a number of optimizer steps, 0 or more, or None")
+    check_mapping("policy", one["policy"], "a policy's name, or {'type': NAME, parameters ...}", or_text=True)
+    check_mapping("base", one["base"], "{'type': NAME, parameters ...}")
+    check_mapping("guard", one["guard"], "limits, such as {'max_lr': 0.1}")
+    check_mapping("labels", one["labels"], "text by name, such as {'team': 'vision'}")
+    check_mapping("shadows", one["shadows"], "policies by name, such as {'bold': {'type': 'windowed'}}")
+    if one["fork"] is not None and one["resume"]:
+        raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
+    check_seconds("start_wait_s", one["start_wait_s"])
 
 
 def check(name: str, value: Any, *kinds: type, wanted: str) -> None:

@@ -19,8 +19,7 @@ MILLION = """
 import os
 import psutil
 import flyball
-from flyball.connect import connect
-from flyball.governor import Governor
+from flyball.governor import govern
 from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
 
@@ -49,13 +48,14 @@ class Optimizer:
         pass
 
 optimizer = Optimizer()
-session, link = connect(
-    groups=(Group("default", 0.1),), run="million", project="default",
-    policy={"type": "windowed", "window_size": 20}, base={"type": "cosine_restarts", "T_0": 1000}, guard=None,
-    labels=None, server=url, token=None, mode="absolute", seed=0, lag=None, on_outage="hold", resume=False,
-    on_unknown="refuse", fork=None, shadows=None, start_wait_s=5.0,
+governor = govern(
+    optimizer,
+    (Group("default", 0.1),),
+    dict(
+        run="million", policy={"type": "windowed", "window_size": 20}, base={"type": "cosine_restarts", "T_0": 1000},
+        server=url, start_wait_s=5.0, close_s=10.0,
+    ),
 )
-governor = Governor(optimizer, session, link, wait_s=0.05, close_s=10.0)
 process = psutil.Process()
 import math, time
 for i in range(steps):

@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from math import inf
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -21,73 +21,24 @@ from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
 from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
 from flyball.adapters.writers import Writers
-from flyball.connect import connect
-from flyball.governor import Governor
+from flyball.governor import Governor, govern
 from flyball.optimizer import Conflict, plain_number
-from flyball.options import check_seconds
+from flyball.options import Options
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
 
 log = logging.getLogger("flyball")
 
 
-def attach(
-    optimizer: torch.optim.Optimizer,
-    *,
-    run: str,
-    project: str = "default",
-    policy: str | Mapping[str, Any] | None = None,
-    base: Mapping[str, Any] | None = None,
-    guard: Mapping[str, Any] | None = None,
-    labels: Mapping[str, str] | None = None,
-    server: str | None = None,
-    token: str | None = None,
-    mode: str = "absolute",
-    seed: int = 0,
-    lag: int | None = None,
-    wait_s: float | None = 0.05,
-    on_outage: str = "hold",
-    resume: bool | Mapping[str, Any] = False,
-    on_unknown: str = "refuse",
-    fork: Mapping[str, Any] | None = None,
-    shadows: Mapping[str, str | Mapping[str, Any]] | None = None,
-    start_wait_s: float = 2.0,
-    close_s: float = 5.0,
-) -> Governor:
+def attach(optimizer: torch.optim.Optimizer, **options: Unpack[Options]) -> Governor:
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
     Args:
         optimizer: its parameter groups are known by their "name" entry (else group0, group1 ...).
-        run: the run's name within `project`.
-        policy: a policy's name, or {"type": NAME, parameters...}; without one a new run keeps its settings, and a
-            resumed run goes on under its own policy, base and seed.
-        base: a schedule that the policy's factors multiply, {"type": "cosine", "T_max": 1000}.
-        guard: limits around the policy to begin with, {"max_lr": 0.1, "max_change": 2}; also enforced here, without the
-            service. Operators may widen or tighten them (`bounds`) within what project and service allow.
-        labels: words to find the run by.
-        server: grpc://host:port or http://host:port; default: FLYBALL_SERVER, then http://127.0.0.1:1788.
-        token: the bearer token; default: FLYBALL_TOKEN.
-        mode: "absolute" writes values; "multiplier" multiplies what an in-process scheduler set, and restores it. It
-            counts a group's "initial_lr" (schedulers set it) as 1, else the learning rate it has.
-        seed: the seed of the policy's chance and of gradient noise, where there is any.
-        lag: None applies the newest decision and never waits; k applies that of step t at step t + 1 + k exactly, and
-            waits for it if it is not there yet (0: lockstep).
-        wait_s: how long one step may wait with lag=k; None: as long as it takes.
-        on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
-            the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
-        resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
-            process drives it; a checkpoint token (what `state_dict` returned) opens one at the token's step, with the
-            policy's state of that moment.
-        on_unknown: where the service does not know the run or the token that `resume` names (another store, or an older
-            backup): "refuse", or "import": go on from the token's step and record the token.
-        fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
-            its own the run goes on under the other's, in the state of then.
-        shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
-        start_wait_s: how long to wait here for the service's first answer.
-        close_s: how long `close` may take to deliver the last reports.
+        options: see `flyball.options.Options`; `run` must be given.
 
     Raises:
-        TypeError: `optimizer` is no torch optimizer.
+        TypeError: `optimizer` is no torch optimizer, or there is no such option.
         ValueError: an option is wrong.
         Refused: the service says no (the run exists, an unknown policy ...) within `start_wait_s`.
         FlyballError: the address is wrong, or gRPC is not installed.
@@ -96,32 +47,11 @@ def attach(
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
     if optimizer in _steered:
         raise ValueError("optimizer is steered by another governor already: close that one first")
-    check_seconds("wait_s", wait_s, or_none=True)
-    check_seconds("close_s", close_s)
+    multiplier = options.get("mode") == "multiplier"
     named = zip(names(optimizer.param_groups), optimizer.param_groups, strict=True)
-    groups = tuple(_group(name, group, mode == "multiplier") for name, group in named)
-    session, link = connect(
-        groups=groups,
-        run=run,
-        project=project,
-        policy=policy,
-        base=base,
-        guard=guard,
-        labels=labels,
-        server=server,
-        token=token,
-        mode=mode,
-        seed=seed,
-        lag=lag,
-        on_outage=on_outage,
-        resume=resume,
-        on_unknown=on_unknown,
-        fork=fork,
-        shadows=shadows,
-        start_wait_s=start_wait_s,
-    )
-    steered = _Groups(optimizer, groups, mode == "multiplier")
-    governor = Governor(steered, session, link, wait_s=wait_s, close_s=close_s)
+    groups = tuple(_group(name, group, multiplier) for name, group in named)
+    steered = _Groups(optimizer, groups, multiplier)
+    governor = govern(steered, groups, options)
     steered.steer(governor)
     return governor
 
