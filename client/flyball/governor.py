@@ -14,7 +14,7 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +26,7 @@ from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
 from flyball.session import Session
+from flyball.sinks import Shown, Sink
 from flyball.status import Status
 from flyball.wire import Group, Settings
 
@@ -39,7 +40,14 @@ class Governor:
     """One steered optimizer. Made by `attach`; a context manager that closes itself."""
 
     def __init__(
-        self, optimizer: Optimizer, session: Session, link: Link, *, wait_s: float | None, close_s: float
+        self,
+        optimizer: Optimizer,
+        session: Session,
+        link: Link,
+        *,
+        wait_s: float | None,
+        close_s: float,
+        report_to: Sequence[Sink] = (),
     ) -> None:
         self._optimizer = optimizer
         self._session = session
@@ -64,6 +72,8 @@ class Governor:
         self._closed = False
         self._bad_values = self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
+        self._shown = Shown(report_to, session)
+        link.on_notice = lambda line: self._shown.noticed(self._next_step, time.time(), line)
         _governors.add(self)
 
     # -- for the training script ---------------------------------------------------------------------
@@ -142,6 +152,7 @@ class Governor:
             skipped=self._skipped,
             missed=self._missed,
             conflicts=self._conflicts,
+            unshown=self._shown.lost,
         )
 
     @property
@@ -193,7 +204,11 @@ class Governor:
         if not self._link.is_ours:  # a forked child: the run is its parent's
             return
         self._session.end(outcome)
-        if not self._link.close(self._close_s):
+        until = time.monotonic() + self._close_s
+        self._shown.end(self._next_step - 1, time.time())
+        delivered = self._link.close(self._close_s)
+        self._shown.wait(max(0.0, until - time.monotonic()))
+        if not delivered:
             status = self.status
             log.warning(
                 "flyball: %d observations of run %r were not delivered, %d were dropped before (%s)",
@@ -254,6 +269,8 @@ class Governor:
             if seen != self._receipted or self._conflict is not None or confirms:
                 self._receipted = seen
                 self._receipt(used, confirms, None if conflict is None else conflict.wanted_lr)
+            elif self._next_step >= self._shown.again_at:
+                self._show(used)
             # A control may be read at any time, so what it changed to in mid-step holds from the next one on.
             self._controls = self._session.controls.values
         except Exception as error:
@@ -291,6 +308,10 @@ class Governor:
         if confirms:
             self._confirm = 0
             self._link.wake()
+        self._show(used, conflict)
+
+    def _show(self, used: Settings, conflict: str = "") -> None:
+        self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
 
     def _carry_out(self) -> None:
         """Call the handlers of what the service asked for."""
@@ -350,7 +371,9 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
     """
     whole = checked(options)
     session, link = connect(groups, whole)
-    return Governor(optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"])
+    return Governor(
+        optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"], report_to=whole["report_to"]
+    )
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

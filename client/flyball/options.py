@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Required, TypedDict
+
+from flyball.sinks import Sink
 
 
 class Options(TypedDict, total=False):
@@ -40,6 +42,8 @@ class Options(TypedDict, total=False):
     fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
         its own the run goes on under the other's, in the state of then.
     shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
+    report_to: where else to show the settings that were applied and what moved them, such as
+        [TensorBoardWriter("runs/1")]; see `flyball.sinks.Sink`.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -61,6 +65,7 @@ class Options(TypedDict, total=False):
     on_unknown: str
     fork: Mapping[str, Any] | None
     shadows: Mapping[str, str | Mapping[str, Any]] | None
+    report_to: Sequence[Sink]
     start_wait_s: float
     close_s: float
 
@@ -92,6 +97,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         on_unknown=options.get("on_unknown", "refuse"),
         fork=options.get("fork"),
         shadows=options.get("shadows"),
+        report_to=options.get("report_to", ()),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
@@ -121,9 +127,19 @@ def _check(one: Options) -> None:
     check_mapping("guard", one["guard"], "limits, such as {'max_lr': 0.1}")
     check_mapping("labels", one["labels"], "text by name, such as {'team': 'vision'}")
     check_mapping("shadows", one["shadows"], "policies by name, such as {'bold': {'type': 'windowed'}}")
+    _check_sinks(one["report_to"])
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
+
+
+def _check_sinks(sinks: Any) -> None:
+    check("report_to", sinks, Sequence, wanted="a list of writers, such as [TensorBoardWriter('runs/1')]")
+    for sink in sinks:
+        if not all(callable(getattr(sink, name, None)) for name in ("settings", "marker", "close")):
+            raise ValueError(
+                f"report_to holds {sink!r:.80}: give objects with settings, marker and close (see flyball.sinks.Sink)"
+            )
 
 
 def check(name: str, value: Any, *kinds: type, wanted: str) -> None:
