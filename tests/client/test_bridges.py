@@ -1,7 +1,7 @@
 """Goal: TensorBoard, MLflow, W&B and Aim show what was applied and what moved it, as their own readers read it.
 
-Method: one real training with every writer attached that is installed; then each library's own reader. W&B runs offline,
-and its file is read by its record type (the frame around records is LevelDB's log).
+Method: one real training with every writer attached that is installed; then each library's own reader. W&B runs
+offline, and its file is read by its record type (the frame around records is LevelDB's log).
 """
 
 from __future__ import annotations

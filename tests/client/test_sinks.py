@@ -87,10 +87,14 @@ def joined(points, steps):
 SHORT = {"type": "windowed", "window_size": 5, "cooldown_steps": 2}
 
 
+def lockstep(service, run, *sinks, **more):
+    return {"run": run, "server": service.http, "policy": SHORT, "lag": 0, "wait_s": None, "report_to": sinks, **more}
+
+
 def test_a_chart_that_joins_the_points_shows_what_every_step_used(service):
     optimizer, sink = optimizer_of(momentum=0.9), Recorder()
     began = time.time()
-    options = dict(run="joined", policy=SHORT, server=service.http, lag=0, wait_s=None, report_to=[sink])
+    options = lockstep(service, "joined", sink)
     with flyball.attach(optimizer, **options) as governor:
         used = train(optimizer, governor, [2.0 * 0.99**i for i in range(250)])
     assert len(set(used)) > 5
@@ -107,7 +111,7 @@ def test_a_chart_that_joins_the_points_shows_what_every_step_used(service):
 
 def test_what_moved_the_settings_is_marked_with_its_reason(service):
     optimizer, sink = optimizer_of(), Recorder()
-    options = dict(run="marked", policy=SHORT, server=service.http, lag=0, wait_s=None, report_to=[sink])
+    options = lockstep(service, "marked", sink)
     with flyball.attach(optimizer, **options) as governor:
         used = train(optimizer, governor, [2.0 * 0.99**i for i in range(60)])
     moves = [i for i in range(1, 60) if used[i] != used[i - 1]]
@@ -124,8 +128,8 @@ def test_what_moved_the_settings_is_marked_with_its_reason(service):
 def test_a_policy_that_moves_at_every_step_is_marked_where_its_kind_changes(service):
     optimizer, sink = optimizer_of(), Recorder()
     base = {"type": "cosine", "T_max": 300}
-    options = dict(run="streak", base=base, policy="constant", server=service.http, lag=0, report_to=[sink])
-    with flyball.attach(optimizer, wait_s=None, **options) as governor:
+    options = lockstep(service, "streak", sink, base=base, policy="constant")
+    with flyball.attach(optimizer, **options) as governor:
         used = train(optimizer, governor, [1.0] * 200)
     assert len(set(used)) == 200
     assert joined(sink.curves["lr/body"], 200) == used
@@ -134,7 +138,7 @@ def test_a_policy_that_moves_at_every_step_is_marked_where_its_kind_changes(serv
 
 def test_another_writer_and_a_command_are_marked(service):
     optimizer, sink = optimizer_of(), Recorder()
-    options = dict(run="meddled", policy=SHORT, server=service.http, lag=0, wait_s=None, report_to=[sink])
+    options = lockstep(service, "meddled", sink)
     with flyball.attach(optimizer, **options) as governor:
         train(optimizer, governor, [1.0] * 10)
         optimizer.param_groups[0]["lr"] = 0.5
@@ -156,8 +160,8 @@ def test_a_sink_that_blocks_delays_no_step_and_no_other_sink(service, monkeypatc
     optimizer, stuck, sink = optimizer_of(), Recorder(), Recorder()
     stuck.may_go.clear()
     base = {"type": "cosine", "T_max": 1000}
-    options = dict(run="stuck", base=base, policy="constant", server=service.http, lag=0, wait_s=None, close_s=0.5)
-    with flyball.attach(optimizer, report_to=[stuck, sink], **options) as governor:
+    options = lockstep(service, "stuck", stuck, sink, base=base, policy="constant", close_s=0.5)
+    with flyball.attach(optimizer, **options) as governor:
         train(optimizer, governor, [1.0] * 300)
         assert governor.status.added_us < 1000
         started = time.monotonic()
@@ -170,7 +174,7 @@ def test_a_sink_that_blocks_delays_no_step_and_no_other_sink(service, monkeypatc
 
 def test_a_sink_that_fails_is_said_once_and_tried_on(service, caplog):
     optimizer, sink = optimizer_of(), Recorder()
-    options = dict(run="failing", policy=SHORT, server=service.http, lag=0, wait_s=None, report_to=[sink])
+    options = lockstep(service, "failing", sink)
     sink.fails = True
     with flyball.attach(optimizer, **options) as governor:
         used = train(optimizer, governor, [2.0 * 0.99**i for i in range(40)])
@@ -183,7 +187,7 @@ def test_a_sink_that_fails_is_said_once_and_tried_on(service, caplog):
 
 def test_after_going_back_to_a_checkpoint_the_curve_begins_anew_there(service):
     optimizer, sink = optimizer_of(), Recorder()
-    options = dict(run="back", policy=SHORT, server=service.http, lag=0, wait_s=None, report_to=[sink])
+    options = lockstep(service, "back", sink)
     with flyball.attach(optimizer, **options) as governor:
         first = train(optimizer, governor, [2.0 * 0.99**i for i in range(30)])
         token = governor.state_dict()
@@ -205,8 +209,8 @@ def test_a_forked_child_shows_nothing(service, tmp_path: Path):
                 out.write(f"{os.getpid()}\n")
 
     optimizer = optimizer_of()
-    options = dict(run="forked", policy="constant", base={"type": "cosine", "T_max": 100}, server=service.http, lag=0)
-    with flyball.attach(optimizer, wait_s=None, report_to=[File()], **options) as governor:
+    options = lockstep(service, "forked", File(), policy="constant", base={"type": "cosine", "T_max": 100})
+    with flyball.attach(optimizer, **options) as governor:
         train(optimizer, governor, [1.0] * 5)
         child = os.fork()
         if child == 0:
