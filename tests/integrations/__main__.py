@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     tasks = [Task(e, age) for e in ECOSYSTEMS if not asked.ecosystems or e.name in asked.ecosystems for age in AGES]
     started = time.monotonic()
     base = make_base()
-    made = dict(zip(tasks, at_once(lambda task: make(task, base), tasks), strict=True))
+    made = list(zip(tasks, at_once(lambda task: make(task, base), tasks), strict=True))
     say(f"environments stand after {time.monotonic() - started:.0f} s")
-    ready = [(task, under) for task in tasks if not made[task] for under in task.ecosystem.under]
-    rows = list(at_once(lambda one: try_out(*one, results), ready))
-    rows += [Row(task.folder.name, made[task], 0, ["not installed"], 0.0) for task in tasks if made[task]]
+    ready = [(task, under) for task, error in made if not error for under in task.ecosystem.under]
+    rows = at_once(lambda one: try_out(*one, results), ready)
+    rows += [Row(task.folder.name, error, 0, ["not installed"], 0.0) for task, error in made if error]
     print_table(rows)
     print(f"{time.monotonic() - started:.0f} s")
     return int(any(row.wrong for row in rows) or not rows)
@@ -94,8 +95,9 @@ def make_base() -> Path:
     """The base environment; everything there is as constraints.txt names it."""
     folder = PLACE / "base"
     words = [f"{ROOT}[grpc,server]", *BASE]
-    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "constraints.txt"))
-    stamp = stamp_of(words, sources)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    stamp = stamp_of([*words, *extras["grpc"], *extras["server"]], pins)
     if is_made(folder, stamp):
         return folder
     say("base: installing torch and the service")
@@ -120,7 +122,8 @@ def make(task: Task, base: Path) -> str:
     error = install(task.folder, [torch, *task.requirements])
     if not error:
         (task.folder / "made-from").write_text(stamp)
-    say(f"{task.folder.name}: {'cannot be installed' if error else 'installed'}, {time.monotonic() - started:.0f} s")
+    took = f"{time.monotonic() - started:.0f} s"
+    say(f"{task.folder.name}: cannot be installed, {took}\n{error}" if error else f"{task.folder.name}: installed, {took}")
     return error
 
 
@@ -150,7 +153,8 @@ def install(folder: Path, words: list[str]) -> str:
     """What went wrong, or ""."""
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *words]
     done = subprocess.run(command, capture_output=True, text=True)
-    return (done.stderr[-2000:] or "pip failed") if done.returncode else ""
+    lines = [line for line in done.stderr.splitlines() if "is ignored: it is neither" not in line]
+    return ("\n".join(lines)[-2000:] or "pip failed") if done.returncode else ""
 
 
 # Tests
@@ -211,7 +215,7 @@ def read(file: Path) -> tuple[int, list[str]]:
 
 def versions(task: Task) -> str:
     """What stands in the environment, of what was asked for."""
-    names = [line.partition("==")[0] for line in task.ecosystem.oldest]
+    names = task.ecosystem.newest
     code = f"from importlib.metadata import version; print(*(n + ' ' + version(n) for n in {names!r}), sep=', ')"
     command = [str(task.folder / "bin" / "python"), "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

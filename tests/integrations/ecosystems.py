@@ -6,7 +6,6 @@ a version. torch is in neither: one base environment has it, as constraints.txt 
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +28,13 @@ class Ecosystem(NamedTuple):
     def oldest(self) -> list[str]:
         """Requirements: the oldest supported versions."""
         lines = (HERE / f"{self.name}.txt").read_text(encoding="utf-8").splitlines()
-        return [line for line in lines if line and not line.startswith("#")]
+        return [line.partition("#")[0].strip() for line in lines if line and not line.startswith("#")]
 
     @property
     def newest(self) -> list[str]:
-        """Requirements: whatever is newest today."""
-        return [re.split("[=<>]", line)[0] for line in self.oldest]
+        """Requirements: whatever is newest today, without what only the old ones need ("# then" behind it)."""
+        lines = (HERE / f"{self.name}.txt").read_text(encoding="utf-8").splitlines()
+        return [line.partition("==")[0] for line in lines if "==" in line and not line.endswith("# then")]
 
 
 ECOSYSTEMS = (
