@@ -123,7 +123,11 @@ def make(task: Task, base: Path) -> str:
     if not error:
         (task.folder / "made-from").write_text(stamp)
     took = f"{time.monotonic() - started:.0f} s"
-    say(f"{task.folder.name}: cannot be installed, {took}\n{error}" if error else f"{task.folder.name}: installed, {took}")
+    say(
+        f"{task.folder.name}: cannot be installed, {took}\n{error}"
+        if error
+        else f"{task.folder.name}: installed, {took}"
+    )
     return error
 
 
