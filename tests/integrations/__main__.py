@@ -174,10 +174,9 @@ def try_out(task: Task, under: dict[str, str], results: Path) -> Row:
     # Warnings of other people's libraries, at versions of any age, decide nothing here.
     options = [
         "-q",
+        "--disable-warnings",
         "--junitxml",
         str(file),
-        "-o",
-        "junit_suite_name=" + name,
         "-W",
         "default",
         "-p",
