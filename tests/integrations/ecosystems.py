@@ -16,8 +16,8 @@ BASE = ("torch", "psutil", "pytest", "pytest-timeout", "scikit-learn")
 
 
 class Ecosystem(NamedTuple):
-    """adapters: loops of the conformance suite. tests: further test files. Each entry of `under` is a run of its own,
-    under those environment variables."""
+    """adapters: loops of the conformance suite. tests: further test files. Each entry of `under` is a run of the
+    conformance suite of its own, under those environment variables; the further tests are run with the first."""
 
     name: str
     adapters: tuple[str, ...] = ()
@@ -37,12 +37,18 @@ class Ecosystem(NamedTuple):
         return [line.partition("==")[0] for line in lines if "==" in line and not line.endswith("# then")]
 
 
+def _own(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/client/test_{name}.py" for name in names)
+
+
+_BACKENDS = tuple({"KERAS_BACKEND": name} for name in ("torch", "jax", "tensorflow"))
 ECOSYSTEMS = (
-    Ecosystem("hf", ("transformers", "accelerate")),
-    Ecosystem("lightning", ("lightning",)),
-    Ecosystem("keras", ("keras",), under=tuple({"KERAS_BACKEND": name} for name in ("torch", "jax", "tensorflow"))),
-    Ecosystem("optax", ("optax",)),
-    Ecosystem("lrfree", tests=("tests/client/test_lr_free.py",)),
-    Ecosystem("sinks", tests=("tests/client/test_bridges.py",)),
-    Ecosystem("deepspeed", tests=("tests/client/test_deepspeed_adapter.py",)),
+    Ecosystem("hf", ("transformers", "accelerate"), _own("transformers_adapter", "accelerate")),
+    Ecosystem("trl", tests=_own("trl")),
+    Ecosystem("lightning", ("lightning",), _own("lightning_adapter")),
+    Ecosystem("keras", ("keras",), _own("keras_adapter"), _BACKENDS),
+    Ecosystem("optax", ("optax",), _own("optax_adapter")),
+    Ecosystem("lrfree", tests=_own("lr_free")),
+    Ecosystem("sinks", tests=_own("bridges")),
+    Ecosystem("deepspeed", tests=_own("deepspeed_adapter")),
 )
