@@ -47,7 +47,10 @@ CORE_EXCEPTIONS = {"flyball_server.core.mersenne": {"random"}}
 #: Client modules that may import something beyond the standard library: those named after it, and the two tools.
 CLIENT_LIBRARIES = {
     "flyball.over_grpc": {"grpc", "flyball_proto"},
-    "flyball.api": {"httpx"},
+    "flyball.api": set(),
+    "flyball.api_audit": set(),
+    "flyball.api_commands": set(),
+    "flyball.api_connection": {"httpx"},
     "flyball.cli": set(),
     "flyball.cli_audit": set(),
     "flyball.cli_branches": set(),
@@ -105,6 +108,7 @@ ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 MAY_READ_THE_WORLD = {
     "flyball",
     "flyball.api",
+    "flyball.api_connection",
     "flyball.cli",
     "flyball.connect",
     "flyball.governor",
