@@ -27,6 +27,9 @@ ForSteps = Annotated[int | None, typer.Option(min=1, help="So many optimizer ste
 UntilStep = Annotated[int | None, typer.Option(min=1, help="Up to this optimizer step.")]
 For = Annotated[str | None, typer.Option("--for", metavar="TIME", help="So long: 90s, 30min, 2h, 1d.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Until then: 2027-01-31T12:00:00Z.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="override: a value of lr also where the optimizer finds its own step size.")
+]
 Args = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="For the job's own handler.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The proposal's id, as `flyball proposals` shows it.")]
 WAIT_S = 60.0
@@ -66,6 +69,7 @@ def override(
     reason: Reason,
     factor: Annotated[bool, typer.Option("--factor", help="NUMBER is a factor on what the policy says.")] = False,
     group: Annotated[list[str] | None, typer.Option(help="Only this group; may be repeated.")] = None,
+    force: Force = False,
     for_steps: ForSteps = None,
     until_step: UntilStep = None,
     for_: For = None,
@@ -81,6 +85,7 @@ def override(
     name, number = assigned(setting)
     ends = _ends(for_steps, until_step, for_, until)
     said: dict[str, Any] = {"setting": name, "groups": group or None, "factor" if factor else "value": number, **ends}
+    said["force"] = force or None
     common = Common(run, wait, timeout, json_output, server, token)
     _give(common, lambda client: client.command(run, "override", reason=reason, if_match=if_match, **said))
 
