@@ -48,7 +48,7 @@ class Total:
         """The step's value: a number, one that is still on its way, or None where nothing was measured. What is added
         from now on belongs to the next step."""
         total: Number | None = None
-        if self._waiting:
+        if not self.ready():
             later = Total("mean" if self._mean else "sum")
             later._sum, later._weight, later._waiting = self._sum, self._weight, self._waiting
             total = later

@@ -276,10 +276,11 @@ class Groups:
                 group["lr"] = min(max(lr * times, low), high) if lr else lr
             elif id(lr) not in shared:  # several groups may hold one tensor
                 shared.add(id(lr))
-                self._restore.append((group, lr, lr.clone()))
-                lr.mul_(times).clamp_(max=high)
+                own = lr.detach()  # one that wants a gradient may not be written itself
+                self._restore.append((group, lr, own.clone()))
+                own.mul_(times).clamp_(max=high)
                 if low:
-                    lr.copy_(torch.where(lr > 0, lr.clamp(min=low), lr))
+                    own.copy_(torch.where(own > 0, own.clamp(min=low), own))
             used.append(float("nan") if on_device(lr) else plain(group["lr"]))
         self._stands = standing(groups, used)
 
@@ -287,7 +288,7 @@ class Groups:
         restore, self._restore = self._restore, []
         for group, lr, value in restore:
             if value is not None:
-                lr.copy_(value)
+                lr.detach().copy_(value)
             group["lr"] = lr
 
     def _set_momentum(self, groups: list[dict[str, Any]], momentum: tuple[float | None, ...]) -> None:
@@ -325,7 +326,7 @@ def _fill(groups: list[dict[str, Any]], wanted: Sequence[float]) -> None:
         elif filled.setdefault(id(current), lr) != lr:
             group["lr"] = current.detach().clone().fill_(lr)
         else:
-            current.detach().fill_(lr)  # one that wants a gradient may not be written itself
+            current.detach().fill_(lr)
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
