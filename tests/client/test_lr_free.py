@@ -86,5 +86,3 @@ def test_people_give_it_factors_and_a_value_only_by_force(steered, service):
             view = client.override(governor.status.run, reason="meant", **said)
             assert view["status"] in ("accepted", "clamped")
         assert view["args"]["force"] is True, "it is on record"
-        with pytest.raises(Refused, match="force"):
-            client.command(governor.status.run, "override", reason="x", value=1.0, force="yes")

@@ -60,9 +60,11 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
         Refused: the service says no (the run exists, an unknown policy ...) within `start_wait_s`.
         FlyballError: the address is wrong, or gRPC is not installed.
     """
-    found = _optimizers(optimizer)
+    named = _named(optimizer)
     multiplier = options.get("mode") == "multiplier"
-    parts = [Groups(one, _declared(name, one, multiplier), multiplier) for name, one in found.items()]
+    parts = [
+        Groups(one, _declared(name, named[name], multiplier), multiplier) for name, one in _optimizers(named).items()
+    ]
     groups = tuple(group for part in parts for group in part.declared)
     if len(parts) == 1:
         governor = govern(parts[0], groups, options)
@@ -75,34 +77,39 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer whose step is the real one: wrappers hold theirs as `.optimizer`, and show its groups."""
-    seen = {id(optimizer)}
-    while hasattr(optimizer, "param_groups") and callable(getattr(optimizer, "step", None)):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or id(inner) in seen or not hasattr(inner, "param_groups"):
+    """The optimizer whose step is the real one: wrappers show its groups, and hold it as `.optimizer` (or `.base`)."""
+    return _layers(optimizer)[-1]
+
+
+def _layers(optimizer: Any) -> list[Any]:
+    """A wrapper, what it wraps, and so on. A scheduler holds an optimizer as well, but shows no groups."""
+    layers = [optimizer]
+    while hasattr(layers[-1], "param_groups"):
+        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base"))
+        inner = next((one for one in held if hasattr(one, "param_groups")), None)
+        if inner is None or any(inner is layer for layer in layers):
             break
-        optimizer = inner
-        seen.add(id(optimizer))
-    return optimizer
+        layers.append(inner)
+    return layers
 
 
-def _optimizers(given: Any) -> dict[str, torch.optim.Optimizer]:
-    """The real optimizers by name; "" for a single one. Raises TypeError and ValueError as `attach` says."""
+def _named(given: Any) -> dict[str, Any]:
+    """What was given, by name; "" for a single one."""
     if isinstance(given, Mapping):
-        found = {str(name): unwrapped(one) for name, one in given.items()}
-    elif isinstance(given, Sequence):
-        inner = [unwrapped(one) for one in given]
-        classes = [type(one).__name__.lower() for one in inner]
-        twice = {name for name in classes if classes.count(name) > 1}
-        count = {name: iter(range(len(classes))) for name in twice}
-        found = {
-            f"{name}{next(count[name])}" if name in twice else name: one
-            for name, one in zip(classes, inner, strict=True)
-        }
-    else:
-        found = {"": unwrapped(given)}
-    if not found:
+        return {str(name): one for name, one in given.items()}
+    if not isinstance(given, Sequence):
+        return {"": given}
+    classes = [type(unwrapped(one)).__name__.lower() for one in given]
+    count = {name: iter(range(len(classes))) for name in classes}
+    names = [f"{name}{next(count[name])}" if classes.count(name) > 1 else name for name in classes]
+    return dict(zip(names, given, strict=True))
+
+
+def _optimizers(named: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
+    """The real optimizers by name. Raises TypeError and ValueError as `attach` says."""
+    if not named:
         raise ValueError("optimizer is empty: give one, or several in a list or by name")
+    found = {name: unwrapped(one) for name, one in named.items()}
     for name, one in found.items():
         where = f"optimizer {name!r}" if name else "optimizer"
         if not isinstance(one, torch.optim.Optimizer):
@@ -114,11 +121,16 @@ def _optimizers(given: Any) -> dict[str, torch.optim.Optimizer]:
     return found
 
 
-def _declared(name: str, optimizer: torch.optim.Optimizer, multiplier: bool) -> tuple[Group, ...]:
-    groups = optimizer.param_groups
+def _declared(name: str, optimizer: Any, multiplier: bool) -> tuple[Group, ...]:
+    """The groups of an optimizer as it was given; a wrapper may say what its groups do not."""
+    layers = _layers(optimizer)
+    groups = layers[-1].param_groups
     prefix = f"{name}/" if name else ""
-    named = zip(names(groups), groups, strict=True)
-    return tuple(declared(prefix + own, group, multiplier=multiplier) for own, group in named)
+    free = any(hasattr(layer, "train_mode") for layer in layers)
+    told = [
+        declared(prefix + own, group, multiplier=multiplier) for own, group in zip(names(groups), groups, strict=True)
+    ]
+    return tuple(group._replace(lr_free=group.lr_free or free) for group in told)
 
 
 def _after(part: Groups, governor: Governor) -> Callable[[], None]:
