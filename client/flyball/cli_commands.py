@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 from flyball.api import Client
-from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, table, typer
+from flyball.cli_output import Force, Json, RunId, Server, Token, errors, print_json, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
 from flyball.cli_words import approved, asked, stage, titled
 from flyball.errors import FlyballError, Refused
@@ -27,9 +27,6 @@ ForSteps = Annotated[int | None, typer.Option(min=1, help="So many optimizer ste
 UntilStep = Annotated[int | None, typer.Option(min=1, help="Up to this optimizer step.")]
 For = Annotated[str | None, typer.Option("--for", metavar="TIME", help="So long: 90s, 30min, 2h, 1d.")]
 Until = Annotated[str | None, typer.Option(metavar="TIME", help="Until then: 2027-01-31T12:00:00Z.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="override: a value of lr also where the optimizer finds its own step size.")
-]
 Args = Annotated[list[str] | None, typer.Option("--arg", metavar="NAME=VALUE", help="For the job's own handler.")]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The proposal's id, as `flyball proposals` shows it.")]
 WAIT_S = 60.0

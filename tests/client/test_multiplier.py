@@ -38,8 +38,6 @@ SCHEDULES = {
     "SequentialLR": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1), S.ExponentialLR(o, 0.9)], [4]),
     "ChainedScheduler": lambda o: S.ChainedScheduler([S.LinearLR(o, 0.1), S.ExponentialLR(o, 0.9)]),
 }
-#: What keeps its own learning rate beside the optimizer, and so no second scheduler.
-ALONE = {"ReduceLROnPlateau"}
 
 
 def test_no_scheduler_of_torch_is_forgotten():
@@ -120,7 +118,7 @@ def test_a_scheduler_made_at_any_time_sees_its_own_values_also_behind_a_step_tha
     governor = steer(optimizer, policy=scripted(factor=[0.3, 7.0, 1.1]))
     if made == "after":
         schedule = SCHEDULES[kind](optimizer)
-    if made == "both" and kind not in ALONE:
+    if made == "both":
         S.ConstantLR(optimizer, 1.0)
     used = spied(optimizer)
     for t in range(12):
@@ -143,6 +141,22 @@ def test_a_scheduler_made_at_any_time_sees_its_own_values_also_behind_a_step_tha
     alone.step()
     advance(its)
     assert rates(optimizer) == rates(alone), "and goes on by itself after the end"
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_warm_restarts_by_fractions_of_an_epoch_see_their_own_values(scripted, steer, tensor):
+    alone, optimizer = optimizer_of(tensor=tensor), optimizer_of(tensor=tensor)
+    its, schedule = (S.CosineAnnealingWarmRestarts(one, 2) for one in (alone, optimizer))
+    governor = steer(optimizer, policy=scripted(factor=[0.3, 7.0]))
+    used = spied(optimizer)
+    for t in range(10):
+        optimizer.step()
+        governor.step(1.0)
+        assert used.pop() == [lr * (0.3, 7.0)[t % 2] for lr in rates(alone)]
+        alone.step()
+        for one in (its, schedule):
+            one.step((t + 1) / 3)
+        assert rates(optimizer) == rates(alone)
 
 
 @pytest.mark.parametrize("tensor", [False, True])
