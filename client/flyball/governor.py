@@ -118,7 +118,8 @@ class Governor:
             self._skipped += self._totals is None
         else:
             self._reported = step
-            self._measured = {}
+            if self._measured:
+                self._measured = {}
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started

@@ -95,7 +95,7 @@ def job(service):
         assert link.wait(lambda: session.attached is not None, 5.0, "the answer")
         steered = Groups(optimizer, groups, False)
         governor = Governor(steered, session, link, wait_s=1.0, close_s=2.0)
-        steered.steer(governor)
+        steered.steer(governor.before_step, governor.after_step)
         opened.append(governor)
 
         def train(n=1):

@@ -66,20 +66,29 @@ class Groups:
         self._ends: list[Callable[[], None]] = []
         self._closure: Callable[[], Any] | None = None
         #: Whether the step that is being made leaves everything as it is.
-        self._skips = False
+        self._skips = [False]
         self._warned = False
 
     def steer(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Call these around every step of the optimizer, until `detach`."""
-
         _steered.add(self._optimizer)
-
-        # Traced into a compiled step, they would be guarded by every number that they look at.
+        # Traced into a compiled step, they would be guarded by every number that they look at: there they are called
+        # apart from it, which costs something, and nowhere else.
         apart: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
-        pre_hook, post_hook = (
-            apart(functools.partial(self._before, before)),
-            apart(functools.partial(self._after, after)),
-        )
+        tracing = torch.compiler.is_dynamo_compiling
+        before_apart, after_apart, skips = apart(self._before), apart(after), self._skips
+
+        def pre_hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return before_apart(before, args, kwargs) if tracing() else self._before(before, args, kwargs)
+
+        def post_hook(*_: Any) -> None:
+            if skips[0]:
+                return
+            if tracing():
+                after_apart()
+            else:
+                after()
+
         self._ends = [
             self._optimizer.register_step_pre_hook(pre_hook).remove,
             self._optimizer.register_step_post_hook(post_hook).remove,
@@ -96,16 +105,12 @@ class Groups:
             end()
         self._put_back()
 
-    def _after(self, after: Callable[[], None], *_: Any) -> None:
-        """torch's post-hook."""
-        if not self._skips:
-            after()
-
-    def _before(self, before: Callable[[], None], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, before: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """torch's pre-hook. A closure makes the gradients itself, so noise can only be added behind it."""
-        self._skips = _is_skipped(self._optimizer)
-        if self._skips:
-            return None
+        if "found_inf" in self._optimizer.__dict__ or self._skips[0]:
+            self._skips[0] = _is_skipped(self._optimizer)
+            if self._skips[0]:
+                return None
         if len(args) < 2 and not kwargs:
             return before()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -125,9 +130,10 @@ class Groups:
     ) -> Conflict | None:
         """See `optimizer.Optimizer`."""
         self._added, self._bounds = None, bounds
-        groups = self._rows.of(self._optimizer.param_groups)
+        groups = self._optimizer.param_groups
+        # Where every place of the list holds the very same objects, whatever group is there, nothing can have changed.
         same = settings is self._wanted and self._used is not None and untouched(groups, self._stands or ())
-        conflict = None if same else self._write(settings, reference, groups)
+        conflict = None if same else self._write(settings, reference, self._rows.of(groups))
         if self._beside is not None:
             conflict = conflict or self._look(self._beside, settings is not None)
         if noise_seed is not None and settings is not None and settings.noise_std is not None:
@@ -177,11 +183,12 @@ class Groups:
 
     def read_back(self) -> tuple[Settings, Conflict | None]:
         """See `optimizer.Optimizer`."""
-        groups, used = self._rows.of(self._optimizer.param_groups), self._used
+        groups, used = self._optimizer.param_groups, self._used
         if used is not None and untouched(groups, self._stands or ()):
             if used.noise_std is not self._added:
                 used = self._used = used._replace(noise_std=self._added)
             return used, None
+        groups = self._rows.of(groups)
         conflict = self._in_between(groups)
         lr = [self._read(i, group["lr"]) for i, group in enumerate(groups)]
         momentum = tuple(momentum_of(g, d) for g, d in zip(groups, self.declared, strict=False))
