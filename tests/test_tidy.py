@@ -62,6 +62,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli_values": set(),
     "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},
+    "flyball.adapters.torch_groups": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }

@@ -61,12 +61,15 @@ class Commands(Connection):
         factor: float | None = None,
         setting: str = "lr",
         groups: str | Sequence[str] | None = None,
+        force: bool = False,
         **more: Any,
     ) -> dict[str, Any]:
         """Put a value, or a factor on what the policy says, in the place of a setting (lr, momentum, noise_std or a
-        control), in some groups or in all. more: for_steps or until_step, and what `command` takes."""
+        control), in some groups or in all. force: a value of lr also for an optimizer that finds its own step size,
+        of which it is a multiplier. more: for_steps or until_step, and what `command` takes."""
         names = [groups] if isinstance(groups, str) else None if groups is None else list(groups)
         said: dict[str, Any] = {"setting": setting, "groups": names, "value": value, "factor": factor}
+        said["force"] = force or None
         return self.command(run, "override", reason=reason, **said, **more)
 
     def hold(self, run: str, *, reason: str, **more: Any) -> dict[str, Any]:

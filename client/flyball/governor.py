@@ -19,12 +19,14 @@ from types import TracebackType
 from typing import Any
 
 from flyball import limits
+from flyball.accumulation import Total
 from flyball.connect import check_token, connect, new_session
-from flyball.controls import NAME, Control
+from flyball.controls import Control
 from flyball.directives import KINDS
 from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
+from flyball.reading import Reading
 from flyball.session import Session
 from flyball.status import Status
 from flyball.wire import Group, Settings
@@ -39,7 +41,14 @@ class Governor:
     """One steered optimizer. Made by `attach`; a context manager that closes itself."""
 
     def __init__(
-        self, optimizer: Optimizer, session: Session, link: Link, *, wait_s: float | None, close_s: float
+        self,
+        optimizer: Optimizer,
+        session: Session,
+        link: Link,
+        *,
+        wait_s: float | None,
+        close_s: float,
+        accumulate: str | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._session = session
@@ -57,46 +66,60 @@ class Governor:
         self._handlers: dict[str, Handler] = {}
         self._receipted: tuple[Settings, Settings | None, bool, Mapping[str, float]] | None = None
         self._wanted: Settings | None = None
-        self._warned: set[str] = set()
         self._causes: set[str] = set()
-        self._names: set[str] = set()
-        self._first_call = True
+        #: Where micro-batches make a step: their losses and their rewards.
+        self._totals = None if accumulate is None else (Total(accumulate), Total(accumulate))
+        #: What the adapter measured of this step.
+        self._measured: Mapping[str, float] = {}
+        self._reading = Reading(optimizer)
         self._closed = False
-        self._bad_values = self._skipped = self._missed = self._conflicts = 0
+        self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
         _governors.add(self)
 
     # -- for the training script ---------------------------------------------------------------------
 
-    def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
+    def step(
+        self, loss: Any = None, weight: Any = 1.0, *, reward: Any = None, grad_norm: Any = None, **signals: Any
+    ) -> None:
         """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
 
         loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
         fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
+
+        With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
+        closes the step. Loss and reward are those of all its micro-batches; `weight` says how many samples or tokens
+        this one's are a mean of (0: it had none). Other signals are those of the closing call. One NaN among the losses
+        makes the step's NaN. The micro-batches of a step that a GradScaler skipped count to the next step, unless
+        `skip` is called.
         """
         started = time.monotonic_ns()
+        reading = self._reading
         if type(loss) is not float:
-            loss = self._number("loss", loss, True)
+            loss = reading.number("loss", loss, True)
         if type(reward) is not float:
-            reward = self._number("reward", reward, False)
+            reward = reading.number("reward", reward, False)
         if type(grad_norm) is not float:
-            grad_norm = self._number("grad_norm", grad_norm, False)
-        others = None
-        if signals:
+            grad_norm = reading.number("grad_norm", grad_norm, False)
+        others: dict[str, Any] | None = None
+        if signals or self._measured:
             others = {
                 name: number
-                for name, value in signals.items()
-                if (name in self._names or self._is_name(name))
-                and (number := self._number(name, value, False)) is not None
+                for name, value in (*self._measured.items(), *signals.items())
+                if reading.is_name(name) and (number := reading.number(name, value, False)) is not None
             }
-        self._first_call = False
         step = self._next_step - 1
+        if self._totals is not None:
+            loss, reward = self._accumulated(self._totals, loss, reward, weight, closes=step != self._reported)
+        reading.first = False
         if step == self._reported:
             # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
-            self._skipped += 1
+            self._skipped += self._totals is None
         else:
             self._reported = step
+            if self._measured:
+                self._measured = {}
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
@@ -104,6 +127,14 @@ class Governor:
                 self._carry_out()
             return
         self._busy_ns += time.monotonic_ns() - started
+
+    def skip(self) -> None:
+        """With `accumulate`: the micro-batches reported since the last step lead to none (a GradScaler skipped it, or
+        the gradients were thrown away). Their losses are dropped, and counted in `status.skipped`."""
+        if self._totals is not None and self._next_step - 1 == self._reported:
+            self._skipped += 1
+            for total in self._totals:
+                total.begin()
 
     def control(self, name: str, value: float, *, min: float, max: float) -> Control:
         """Declare a scalar of this training that people may steer: read `.value` of what this returns wherever it is
@@ -138,7 +169,7 @@ class Governor:
             time.monotonic(),
             added_us=self._busy_ns / 1000 / self._steps_here if self._steps_here else 0.0,
             waited_s=self._waited_ns / 1e9,
-            bad_values=self._bad_values,
+            bad_values=self._reading.bad_values,
             skipped=self._skipped,
             missed=self._missed,
             conflicts=self._conflicts,
@@ -177,6 +208,9 @@ class Governor:
         self._next_step, self._reported = 0, -1
         self._receipted = self._wanted = self._decided = self._conflict = None
         self._confirm = 0
+        self._measured = {}
+        for total in self._totals or ():
+            total.begin()
         self._optimizer.forget()
         self._link.restart()
         self._link.wait(lambda: self._session.attached is not None, wait_s, "the new attempt")
@@ -237,7 +271,7 @@ class Governor:
             if conflict is not None:
                 self.note(conflict)
         except Exception as error:  # whatever goes wrong here must not end the training job
-            self._once(f"settings could not be applied: {error!r}")
+            self._reading.once(f"settings could not be applied: {error!r}")
         self._busy_ns += time.monotonic_ns() - started
 
     def after_step(self) -> None:
@@ -257,10 +291,26 @@ class Governor:
             # A control may be read at any time, so what it changed to in mid-step holds from the next one on.
             self._controls = self._session.controls.values
         except Exception as error:
-            self._once(f"settings could not be read back: {error!r}")
+            self._reading.once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
         self._busy_ns += time.monotonic_ns() - started
+
+    def aside(self, do: Callable[[], Conflict | None]) -> None:
+        """What an adapter does around an update that is a part of a step only (one of several optimizers'), between
+        `before_step` and `after_step`. It may return a conflict."""
+        started = time.monotonic_ns()
+        try:
+            conflict = do()
+            if conflict is not None:
+                self.note(conflict)
+        except Exception as error:
+            self._reading.once(f"settings could not be applied or read back: {error!r}")
+        self._busy_ns += time.monotonic_ns() - started
+
+    def measured(self, signals: Mapping[str, float]) -> None:
+        """Signals of the step just made that the adapter measured itself; they ride with those of `step`."""
+        self._measured = signals
 
     def note(self, conflict: Conflict) -> None:
         """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
@@ -306,41 +356,15 @@ class Governor:
             session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
             self._link.wake()
 
-    def _number(self, name: str, value: Any, may_pend: bool) -> Any:
-        """`value` as a float (or a Pending one, where that may be); None where it is none."""
-        if value is None:
-            return None
-        try:
-            return self._optimizer.number(value() if callable(value) else value, may_pend)
-        except Exception as error:
-            message = (
-                f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element ({error})"
-            )
-            if self._first_call:
-                raise TypeError(message) from error
-            self._bad_values += 1
-            self._once(f"recorded as not measured: {message}")
-            return None
-
-    def _is_name(self, name: str) -> bool:
-        """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""
-        if len(name) <= limits.NAME_MAX and NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
-            self._names.add(name)
-            return True
-        message = (
-            f"signal {name!r} is not reported: a run has at most {limits.SIGNALS_MAX} signals, whose names are "
-            "letters, digits and any of _ . / @ % + -"
-        )
-        if self._first_call:
-            raise ValueError(message)
-        self._bad_values += 1
-        self._once(message)
-        return False
-
-    def _once(self, message: str) -> None:
-        if message not in self._warned and len(self._warned) < limits.CAUSES_MAX:
-            self._warned.add(message)
-            log.warning("flyball: %s", message)
+    def _accumulated(
+        self, totals: tuple[Total, Total], loss: Any, reward: Any, weight: Any, *, closes: bool
+    ) -> tuple[Any, Any]:
+        """One more micro-batch; the step's loss and reward where it `closes` it."""
+        if type(weight) is not float:
+            weight = self._reading.number("weight", weight, True)
+        for total, value in zip(totals, (loss, reward), strict=True):
+            total.add(value, 1.0 if weight is None else weight)
+        return (totals[0].close(), totals[1].close()) if closes else (None, None)
 
 
 def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
@@ -350,7 +374,9 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
     """
     whole = checked(options)
     session, link = connect(groups, whole)
-    return Governor(optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"])
+    return Governor(
+        optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"], accumulate=whole["accumulate"]
+    )
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

@@ -33,6 +33,10 @@ EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Micro-batches of one step whose values may be on their way from a device at once; beyond that the loss is not known.
+MICRO_PENDING_MAX = 1024
+#: Groups whose effective learning rate is told, where an optimizer finds its own.
+EFFECTIVE_MAX = 16
 #: Declared controls of one run.
 CONTROLS_MAX = 32
 #: Directives remembered, so that none is carried out twice, and those that may wait for the training thread at once.

@@ -30,6 +30,10 @@ class Options(TypedDict, total=False):
     lag: None (default) applies the newest decision and never waits; k applies that of step t at step t + 1 + k
         exactly, and waits for it if it is not there yet (0: lockstep).
     wait_s: how long one step may wait with lag=k (default 0.05); None: as long as it takes.
+    accumulate: where several micro-batches make one optimizer step, each reported by a call of `governor.step`: "mean",
+        where each loss is the mean of its micro-batch (the step's is their mean, weighted by `weight`), or "sum", where
+        each is divided by their number already. Default None: every call is a step, and one without an optimizer step
+        is counted in `status.skipped` and its loss dropped.
     on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
         (default) the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
     resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
@@ -56,6 +60,7 @@ class Options(TypedDict, total=False):
     seed: int
     lag: int | None
     wait_s: float | None
+    accumulate: str | None
     on_outage: str
     resume: bool | Mapping[str, Any]
     on_unknown: str
@@ -87,6 +92,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         seed=options.get("seed", 0),
         lag=options.get("lag"),
         wait_s=options.get("wait_s", 0.05),
+        accumulate=options.get("accumulate"),
         on_outage=options.get("on_outage", "hold"),
         resume=options.get("resume", False),
         on_unknown=options.get("on_unknown", "refuse"),
@@ -103,6 +109,7 @@ def _check(one: Options) -> None:
     check_seconds("wait_s", one["wait_s"], or_none=True)
     check_seconds("close_s", one["close_s"])
     check_choice("on_outage", one["on_outage"], "hold", "base", "stop")
+    check_choice("accumulate", one["accumulate"], None, "mean", "sum")
     check_choice("mode", one["mode"], "absolute", "multiplier")
     check_choice("on_unknown", one["on_unknown"], "refuse", "import")
     check("run", one["run"], str, wanted="the run's name")
@@ -153,7 +160,7 @@ def check_seconds(name: str, value: Any, *, or_none: bool = False) -> None:
         raise ValueError(f"{name} is {value!r}: give {wanted}")
 
 
-def check_choice(name: str, value: Any, *choices: str) -> None:
+def check_choice(name: str, value: Any, *choices: str | None) -> None:
     """Raise ValueError where `value` is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r:.80}: give one of {', '.join(repr(choice) for choice in choices)}")

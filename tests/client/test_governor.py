@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flyball import limits, wire
-from flyball.adapters.torch import _Groups
+from flyball.adapters.torch_groups import Groups
 from flyball.governor import Governor
 from flyball.link import Link
 from flyball.session import Session
@@ -93,9 +93,9 @@ def job(service):
         link = Link(session, lambda: service)
         link.start()
         assert link.wait(lambda: session.attached is not None, 5.0, "the answer")
-        steered = _Groups(optimizer, groups, False)
+        steered = Groups(optimizer, groups, False)
         governor = Governor(steered, session, link, wait_s=1.0, close_s=2.0)
-        steered.steer(governor)
+        steered.steer(governor.before_step, governor.after_step)
         opened.append(governor)
 
         def train(n=1):

@@ -6,6 +6,8 @@ Rule of this module: nothing here may end the training job. A gradient that cann
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,11 +22,11 @@ class GradientNoise:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._warned = False
 
-    def add(self, std: tuple[float, ...], seed: int) -> tuple[float, ...] | None:
+    def add(self, groups: Sequence[Mapping[str, Any]], std: tuple[float, ...], seed: int) -> tuple[float, ...] | None:
         """Parameter b of group a draws from seed + 1009 a + b. Returns what each group was given; None: nothing."""
         added = [0.0] * len(std)
         with torch.no_grad():
-            for a, (group, wanted) in enumerate(zip(self._optimizer.param_groups, std, strict=False)):
+            for a, (group, wanted) in enumerate(zip(groups, std, strict=False)):
                 for b, parameter in enumerate(group["params"] if wanted > 0 else ()):
                     grad = parameter.grad
                     if grad is not None and self._one(grad, wanted, (seed + 1009 * a + b) % 2**63):

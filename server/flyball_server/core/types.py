@@ -20,13 +20,15 @@ class Group(NamedTuple):
     """A parameter group as the client declared it: its name and the settings it had at attach.
 
     `momentum` is None where the optimizer has no such setting and 0 where it is switched off; `betas` is None outside
-    the Adam family. These values are the reference that factors multiply.
+    the Adam family. These values are the reference that factors multiply. `lr_free`: the optimizer finds its own step
+    size, and `lr` multiplies that.
     """
 
     name: str
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+    lr_free: bool = False
 
 
 class Observation(NamedTuple):
