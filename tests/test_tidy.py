@@ -54,11 +54,13 @@ CLIENT_LIBRARIES = {
     "flyball.cli_commands": set(),
     "flyball.cli_fleet": set(),
     "flyball.cli_output": {"typer", "rich"},
+    "flyball.adapters.flat": {"torch"},
     "flyball.adapters.from_device": {"torch"},
     "flyball.cli_report": set(),
     "flyball.cli_values": set(),
     "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},
+    "flyball.adapters.signals": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }

@@ -25,6 +25,7 @@ from flyball.directives import KINDS
 from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
+from flyball.pending import Pending
 from flyball.session import Session
 from flyball.status import Status
 from flyball.wire import Group, Settings
@@ -60,6 +61,8 @@ class Governor:
         self._warned: set[str] = set()
         self._causes: set[str] = set()
         self._names: set[str] = set()
+        #: What the adapter measured around a step, and which step that is.
+        self._measured: tuple[int, Mapping[str, float | Pending]] | None = None
         self._first_call = True
         self._closed = False
         self._bad_values = self._skipped = self._missed = self._conflicts = 0
@@ -71,24 +74,25 @@ class Governor:
     def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
         """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
 
-        loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
-        fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
+        loss, reward, grad_norm (what `clip_grad_norm_` returned, say) and signals under names of your own: each a
+        float, a tensor with one element on any device, or a callable that returns one. What is on a device is fetched
+        without waiting, and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
         """
         started = time.monotonic_ns()
         if type(loss) is not float:
             loss = self._number("loss", loss, True)
         if type(reward) is not float:
-            reward = self._number("reward", reward, False)
+            reward = self._number("reward", reward, True)
         if type(grad_norm) is not float:
-            grad_norm = self._number("grad_norm", grad_norm, False)
+            grad_norm = self._number("grad_norm", grad_norm, True)
         others = None
         if signals:
             others = {
                 name: number
                 for name, value in signals.items()
                 if (name in self._names or self._is_name(name))
-                and (number := self._number(name, value, False)) is not None
+                and (number := self._number(name, value, True)) is not None
             }
         self._first_call = False
         step = self._next_step - 1
@@ -97,6 +101,8 @@ class Governor:
             self._skipped += 1
         else:
             self._reported = step
+            if self._measured is not None:
+                grad_norm, others = self._add_measured(step, grad_norm, others)
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
@@ -262,6 +268,18 @@ class Governor:
         self._steps_here += 1
         self._busy_ns += time.monotonic_ns() - started
 
+    def measure(self, work: Callable[[], Mapping[str, float | Pending] | None]) -> None:
+        """Have an adapter measure something around the step under way, before its `after_step`: what `work` returns,
+        signals by name, goes with the report of this step."""
+        started = time.monotonic_ns()
+        try:
+            found = work()
+            if found is not None:
+                self._measured = self._next_step, found
+        except Exception as error:
+            self._once(f"signals could not be measured: {error!r}")
+        self._busy_ns += time.monotonic_ns() - started
+
     def note(self, conflict: Conflict) -> None:
         """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
         self._conflicts += 1
@@ -321,6 +339,15 @@ class Governor:
             self._bad_values += 1
             self._once(f"recorded as not measured: {message}")
             return None
+
+    def _add_measured(self, step: int, grad_norm: Any, others: Any) -> tuple[Any, Any]:
+        """The signals of a step with those that the adapter measured; what the script gave itself counts."""
+        measured, self._measured = self._measured, None
+        if measured is None or measured[0] != step:
+            return grad_norm, others
+        found = {name: value for name, value in measured[1].items() if name in self._names or self._is_name(name)}
+        own = found.pop("grad_norm", None)
+        return own if grad_norm is None else grad_norm, ({**found, **(others or {})} or None)
 
     def _is_name(self, name: str) -> bool:
         """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""

@@ -19,11 +19,12 @@ from flyball.adapters.beside import Beside
 from flyball.adapters.from_device import FromDevice
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import momentum_of, names
+from flyball.adapters.signals import Signals
 from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
 from flyball.adapters.writers import Writers
 from flyball.governor import Governor, govern
 from flyball.optimizer import Conflict, plain_number
-from flyball.options import Options
+from flyball.options import Options, measured
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
 
@@ -45,14 +46,18 @@ def attach(optimizer: torch.optim.Optimizer, **options: Unpack[Options]) -> Gove
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
+    chosen, every, rest = measured(options)
     if optimizer in _steered:
         raise ValueError("optimizer is steered by another governor already: close that one first")
     multiplier = options.get("mode") == "multiplier"
     named = zip(names(optimizer.param_groups), optimizer.param_groups, strict=True)
     groups = tuple(_group(name, group, multiplier) for name, group in named)
+    signals = Signals([optimizer], chosen, every)
     steered = _Groups(optimizer, groups, multiplier)
-    governor = govern(steered, groups, options)
+    governor = govern(steered, groups, rest)
+    signals.steer(governor)
     steered.steer(governor)
+    steered.at_end(signals.detach)
     return governor
 
 
@@ -95,6 +100,10 @@ class _Groups:
         if self._multiplier:
             # torch runs no post-hook where a step raises.
             self._ends.append(finally_do(self._optimizer, self._put_back))
+
+    def at_end(self, end: Callable[[], None]) -> None:
+        """Have something else done where the hooks are taken off."""
+        self._ends.append(end)
 
     def detach(self) -> None:
         """Take the hooks off again."""
