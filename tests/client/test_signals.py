@@ -5,6 +5,9 @@ parameters in float64. What arrived is read from the journal's series, and what 
 """
 
 import math
+import os
+import subprocess
+import sys
 import threading
 from itertools import count
 
@@ -171,20 +174,21 @@ def test_what_is_thawed_or_added_later_counts_from_where_it_stands_then(steer, r
         parameter.requires_grad_(False)
     optimizer = torch.optim.SGD([{"params": model[0].parameters()}], lr=0.05)
     optimizer.add_param_group({"params": model[2].parameters()})
-    governor = steer(optimizer)
     late = torch.nn.Parameter(torch.full((3,), 7.0))
+    start = torch.cat([wide(p) for p in (*model.parameters(), late)])
+    governor = steer(optimizer)
     train(model, optimizer, governor, steps=2)
     for parameter in model[0].parameters():
         parameter.requires_grad_(True)
     optimizer.add_param_group({"params": [late]})
-    start = [p.detach().clone() for p in (*model.parameters(), late)]
-    del start
-    late.grad = torch.ones(3)
+    for parameter in (*model.parameters(), late):
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     governor.step(1.0)
     distance = told(governor, read, "distance")["distance"]["value"]
-    assert len(distance) == 3
-    assert 0 < distance[0] < distance[2] < 1.0, "7, its value, is no distance"
+    moved = torch.cat([wide(p) for p in (*model.parameters(), late)]) - start
+    assert distance[2] == pytest.approx(float(moved.norm()), rel=1e-6)
+    assert distance[0] < distance[2] < 1.0, "7, its value, is no distance"
 
 
 def test_a_closures_gradient_is_that_of_its_first_call(steer, read):
@@ -302,7 +306,7 @@ def test_a_policy_sees_them_by_their_names(steer, service):
     """`aees` scores an episode by the loss it won per update: an update_norm that it gets is in its audit."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    governor = steer(optimizer, policy={"type": "aees", "episode_len": 5}, lag=0, wait_s=10.0)
+    governor = steer(optimizer, policy={"type": "aees", "episode_length": 5}, lag=0, wait_s=10.0)
     train(model, optimizer, governor, steps=20)
     run = governor.status.run
     governor.close()
@@ -354,6 +358,46 @@ def test_after_close_nothing_is_measured_any_more(steer):
     assert (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)) == before
 
 
+SHARDED = """
+import sys, torch, flyball
+from torch.distributed.fsdp import fully_shard
+torch.distributed.init_process_group("gloo")
+model = torch.nn.Linear(4, 2)
+fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+try:
+    flyball.attach(optimizer, run="sharded", server="http://127.0.0.1:1", signals=("grad_norm",), start_wait_s=0)
+except ValueError as error:
+    assert "sharded over several processes" in str(error), error
+else:
+    sys.exit("was not refused")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_what_is_sharded_over_processes_is_refused_and_within_one_it_is_measured(steer, read, tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = network()
+        plain = [p.detach().clone() for p in model.parameters()]
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        governor = steer(optimizer)
+        train(model, optimizer, governor, steps=3)
+        moved = [p.full_tensor() - before for p, before in zip(model.parameters(), plain, strict=True)]
+        distance = told(governor, read, "distance")["distance"]["value"]
+        assert distance[2] == pytest.approx(float(torch.cat([wide(m) for m in moved]).norm()), rel=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 READS = ("item", "tolist", "numpy", "__float__", "__bool__", "__int__", "__index__", "cpu")
 
 
@@ -375,18 +419,17 @@ def reads_here(monkeypatch):
 
 def test_the_training_thread_reads_one_number_per_value_it_is_handed_and_none_of_what_is_measured(steer, reads_here):
     model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, foreach=True)
-    for groups, handed in ((ALL, ("loss",)), ((), ("loss", "grad_norm")), (ALL, ())):
-        governor = steer(optimizer, signals=groups)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)  # itself reads none
+    for measured, handed in ((ALL, ("loss",)), ((), ("loss", "grad_norm", "mine")), (ALL, ())):
+        governor = steer(optimizer, signals=measured)
         for _ in range(12):
             optimizer.zero_grad()
             loss = (model(torch.ones(5, 4)) ** 2).sum()
             loss.backward()
-            optimizer.step()  # AdamW itself reads its step counter
-            values = {name: loss.detach() for name in handed}
-            before = len(reads_here)
-            governor.step(**values)
-            assert reads_here[before:] == ["item"] * len(handed)
+            reads_here.clear()
+            optimizer.step()
+            governor.step(**{name: loss.detach() for name in handed})
+            assert reads_here == ["item"] * len(handed)
         governor.close()
 
 
