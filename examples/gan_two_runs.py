@@ -1,6 +1,6 @@
 """A generative adversarial network: two optimizers, each steered as a run of its own.
 
-    python examples/gan_two_runs.py [--steps 400]
+    python examples/gan_two_runs.py [--steps 600]
 
 A generator learns to draw points on a circle. Two calls of `attach` make two runs, which may have different policies
 and are steered, held and compared apart from each other; a label says that they belong together. The generator follows
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train both, and print how it went."""
     parser = argparse.ArgumentParser(description="A GAN as two steered runs.")
     parser.add_argument("--name", default="gan", help="what the runs' names begin with")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each optimizer")
+    parser.add_argument("--steps", type=int, default=600, help="steps of each optimizer")
     options = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
         server = os.environ.get("FLYBALL_SERVER") or stack.enter_context(flyball_server.running()).http
