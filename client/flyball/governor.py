@@ -26,6 +26,7 @@ from flyball.directives import KINDS
 from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
+from flyball.pending import Pending
 from flyball.reading import Reading
 from flyball.session import Session
 from flyball.status import Status
@@ -69,8 +70,8 @@ class Governor:
         self._causes: set[str] = set()
         #: Where micro-batches make a step: their losses and their rewards.
         self._totals = None if accumulate is None else (Total(accumulate), Total(accumulate))
-        #: What the adapter measured of this step.
-        self._measured: Mapping[str, float] = {}
+        #: What the adapter measured around a step, and which step that is.
+        self._measured: tuple[int, Mapping[str, float | Pending]] | None = None
         self._reading = Reading(optimizer)
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
@@ -84,8 +85,9 @@ class Governor:
     ) -> None:
         """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
 
-        loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
-        fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
+        loss, reward, grad_norm (what `clip_grad_norm_` returned, say) and signals under names of your own: each a
+        float, a tensor with one element on any device, or a callable that returns one. What is on a device is fetched
+        without waiting, and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
 
         With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
@@ -99,15 +101,15 @@ class Governor:
         if type(loss) is not float:
             loss = reading.number("loss", loss, True)
         if type(reward) is not float:
-            reward = reading.number("reward", reward, False)
+            reward = reading.number("reward", reward, True)
         if type(grad_norm) is not float:
-            grad_norm = reading.number("grad_norm", grad_norm, False)
+            grad_norm = reading.number("grad_norm", grad_norm, True)
         others: dict[str, Any] | None = None
-        if signals or self._measured:
+        if signals:
             others = {
                 name: number
-                for name, value in (*self._measured.items(), *signals.items())
-                if reading.is_name(name) and (number := reading.number(name, value, False)) is not None
+                for name, value in signals.items()
+                if reading.is_name(name) and (number := reading.number(name, value, True)) is not None
             }
         step = self._next_step - 1
         if self._totals is not None:
@@ -118,8 +120,8 @@ class Governor:
             self._skipped += self._totals is None
         else:
             self._reported = step
-            if self._measured:
-                self._measured = {}
+            if self._measured is not None:
+                grad_norm, others = self._add_measured(step, grad_norm, others)
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
@@ -208,7 +210,7 @@ class Governor:
         self._next_step, self._reported = 0, -1
         self._receipted = self._wanted = self._decided = self._conflict = None
         self._confirm = 0
-        self._measured = {}
+        self._measured = None
         for total in self._totals or ():
             total.begin()
         self._optimizer.forget()
@@ -308,9 +310,23 @@ class Governor:
             self._reading.once(f"settings could not be applied or read back: {error!r}")
         self._busy_ns += time.monotonic_ns() - started
 
+    def measure(self, work: Callable[[], Mapping[str, float | Pending] | None]) -> None:
+        """Have an adapter measure something around the step under way, before its `after_step`: what `work` returns,
+        signals by name, goes with the report of this step."""
+        started = time.monotonic_ns()
+        try:
+            found = work()
+            if found is not None:
+                self._measured = self._next_step, found
+        except Exception as error:
+            self._reading.once(f"signals could not be measured: {error!r}")
+        self._busy_ns += time.monotonic_ns() - started
+
     def measured(self, signals: Mapping[str, float]) -> None:
-        """Signals of the step just made that the adapter measured itself; they ride with those of `step`."""
-        self._measured = signals
+        """Signals that the adapter knows behind `after_step`: they go with the report of the step just made, too."""
+        step, before = self._next_step - 1, self._measured
+        more = before[1] if before is not None and before[0] == step else {}
+        self._measured = step, {**more, **signals}
 
     def note(self, conflict: Conflict) -> None:
         """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
@@ -355,6 +371,15 @@ class Governor:
             # A handler may have gone back to a checkpoint: what step it is, is asked afterwards.
             session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
             self._link.wake()
+
+    def _add_measured(self, step: int, grad_norm: Any, others: Any) -> tuple[Any, Any]:
+        """The signals of a step with those that the adapter measured; what the script gave itself counts."""
+        measured, self._measured = self._measured, None
+        if measured is None or measured[0] != step:
+            return grad_norm, others
+        found = {name: value for name, value in measured[1].items() if self._reading.is_name(name)}
+        own = found.pop("grad_norm", None)
+        return own if grad_norm is None else grad_norm, ({**found, **(others or {})} or None)
 
     def _accumulated(
         self, totals: tuple[Total, Total], loss: Any, reward: Any, weight: Any, *, closes: bool

@@ -8,6 +8,8 @@ BATCH_MAX = 1024
 FLUSH_OBSERVATIONS = 64
 #: ... or when so much time has passed since the last one, whichever comes first.
 FLUSH_INTERVAL_S = 0.05
+#: ... and how often a number that is still on its device is asked for, once the report is due.
+DEVICE_POLL_S = 0.005
 #: Observations kept while the service cannot be reached; beyond that the oldest are dropped and counted.
 BUFFER_MAX = 100_000
 #: Receipts kept while the service cannot be reached; beyond that the oldest are dropped and counted.

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Required, TypedDict
+
+#: What an adapter can measure around a step.
+SIGNALS = ("grad_norm", "update_norm", "distance", "inner_product")
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +47,10 @@ class Options(TypedDict, total=False):
     fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
         its own the run goes on under the other's, in the state of then.
     shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
+    signals: what to measure around each optimizer step, some of "grad_norm", "update_norm", "distance" (from where the
+        parameters were at attach) and "inner_product" (of gradient and step); PyTorch only. Default: nothing.
+        What `governor.step` is given under the same name wins. See `flyball.adapters.signals` for what they cost.
+    signals_every: measure only every so many steps; default 1.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -66,6 +73,8 @@ class Options(TypedDict, total=False):
     on_unknown: str
     fork: Mapping[str, Any] | None
     shadows: Mapping[str, str | Mapping[str, Any]] | None
+    signals: Sequence[str]
+    signals_every: int
     start_wait_s: float
     close_s: float
 
@@ -98,11 +107,30 @@ def checked(options: Mapping[str, Any]) -> Options:
         on_unknown=options.get("on_unknown", "refuse"),
         fork=options.get("fork"),
         shadows=options.get("shadows"),
+        signals=options.get("signals", ()),
+        signals_every=options.get("signals_every", 1),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
     _check(whole)
     return whole
+
+
+def measured(options: Options) -> tuple[tuple[str, ...], int, Options]:
+    """Which signals to measure and every how many steps, and the other options: for an adapter that measures them.
+
+    Raises ValueError for a signal that there is not.
+    """
+    names, every = options.get("signals", ()), options.get("signals_every", 1)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not set(names) <= set(SIGNALS):
+        raise ValueError(f"signals is {names!r:.80}: give some of {SIGNALS!r}")
+    check("signals_every", every, int, wanted="a number of optimizer steps, 1 or more")
+    if every < 1:
+        raise ValueError(f"signals_every is {every}: give a number of optimizer steps, 1 or more")
+    rest = options.copy()
+    rest.pop("signals", None)
+    rest.pop("signals_every", None)
+    return tuple(dict.fromkeys(names)), every, rest
 
 
 def _check(one: Options) -> None:
@@ -131,6 +159,11 @@ def _check(one: Options) -> None:
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
+    if one["signals"]:
+        raise ValueError(
+            f"signals is {one['signals']!r:.80}, but only a PyTorch optimizer's are measured: give governor.step what "
+            "you measure yourself, governor.step(loss, grad_norm=...)"
+        )
 
 
 def check(name: str, value: Any, *kinds: type, wanted: str) -> None:

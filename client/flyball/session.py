@@ -290,8 +290,12 @@ class Session:
         """How long the link may sleep before it asks for a report again, if nobody wakes it."""
         with self._lock:
             if self.lag is not None and self._observations:
-                return 0.001  # somebody waits for a loss that is still on its device
-            return min(limits.FLUSH_INTERVAL_S, max(0.001, self._last_sent + limits.FLUSH_INTERVAL_S - now))
+                return 0.001  # somebody waits for a number that is still on its device
+            left = self._last_sent + limits.FLUSH_INTERVAL_S - now
+            if left > 0:
+                return left
+            # Overdue, so that what there is has not left its device yet; or there is nothing, perhaps for long.
+            return limits.FLUSH_INTERVAL_S if self.drained else limits.DEVICE_POLL_S
 
     def on_advice(self, message: Advice, now: float) -> None:
         """The service answered the report in flight: everything in it is in the journal."""

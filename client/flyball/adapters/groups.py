@@ -72,7 +72,7 @@ def is_free(group: Mapping[str, Any]) -> bool:
     return "d" in group or "train_mode" in group
 
 
-def signals(effective: Mapping[str, float], *, alone: bool) -> dict[str, float]:
+def effective(effective: Mapping[str, float], *, alone: bool) -> dict[str, float]:
     """Effective learning rates by group as signals. alone: whether the run has this one group."""
     if alone:
         return dict.fromkeys(("effective_lr",), next(iter(effective.values()))) if effective else {}

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
-from flyball.adapters.groups import signals
+from flyball.adapters.groups import effective
 from flyball.governor import Governor
 from flyball.optimizer import Conflict, Optimizer
 from flyball.pending import Pending
@@ -111,7 +111,7 @@ class Several:
             governor.after_step()
             if self._free:
                 found = {name: value for part in self._free for name, value in part.effective().items()}
-                governor.measured(signals(found, alone=False))
+                governor.measured(effective(found, alone=False))
 
     def _write(self, k: int, *, noisy: bool = True) -> Conflict | None:
         if self._asked is None:

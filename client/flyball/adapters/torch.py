@@ -34,11 +34,12 @@ from typing import Any, TypeAlias, Unpack
 
 import torch
 
-from flyball.adapters.groups import declared, names, signals
+from flyball.adapters.groups import declared, effective, names
 from flyball.adapters.several import Several
+from flyball.adapters.signals import Signals
 from flyball.adapters.torch_groups import Groups, is_steered
 from flyball.governor import Governor, govern
-from flyball.options import Options
+from flyball.options import Options, measured
 from flyball.wire import Group
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
@@ -61,17 +62,21 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
         FlyballError: the address is wrong, or gRPC is not installed.
     """
     named = _named(optimizer)
+    optimizers = _optimizers(named)
+    chosen, every, rest = measured(options)
     multiplier = options.get("mode") == "multiplier"
-    parts = [
-        Groups(one, _declared(name, named[name], multiplier), multiplier) for name, one in _optimizers(named).items()
-    ]
+    parts = [Groups(one, _declared(name, named[name], multiplier), multiplier) for name, one in optimizers.items()]
     groups = tuple(group for part in parts for group in part.declared)
+    signals = Signals(list(optimizers.values()), chosen, every)
+    parts[-1].at_end(signals.detach)
     if len(parts) == 1:
-        governor = govern(parts[0], groups, options)
+        governor = govern(parts[0], groups, rest)
+        signals.steer(governor)
         parts[0].steer(governor.before_step, _after(parts[0], governor))
         return governor
     several = Several(parts)
-    governor = govern(several, groups, options)
+    governor = govern(several, groups, rest)
+    signals.steer(governor)
     several.steer(governor)
     return governor
 
@@ -139,6 +144,6 @@ def _after(part: Groups, governor: Governor) -> Callable[[], None]:
 
     def after() -> None:
         governor.after_step()
-        governor.measured(signals(part.effective(), alone=len(part.declared) == 1))
+        governor.measured(effective(part.effective(), alone=len(part.declared) == 1))
 
     return after

@@ -64,6 +64,7 @@ class Groups:
         self._used: Settings | None = None
         self._added: tuple[float, ...] | None = None
         self._ends: list[Callable[[], None]] = []
+        self._last: Callable[[], None] = lambda: None
         self._closure: Callable[[], Any] | None = None
         #: Whether the step that is being made leaves everything as it is.
         self._skips = [False]
@@ -98,10 +99,14 @@ class Groups:
             # torch runs no post-hook where a step raises.
             self._ends.append(finally_do(self._optimizer, apart(self._put_back)))
 
+    def at_end(self, end: Callable[[], None]) -> None:
+        """Have something else done where the hooks are taken off."""
+        self._last = end
+
     def detach(self) -> None:
         """Take the hooks off again."""
         _steered.discard(self._optimizer)
-        for end in self._ends:
+        for end in (*self._ends, self._last):
             end()
         self._put_back()
 
