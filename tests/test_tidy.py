@@ -65,6 +65,8 @@ CLIENT_LIBRARIES = {
     "flyball.adapters.gradient_noise": {"torch"},
     "flyball.adapters.torch_groups": {"torch"},
     "flyball.adapters.signals": {"torch"},
+    "flyball.adapters.torch_copies": {"torch"},
+    "flyball.adapters.torch_memory": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }
@@ -110,6 +112,7 @@ CLOCK_CALLS = {f"{kind}.{call}" for kind in ("datetime", "date") for call in ("n
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 MAY_READ_THE_WORLD = {
     "flyball",
+    "flyball.adapters.torch_copies",
     "flyball.api",
     "flyball.api_connection",
     "flyball.cli",

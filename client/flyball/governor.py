@@ -22,7 +22,7 @@ from flyball import limits
 from flyball.accumulation import Total
 from flyball.connect import check_token, connect, new_session
 from flyball.controls import Control
-from flyball.directives import KINDS
+from flyball.handlers import Handlers
 from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
@@ -34,11 +34,8 @@ from flyball.wire import Group, Settings
 
 log = logging.getLogger("flyball")
 
-#: What answers a directive: it gets the arguments, and returns a note or nothing.
-Handler = Callable[[Mapping[str, Any]], str | None]
 
-
-class Governor:
+class Governor(Handlers):
     """One steered optimizer. Made by `attach`; a context manager that closes itself."""
 
     def __init__(
@@ -51,20 +48,16 @@ class Governor:
         close_s: float,
         accumulate: str | None = None,
     ) -> None:
+        super().__init__(session, link)
         self._optimizer = optimizer
-        self._session = session
-        self._link = link
         self._wait_s = wait_s
         self._close_s = close_s
-        #: Optimizer steps of this process, from 0; the session knows where the run's own count stood then.
-        self._next_step = 0
         self._reported = -1
         self._decided: int | None = None
         self._late = False
         self._conflict: Conflict | None = None
         self._confirm = 0
         self._controls: Mapping[str, float] = session.controls.values
-        self._handlers: dict[str, Handler] = {}
         self._receipted: tuple[Settings, Settings | None, bool, Mapping[str, float]] | None = None
         self._wanted: Settings | None = None
         self._causes: set[str] = set()
@@ -125,8 +118,8 @@ class Governor:
             if self._session.observe(step, (loss, reward, grad_norm, others)):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
-            if self._session.directives.pending:
-                self._carry_out()
+            if self._session.directives.pending or self._regular:
+                self._between_steps()
             return
         self._busy_ns += time.monotonic_ns() - started
 
@@ -148,20 +141,6 @@ class Governor:
         control = self._session.control(name, value, min, max)
         self._link.wake()
         return control
-
-    def on(self, kind: str, handler: Handler) -> None:
-        """Have `handler` called where the service asks for a `checkpoint`, `restore`, `rewind`, `evaluate` or `stop`.
-
-        It gets the arguments, runs inside `governor.step` on the thread that trains, and may take its time; what it
-        returns is the answer's note. One that raises declines. Without a handler a stop sets `should_stop`, and all
-        else is declined.
-        """
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r:.80}: give one of {', '.join(KINDS)}")
-        if not callable(handler):
-            raise TypeError(f"handler is {handler!r:.80}: give a function that takes the arguments, a mapping")
-        self._handlers[kind] = handler
-        self._session.directives.handle(kind)
 
     @property
     def status(self) -> Status:
@@ -356,20 +335,6 @@ class Governor:
         )  # fmt: skip
         if confirms:
             self._confirm = 0
-            self._link.wake()
-
-    def _carry_out(self) -> None:
-        """Call the handlers of what the service asked for."""
-        session = self._session
-        while (asked := session.directive()) is not None:
-            outcome, note = "done", None
-            try:
-                note = self._handlers[asked.kind](asked.args)
-            except Exception as error:
-                outcome, note = "declined", f"{type(error).__name__}: {error}"
-                log.warning("flyball: %s was declined: its handler failed", asked.kind, exc_info=True)
-            # A handler may have gone back to a checkpoint: what step it is, is asked afterwards.
-            session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
             self._link.wake()
 
     def _add_measured(self, step: int, grad_norm: Any, others: Any) -> tuple[Any, Any]:
