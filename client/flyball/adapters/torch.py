@@ -34,7 +34,8 @@ def attach(optimizer: torch.optim.Optimizer, **options: Unpack[Options]) -> Gove
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
     Args:
-        optimizer: its parameter groups are known by their "name" entry (else group0, group1 ...).
+        optimizer: its parameter groups are known by their "name" entry (else group0, group1 ...). Of a wrapper
+            (Accelerate's), the optimizer in it is steered.
         options: see `flyball.options.Options`; `run` must be given.
 
     Raises:
@@ -45,6 +46,7 @@ def attach(optimizer: torch.optim.Optimizer, **options: Unpack[Options]) -> Gove
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
+    optimizer = within(optimizer)
     if optimizer in _steered:
         raise ValueError("optimizer is steered by another governor already: close that one first")
     multiplier = options.get("mode") == "multiplier"
@@ -54,6 +56,13 @@ def attach(optimizer: torch.optim.Optimizer, **options: Unpack[Options]) -> Gove
     governor = govern(steered, groups, options)
     steered.steer(governor)
     return governor
+
+
+def within(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that makes the updates: what a wrapper such as Accelerate's holds, which has no hooks itself."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 #: The optimizers that have a governor: two would overwrite each other.
