@@ -1,4 +1,4 @@
-"""What a Hugging Face Trainer does not tell its callbacks: itself, the loss of every micro-batch, the metrics of a step.
+"""What a Hugging Face Trainer does not tell its callbacks: itself, every micro-batch's loss, the metrics of a step.
 
 Rule of this module: no library is needed, and no device is asked. What is wrapped returns what it returned before, and
 is as it was once `end` is called.
@@ -117,8 +117,9 @@ class Applied:
 
     def _look(self, *_: Any) -> None:
         self.stepped = True
+        lrs = [group["lr"] for group in self._optimizer.param_groups]
         # A tensor is filled in place by the next step.
-        self._lrs = [lr.clone() if hasattr(lr, "clone") else lr for lr in (g["lr"] for g in self._optimizer.param_groups)]
+        self._lrs = [lr.clone() if hasattr(lr, "clone") else lr for lr in lrs]
 
 
 class StandIn:

@@ -26,7 +26,8 @@ are means over `logging_steps`, and by default leave out NaN.
   A training that begins from its start again in the same process (`auto_find_batch_size`) goes back to its start.
 - Asked to stop, the Trainer saves (if it saves at all) and stops, and the run stays open to be resumed. Asked for a
   checkpoint or an evaluation it makes one right after the step. That is declined on several ranks, where all would
-  have to begin it together. Other directives are for handlers of yours: `callback.governor.on(...)` once training began.
+  have to begin it together. Other directives are for handlers of yours: `callback.governor.on(...)`, once training has
+  begun.
 
 Steps are optimizer steps: one that AMP skips counts for the Trainer's `global_step` and not here.
 """
@@ -102,8 +103,8 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         trainer = trainer_of(self)
         if trainer is None:
             raise FlyballError(
-                "FlyballCallback finds no trainer that calls it: is it in the `callback_handler.callbacks` of an object "
-                "whose methods are Python's? Else call flyball.attach on the optimizer, and governor.step yourself"
+                "FlyballCallback finds no trainer that calls it: give it to one, callbacks=[FlyballCallback(...)], or "
+                "use flyball.attach(optimizer, ...) and governor.step(loss) in a loop of your own"
             )
         restarted = self._end("")  # of a training that failed, or that begins anew
         options = self._resumed(state, self._began if restarted else None)
