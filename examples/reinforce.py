@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train all arms with every seed, and print the table."""
     parser = argparse.ArgumentParser(description="REINFORCE on a small grid, steered by rules that watch the reward.")
     parser.add_argument("--steps", type=int, default=200, help="updates per run")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="20 updates, 2 seeds")
     parser.add_argument("--server", help="default: FLYBALL_SERVER, or a service started here")
     options = parser.parse_args(arguments)

@@ -26,7 +26,7 @@ def output(example, *options):
 @pytest.mark.parametrize("example", ["reinforce", "trl_reward"])
 def test_rewards_are_compared_under_a_reward_rule_and_the_usual_schedules(example):
     printed = output(example, "--quick")
-    header = next(line for line in printed.splitlines() if "variance" in line and "KL" in line and "±" not in line)
+    header = next(line for line in printed.splitlines() if line.endswith(" reward per step"))
     assert re.split(r"\s{2,}", header.strip()) == ["reward", "reward at the end", "variance", "KL", "reward per step"]
     rows = {line[:22].strip(): re.findall(r"(-?[\d.]+) ± ", line) for line in printed.splitlines() if " ± " in line}
     arms = {name: [float(cell) for cell in cells] for name, cells in rows.items() if len(cells) == 5}

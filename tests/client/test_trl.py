@@ -1,7 +1,7 @@
 """Goal: a trainer that learns from rewards is steered by them, step by step, and hides no step that went wrong.
 
-Method: TRL's own trainers on a small language model made on the spot, on a real service in lockstep; what was reported is
-read from the journal and compared with what the reward function gave.
+Method: TRL's own trainers on a small language model made on the spot, on a real service in lockstep; what was reported
+is read from the journal and compared with what the reward function gave.
 """
 
 import math
