@@ -146,8 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{seeds} seeds of {steps} GRPO steps, 16 completions each; mean over seeds ± their standard deviation.")
     print(f"All arms begin with the same model and AdamW at {LR:g}; one-cycle goes up to {2 * LR:g}.")
     print(f"reward: mean of all completions (-|letters - {LENGTH}| / {LONGEST}). reward at the end: of the steps' last")
-    print("tenth. variance: of the steps' mean rewards, second half. KL: to the first model, TRL's estimate in nats per")
-    print("token, last tenth. reward per step: what the last tenth has more than the first, per step.\n")
+    print("tenth. variance: of the steps' mean rewards, second half. KL: to the first model, as TRL estimates it, in")
+    print("nats per token, last tenth. reward per step: what the last tenth has more than the first, per step.\n")
     print(table(results))
 
 

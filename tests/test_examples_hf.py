@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Importing TRL alone takes ten seconds of a core, which may be shared.
+pytestmark = pytest.mark.timeout(300)
 
 
 def output(example, *options):
     """What the example prints, warnings being errors."""
     command = [sys.executable, "-W", "error", "-W", "ignore::FutureWarning", ROOT / "examples" / f"{example}.py"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "FLYBALL_SERVER": ""}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env=env, timeout=110)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=env, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -7,7 +7,8 @@ are means over `logging_steps`, and by default leave out NaN.
 
 - The loss of a step is the sum of what `training_step` returned for its micro-batches, each of which the Trainer has
   scaled for gradient accumulation: the very number whose gradient the step uses, NaN included. It is summed where it
-  was computed, and fetched without waiting.
+  was computed, and fetched without waiting. The norm of the gradients before clipping goes with it where the Trainer
+  has it on the CPU; asking a device for it would wait.
 - From TRL's trainers (GRPO, RLOO ...) come the reward, `reward_std`, `kl`, `entropy` and the completions' mean length
   of the step in which they were found out. A trainer that keeps no metrics by step has the reward of its last log
   reported, one step late. What an evaluation found (`eval_loss` as `val_loss`, all else under its own name) goes with
