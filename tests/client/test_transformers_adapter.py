@@ -172,15 +172,15 @@ def test_every_steps_loss_is_that_of_its_gradient(tmp_path, flyball_callback, re
 
 
 def test_a_nan_loss_is_reported_though_the_trainer_logs_none(tmp_path, flyball_callback, read):
-    callback = flyball_callback(policy="constant")
+    callback = flyball_callback(policy={**HALVING, "bad_limit": 1})
     one = trainer(tmp_path, [callback], losses=[1.0, math.nan, 3.0], max_steps=3, logging_steps=3)
     one.train()
     assert math.isfinite(one.state.log_history[0]["loss"])  # as though nothing had happened
     losses = reported(read, callback, "loss")[0]
     assert losses[0] == 1.0
     assert losses[1] == "NaN"
-    events = read(f"{callback.governor.status.run}/decisions")
-    assert "nonfinite" in json.dumps(events)
+    decisions = read(f"{callback.governor.status.run}/decisions")["decisions"]
+    assert "nonfinite_backoff" in json.dumps(decisions[0])
 
 
 @pytest.mark.parametrize("kind", ["linear", "reduce_lr_on_plateau", "greedy"])
