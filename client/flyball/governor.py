@@ -228,8 +228,26 @@ class Governor(Handlers):
 
     # -- for the adapter -----------------------------------------------------------------------------
 
+    def prepare_step(self) -> None:
+        """Write the coming step's settings already, for a library that lets others look at them before its update.
+
+        `before_step` writes them once more, as late as it can, and adds the gradient noise. An update that is not made
+        after all (a skipped AMP step) is given up with `abandon_step`.
+        """
+        self._settings_in(noisy=False)
+
+    def abandon_step(self) -> None:
+        """The step that was prepared is not made: what must not outlast a step (multiplier mode) is undone."""
+        try:
+            self._optimizer.read_back()
+        except Exception as error:
+            self._reading.once(f"settings could not be read back: {error!r}")
+
     def before_step(self) -> None:
         """Just before the optimizer steps: wait if the lag asks for it, and write the settings."""
+        self._settings_in(noisy=True)
+
+    def _settings_in(self, *, noisy: bool) -> None:
         started = time.monotonic_ns()
         session, step = self._session, self._next_step
         try:
@@ -246,8 +264,8 @@ class Governor(Handlers):
             else:
                 wanted, self._decided, self._late = target
                 self._wanted = wanted
-                noisy = wanted.noise_std is not None and any(wanted.noise_std)
-                seed = session.noise_seed(step) if noisy else None
+                drawn = noisy and wanted.noise_std is not None and any(wanted.noise_std)
+                seed = session.noise_seed(step) if drawn else None
                 conflict = self._optimizer.write(wanted, session.reference, session.bounds, seed)
             if conflict is not None:
                 self.note(conflict)
