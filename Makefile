@@ -1,10 +1,12 @@
-# From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make check`, `make bench`,
-# `make bench-faults`, `make docs`, `make proto`, `make sim`, `make fuzz`.
-# Everything is installed into .venv and .venv-proto beside this file, and nowhere else.
+# From a clean clone, with Python >= 3.11: `make demo`, `make test`, `make test-integrations`, `make check`,
+# `make bench`, `make bench-faults`, `make docs`, `make proto`, `make sim`, `make fuzz`.
+# Everything is installed into .venv, .venv-proto and .venv-integrations beside this file, and nowhere else.
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Where `make test` leaves its results as JUnit XML, if anywhere.
+# Where the tests leave their results as JUnit XML, if anywhere.
 RESULTS ?=
+# Which ecosystems `make test-integrations` tries: all without a name.
+ECOSYSTEMS ?=
 SEEDS ?= 2000
 MINUTES ?= 10
 MESSAGES ?= 10000
@@ -18,7 +20,7 @@ PROTO_TOOLS := grpcio-tools==1.60.1 'setuptools<81'
 PYTEST = f() { $(BIN)/python -m pytest $(if $(RESULTS),--junitxml=$(RESULTS)/$(1).xml) "$$@" $(PYTEST_ARGS) \
 	|| [ $$? -eq 5 ]; }; f
 
-.PHONY: demo test check bench bench-faults proto docs mutants sim fuzz
+.PHONY: demo test test-integrations check bench bench-faults proto docs mutants sim fuzz
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -26,6 +28,9 @@ demo: .venv/.demo
 test: .venv/.dev .venv-proto/.tools
 	$(call PYTEST,two) --numprocesses 2 --dist loadscope --no-loadscope-reorder -m 'not alone'
 	$(call PYTEST,alone) -m alone
+
+test-integrations:
+	$(PYTHON) -m tests.integrations $(if $(RESULTS),--results $(RESULTS)) $(ECOSYSTEMS)
 
 check: .venv/.dev .venv-proto/.tools
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +29,7 @@ from flyball.options import checked
 from flyball.pending import Pending
 from flyball.reading import Reading
 from flyball.session import Session
+from flyball.sinks import Shown, Sink
 from flyball.status import Status
 from flyball.wire import Group, Settings
 
@@ -47,6 +48,7 @@ class Governor(Handlers):
         wait_s: float | None,
         close_s: float,
         accumulate: str | None = None,
+        report_to: Sequence[Sink] = (),
     ) -> None:
         super().__init__(session, link)
         self._optimizer = optimizer
@@ -69,6 +71,8 @@ class Governor(Handlers):
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
+        self._shown = Shown(report_to, session)
+        link.on_notice = lambda line: self._shown.noticed(self._next_step, time.time(), line)
         _governors.add(self)
 
     # -- for the training script ---------------------------------------------------------------------
@@ -154,6 +158,7 @@ class Governor(Handlers):
             skipped=self._skipped,
             missed=self._missed,
             conflicts=self._conflicts,
+            unshown=self._shown.lost,
         )
 
     @property
@@ -208,7 +213,11 @@ class Governor(Handlers):
         if not self._link.is_ours:  # a forked child: the run is its parent's
             return
         self._session.end(outcome)
-        if not self._link.close(self._close_s):
+        until = time.monotonic() + self._close_s
+        self._shown.end(self._next_step - 1, time.time())
+        delivered = self._link.close(self._close_s)
+        self._shown.wait(max(0.0, until - time.monotonic()))
+        if not delivered:
             status = self.status
             log.warning(
                 "flyball: %d observations of run %r were not delivered, %d were dropped before (%s)",
@@ -287,6 +296,8 @@ class Governor(Handlers):
             if seen != self._receipted or self._conflict is not None or confirms:
                 self._receipted = seen
                 self._receipt(used, confirms, None if conflict is None else conflict.wanted_lr)
+            elif self._next_step >= self._shown.again_at:
+                self._show(used)
             # A control may be read at any time, so what it changed to in mid-step holds from the next one on.
             self._controls = self._session.controls.values
         except Exception as error:
@@ -354,6 +365,10 @@ class Governor(Handlers):
         if confirms:
             self._confirm = 0
             self._link.wake()
+        self._show(used, conflict)
+
+    def _show(self, used: Settings, conflict: str = "") -> None:
+        self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
 
     def _add_measured(self, step: int, grad_norm: Any, others: Any) -> tuple[Any, Any]:
         """The signals of a step with those that the adapter measured; what the script gave itself counts."""
@@ -383,7 +398,13 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
     whole = checked(options)
     session, link = connect(groups, whole)
     return Governor(
-        optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"], accumulate=whole["accumulate"]
+        optimizer,
+        session,
+        link,
+        wait_s=whole["wait_s"],
+        close_s=whole["close_s"],
+        accumulate=whole["accumulate"],
+        report_to=whole["report_to"],
     )
 
 

@@ -59,5 +59,11 @@ CAUSES_MAX = 1000
 BESIDE_STEPS = (4, 8)
 #: How often one job looks for who wrote into its optimizer: each look walks through all objects of the process.
 WRITER_SEARCHES_MAX = 16
+#: Entries that wait for one sink of `report_to`; beyond that the oldest are dropped and counted.
+SINK_QUEUE_MAX = 4096
+#: A sink is told the settings in force once in so many steps, where nothing changes.
+SINK_AGAIN_STEPS = 100
+#: Markers that a sink keeps for what it writes when it is closed.
+SINK_MARKERS_MAX = 10_000
 #: Rows of a Parquet file that are kept in memory and written together.
 PARQUET_ROWS = 65_536

@@ -51,6 +51,8 @@ class Link:
         self._pid = os.getpid()
         self._wake = threading.Event()
         self._changed = threading.Condition()
+        #: Called with each line about what people did to the run.
+        self.on_notice: Callable[[str], None] = lambda line: None
         _links.add(self)
 
     def start(self) -> None:
@@ -173,6 +175,7 @@ class Link:
             session.on_advice(advice, time.monotonic())
             for line in session.notices():
                 log.warning("flyball: %s", line)
+                self.on_notice(line)
             self._tell()
 
     def _lost(self, error: str) -> None:

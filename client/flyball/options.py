@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, Required, TypedDict
 
+from flyball.sinks import Sink
+
 #: What an adapter can measure around a step.
 SIGNALS = ("grad_norm", "update_norm", "distance", "inner_product")
 
@@ -51,6 +53,8 @@ class Options(TypedDict, total=False):
         parameters were at attach) and "inner_product" (of gradient and step); PyTorch only. Default: nothing.
         What `governor.step` is given under the same name wins. See `flyball.adapters.signals` for what they cost.
     signals_every: measure only every so many steps; default 1.
+    report_to: where else to show the settings that were applied and what moved them, such as
+        [TensorBoardWriter("runs/1")]; see `flyball.sinks.Sink`.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -75,6 +79,7 @@ class Options(TypedDict, total=False):
     shadows: Mapping[str, str | Mapping[str, Any]] | None
     signals: Sequence[str]
     signals_every: int
+    report_to: Sequence[Sink]
     start_wait_s: float
     close_s: float
 
@@ -109,6 +114,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         shadows=options.get("shadows"),
         signals=options.get("signals", ()),
         signals_every=options.get("signals_every", 1),
+        report_to=options.get("report_to", ()),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
@@ -156,6 +162,7 @@ def _check(one: Options) -> None:
     check_mapping("guard", one["guard"], "limits, such as {'max_lr': 0.1}")
     check_mapping("labels", one["labels"], "text by name, such as {'team': 'vision'}")
     check_mapping("shadows", one["shadows"], "policies by name, such as {'bold': {'type': 'windowed'}}")
+    _check_sinks(one["report_to"])
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
@@ -164,6 +171,15 @@ def _check(one: Options) -> None:
             f"signals is {one['signals']!r:.80}, but only a PyTorch optimizer's are measured: give governor.step what "
             "you measure yourself, governor.step(loss, grad_norm=...)"
         )
+
+
+def _check_sinks(sinks: Any) -> None:
+    check("report_to", sinks, Sequence, wanted="a list of writers, such as [TensorBoardWriter('runs/1')]")
+    for sink in sinks:
+        if not all(callable(getattr(sink, name, None)) for name in ("settings", "marker", "close")):
+            raise ValueError(
+                f"report_to holds {sink!r:.80}: give objects with settings, marker and close (see flyball.sinks.Sink)"
+            )
 
 
 def check(name: str, value: Any, *kinds: type, wanted: str) -> None:

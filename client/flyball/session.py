@@ -83,6 +83,8 @@ class Session:
         self._last_answer: float | None = None
         self._away_since: float | None = now
         self._advice: Attached | Advice | None = None
+        #: How often the service answered.
+        self._answers = 0
 
     # -- the training thread -------------------------------------------------------------------------
 
@@ -437,6 +439,16 @@ class Session:
 
     # -- telling -------------------------------------------------------------------------------------
 
+    def told(self) -> tuple[int, str, str]:
+        """How many answers the service gave so far, the newest decision's code, and its reason."""
+        advice = self._advice
+        return (self._answers, "", "") if advice is None else (self._answers, advice.code, advice.reason)
+
+    def number(self, step: int) -> int | None:
+        """The run's own count of this job's step; None where that is not known yet."""
+        unknown = self.attached is None and self.attach.resume and self.attach.from_step is None
+        return None if unknown else step + self._offset
+
     def token(self, step: int) -> dict[str, Any]:
         """The checkpoint token: where this run stands, before optimizer `step`. Plain JSON values."""
         attached, advice = self.attached, self._advice
@@ -487,6 +499,7 @@ class Session:
 
     def _heard(self, state: str, now: float) -> None:
         self.state = state
+        self._answers += 1
         self.outage = False
         self.last_error = ""
         self._away_since = None

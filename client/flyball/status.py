@@ -19,7 +19,8 @@ class Status(NamedTuple):
     bad_values: values that were no numbers and were recorded as not measured. skipped: calls of `step` without an
     optimizer step. missed: steps whose decision was not there within the budget. conflicts: how often somebody else
     had written a learning rate. added_us: mean time a step spends in Flyball on the training thread, without
-    waiting; waited_s: time spent waiting for decisions, in all.
+    waiting; waited_s: time spent waiting for decisions, in all. unshown: entries that the sinks of `report_to` were too
+    slow for, or failed on.
     """
 
     run: str
@@ -44,3 +45,4 @@ class Status(NamedTuple):
     stop_reason: str
     added_us: float
     waited_s: float
+    unshown: int = 0
