@@ -2,6 +2,10 @@
 
 Rule of this module: a loop trains for real, in the ecosystem's own way, on a model whose loss is the trace's; it looks
 at settings from outside, as the optimizer used them, and never asks Flyball for them.
+
+A loop's module may also hold two constants. HOLDS: "float32" where the ecosystem keeps a learning rate as one (else
+"float64"). CANNOT: what does not apply there, with the reason in a sentence: {"meddle": ...} where nothing else can
+write into the optimizer between two steps, {"after_close": ...} where there is no optimizer left to step.
 """
 
 from __future__ import annotations
@@ -11,14 +15,21 @@ from typing import Any, NamedTuple, Protocol
 
 from flyball.status import Status
 
+#: What a loop's CANNOT may name.
+MAY_LACK = ("meddle", "after_close")
+#: The learning rate that a loop sets in every group after closing, for one more optimizer step without Flyball.
+AFTER_CLOSE_LR = 0.0625
+
 
 class Trained(NamedTuple):
     """lrs: what each optimizer step used, a value per group. token: `governor.state_dict()` after the last step.
-    status: the governor's, before it was closed."""
+    status: the governor's, before it was closed. after_close: what one more optimizer step used, after the governor
+    was closed and AFTER_CLOSE_LR was set in every group the way that is usual there."""
 
     lrs: list[tuple[float, ...]]
     token: dict[str, Any]
     status: Status
+    after_close: tuple[float, ...] | None = None
 
 
 class Loop(Protocol):

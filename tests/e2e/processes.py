@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from flyball_server import records
-from flyball_server.core.events import Attached, Mark, Observed
+from flyball_server.core.events import Applied, Attached, Mark, Observed, Receipt
 from flyball_server.core.types import Settings
 from flyball_server.storage import open_journal
 from flyball_server.verify import verify
@@ -223,13 +223,14 @@ class Trainer:
 
 class Story(NamedTuple):
     """What the journal says of a run, by attempt: where each began, its steps in journal order, its signals, the
-    settings that each step decided, and the decisions with their reasons."""
+    settings that each step decided, the decisions with their reasons, and the receipts."""
 
     from_step: dict[int, int]
     steps: dict[int, list[int]]
     signals: dict[int, dict[str, list[float | None]]]
     settings: dict[int, list[Settings]]
     marks: dict[int, list[Mark]]
+    receipts: dict[int, list[Receipt]]
     problem: str
 
 
@@ -242,7 +243,7 @@ def story_of(server: Server, run: str, *, check: bool = True) -> Story:
             rows = list(journal.rows(run))
             assert rows, f"the journal has no run {run!r}"
             groups = records.spec_of(rows[0]).groups
-            story = Story({}, {}, {}, {}, {}, verify(journal, run).problem if check else "")
+            story = Story({}, {}, {}, {}, {}, {}, verify(journal, run).problem if check else "")
         finally:
             journal.close()
     for row in rows:
@@ -251,6 +252,9 @@ def story_of(server: Server, run: str, *, check: bool = True) -> Story:
             story.from_step[row.attempt] = event.from_step
             story.steps[row.attempt], story.signals[row.attempt] = [], {}
             story.settings[row.attempt], story.marks[row.attempt] = [], []
+            story.receipts[row.attempt] = []
+        elif isinstance(event, Applied):
+            story.receipts[row.attempt] += event.receipts
         elif isinstance(event, Observed):
             before = len(story.steps[row.attempt])
             story.steps[row.attempt] += event.steps

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tests.conformance.loop import Trained
+from tests.conformance.loop import AFTER_CLOSE_LR, Trained
 
 import flyball
 
@@ -41,4 +41,7 @@ def train(
         governor.step(loss)
     token, status = governor.state_dict(), governor.status
     governor.close()
-    return Trained(used, token, status)
+    for group in optimizer.param_groups:
+        group["lr"] = AFTER_CLOSE_LR
+    optimizer.step()
+    return Trained(used[:-1], token, status, used[-1])
