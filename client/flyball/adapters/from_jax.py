@@ -47,3 +47,10 @@ def number(value: Any, may_pend: bool) -> float | Pending:
 
 #: An array of its own with the same value: what a training step is given, it may give away.
 copied = jax.jit(lambda value: value.copy())
+
+
+def like(old: jax.Array, value: float) -> jax.Array:
+    """An array of this value, of the type and at the place of the old one: nothing is compiled again for it."""
+    typed = np.asarray(value, old.dtype)
+    # Where an array may lie anywhere, one that must lie there would be compiled for anew.
+    return jax.device_put(typed, old.sharding) if getattr(old, "committed", True) else jax.numpy.asarray(typed)

@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flyball.adapters.from_jax import copied, number
+from flyball.adapters.from_jax import copied, like, number
 from flyball.governor import Governor, govern
 from flyball.optimizer import Conflict
 from flyball.options import Options
@@ -63,8 +63,8 @@ SCHEDULED = (
 def attach(opt_state: Any, **options: Unpack[Options]) -> Steered:
     """Let the service steer the optimizer whose state this is; see the module for how it is used.
 
-    Raises TypeError or ValueError where the state has no injected learning rate, or one that is a schedule, or an option
-    is wrong; Refused and FlyballError as `flyball.attach` does.
+    Raises TypeError or ValueError where the state has no injected learning rate, or one that is a schedule, or an
+    option is wrong; Refused and FlyballError as `flyball.attach` does.
     """
     if options.get("mode") == "multiplier":
         raise ValueError(
@@ -91,7 +91,7 @@ class Steered:
         self._begun = self._called = False
 
     def before(self, opt_state: Any) -> Any:
-        """The state to make the next step with. Raises only in its first call: TypeError inside of a jitted function."""
+        """The state to make the next step with. Its first call raises TypeError inside of a jitted function."""
         injected = self._injected
         if not self._called:
             self._called = True
@@ -105,7 +105,7 @@ class Steered:
         return changed
 
     def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
-        """Report the signals of the step just made: see `Governor.step`. A loss on a device is fetched without waiting."""
+        """Report the signals of the step just made: see `Governor.step`. No device is waited for."""
         if self._begun:
             self._begun = False
             self.governor.after_step()
@@ -260,21 +260,15 @@ class _Injected:
         if known is not None and known[0] == value and not known[1].is_deleted():
             return known[1]
         if isinstance(old, jax.Array):
-            made = _like(old, value)
+            made = like(old, value)
             self._made[group, name] = value, made
             return made
         # Somebody wrote a plain number, which would be compiled in anew: what stood there before shows how it was.
         return jnp.asarray(np.float32(value)) if known is None else _like_made(known[1], value)
 
 
-def _like(old: jax.Array, value: float) -> jax.Array:
-    typed = np.asarray(value, old.dtype)
-    # Where an array may lie anywhere, one that must lie there would be compiled for anew.
-    return jax.device_put(typed, old.sharding) if getattr(old, "committed", True) else jnp.asarray(typed)
-
-
 def _like_made(made: jax.Array, value: float) -> jax.Array:
-    return jnp.asarray(np.asarray(value, made.dtype)) if made.is_deleted() else _like(made, value)
+    return jnp.asarray(np.asarray(value, made.dtype)) if made.is_deleted() else like(made, value)
 
 
 def _typed(holder: Any, value: float) -> Any:
