@@ -2,7 +2,7 @@
 
     python examples/lightning_digits.py --run digits-1 --policy windowed --lr 0.2
 
-Starts a service of its own unless FLYBALL_SERVER says where one is. Only the lines with `steered` in them are Flyball's.
+Starts a service of its own unless FLYBALL_SERVER says where one is. Only the lines with `steered` are Flyball's.
 """
 
 from __future__ import annotations

@@ -88,7 +88,17 @@ def test_a_loop_in_another_language_goes_on_without_the_service():
         "print(out)\n"
         "sys.exit(job.returncode)\n"
     )
-    command = [sys.executable, "-c", script, "node", str(EXAMPLES / "plain_http.mjs"), "--run", "mjs", "--steps", "3000"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "node",
+        str(EXAMPLES / "plain_http.mjs"),
+        "--run",
+        "mjs",
+        "--steps",
+        "3000",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.strip().splitlines()[-1])

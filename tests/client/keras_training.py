@@ -93,9 +93,7 @@ def raw_losses() -> Any:
     losses = (10 ** rng.uniform(-3, 3, 21)).astype(np.float32)
     model = model_of(keras.optimizers.SGD(0.1))
     x, y = data(losses)
-    history = fit(
-        model, losses, callback("raw"), batch_size=4, epochs=2, validation_data=(x[:3], y[:3])
-    )
+    history = fit(model, losses, callback("raw"), batch_size=4, epochs=2, validation_data=(x[:3], y[:3]))
     means = [float(np.mean(losses[i : i + 4], dtype=np.float32)) for i in range(0, 21, 4)]
     return {"means": means * 2, "logged": history.history["loss"], "val": history.history["val_loss"]}
 
@@ -188,7 +186,8 @@ def fitted_twice() -> Any:
 
 
 ALL = (
-    every_step, raw_losses, others, multiplied, accumulated, schedule, several_at_once, killed_and_restored, fitted_twice,
+    every_step, raw_losses, others, multiplied, accumulated, schedule, several_at_once, killed_and_restored,
+    fitted_twice,
 )  # fmt: skip
 
 if __name__ == "__main__":

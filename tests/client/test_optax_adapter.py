@@ -96,9 +96,9 @@ def test_type_and_placement_of_the_hyperparameters_stay_what_they_were(steer, sc
 def test_groups_are_known_by_their_labels_else_by_their_place(steer, service):
     groups = lambda steered: [  # noqa: E731
         group["group"]
-        for group in httpx.get(
-            f"{service.http}/v1/runs/{steered.governor.status.run}", trust_env=False
-        ).json()["settings"]
+        for group in httpx.get(f"{service.http}/v1/runs/{steered.governor.status.run}", trust_env=False).json()[
+            "settings"
+        ]
     ]
     params = {"body": jnp.ones(2), "head": jnp.ones(2)}
     labelled = optax.multi_transform({"body": adam(), "head": adam(0.01)}, {"body": "body", "head": "head"})

@@ -17,13 +17,13 @@ from flyball.pending import Pending
 class FromJax:
     """A loss that JAX may still be computing."""
 
-    def __init__(self, value: jax.Array) -> None:
+    def __init__(self, value: Any) -> None:
         self._value = value
         value.copy_to_host_async()
 
     def ready(self) -> bool:
         """Whether it has arrived. One that was given away (donated) will not: that counts as arrived."""
-        return self._value.is_deleted() or self._value.is_ready()
+        return bool(self._value.is_deleted() or self._value.is_ready())
 
     def value(self) -> float:
         """The value; NaN where it was given away before it could be read."""

@@ -11,11 +11,11 @@ status, on, control.
 
 What a step is: one update of the weights. With `gradient_accumulation_steps=k` that is every k-th batch, and its loss
 the mean of the k. With `steps_per_execution=n` Keras hands over n batches at once: those are one step, with the loss of
-the last of them. A batch whose gradients a LossScaleOptimizer throws away counts as a step, with its loss: Keras does not
-tell without waiting for the device.
+the last of them. A batch whose gradients a LossScaleOptimizer throws away counts as a step, with its loss: Keras does
+not tell without waiting for the device.
 
-Groups: one, "default"; with a `MultiOptimizer` one per optimizer, by its name. Momentum and betas are numbers that Keras
-compiles into the step, so they are not steered; nor is gradient noise added.
+Groups: one, "default"; with a `MultiOptimizer` one per optimizer, by its name. Momentum and betas are numbers that
+Keras compiles into the step, so they are not steered; nor is gradient noise added.
 
 Others that write: in the default mode their values are overwritten, and they are named (`ReduceLROnPlateau`, say). With
 mode="multiplier" the service's factor multiplies what they wrote, and their own value is put back behind every step. A
@@ -24,7 +24,7 @@ compiled step, where nothing can be multiplied: it is refused before training, w
 
 Checkpoints: `callback.state_dict()` is the token to save beside the weights, `resume=` takes it back. Beside
 `keras.callbacks.BackupAndRestore(backup_dir)` give the same `backup_dir` here: a job that is started again then goes on
-with the run, from the very step that the restored optimizer stands at. A second `fit` with the same callback goes on, too.
+with the run, from the very step that the restored optimizer stands at. So does a second `fit` with the same callback.
 
 Where training fails, Keras tells its callbacks nothing: the run stays open, to be resumed; `callback.close("failed")`
 ends it.
@@ -61,9 +61,9 @@ BACKUP = "flyball.json"
 class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Let the service steer the optimizer of the model that this is given to.
 
-    backup_dir: that of a `keras.callbacks.BackupAndRestore` beside it. options: see `flyball.options.Options`; `run` must
-    be given. What is wrong with them raises here or, before the first batch, in `fit`: ValueError, TypeError, Refused,
-    FlyballError.
+    backup_dir: that of a `keras.callbacks.BackupAndRestore` beside it. options: see `flyball.options.Options`; `run`
+    must be given. What is wrong with them raises here or, before the first batch, in `fit`: ValueError, TypeError,
+    Refused, FlyballError.
     """
 
     def __init__(self, *, backup_dir: str | os.PathLike[str] | None = None, **options: Unpack[Options]) -> None:
@@ -207,5 +207,7 @@ def _backed_up(path: Path, options: dict[str, Any], step: int) -> dict[str, Any]
         path.write_text(json.dumps({"run": run, "project": project, "from": step}), encoding="utf-8")
         return {}
     if (note["run"], note["project"]) != (run, project):
-        raise ValueError(f"{path} is of run {note['run']!r} in {note['project']!r}: give that one, or another backup_dir")
+        raise ValueError(
+            f"{path} is of run {note['run']!r} in {note['project']!r}: give that one, or another backup_dir"
+        )
     return {"resume": {"run": run, "project": project, "step": max(step - int(note["from"]), 0)}}

@@ -23,7 +23,7 @@ _OPTIMIZER, _METRICS = 2, 3
 
 
 class Scalars:
-    """The scalar variables of a model's optimizer and metrics. state: what JAX's training function is given, or gave."""
+    """The scalars of a model's optimizer and metrics. state: what JAX's training function is given, or gave."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -61,7 +61,10 @@ class Scalars:
     def _place(self, variable: Any) -> tuple[int, int]:
         place = self._places.get(id(variable))
         if place is None:
-            for part, known in ((_OPTIMIZER, self._model.optimizer.variables), (_METRICS, self._model.metrics_variables)):
+            for part, known in (
+                (_OPTIMIZER, self._model.optimizer.variables),
+                (_METRICS, self._model.metrics_variables),
+            ):
                 for index, one in enumerate(known):
                     self._places[id(one)] = part, index
             place = self._places[id(variable)]

@@ -94,7 +94,7 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
     def governor(self) -> Governor:
         """The governor of the only optimizer; FlyballError where there are several, or training has not begun."""
         if len(self._steered) != 1:
-            raise FlyballError(f"there are {len(self._steered)} governors: see callback.governors, once training begins")
+            raise FlyballError(f"there are {len(self._steered)} governors: see callback.governors in training")
         return next(iter(self._steered.values())).governor
 
     @property
@@ -194,9 +194,9 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         if token and "resume" not in options and not options.get("fork"):
             if token.get("run") != options["run"]:
                 raise ValueError(
-                    f"the checkpoint belongs to run {token.get('run')!r}, but this is run {options['run']!r}: go on with "
-                    f"that one, give fork={{'run': {token.get('run')!r}, 'step': {token.get('step')}}} to begin as a fork "
-                    "of it, or resume=False to begin anew"
+                    f"the checkpoint belongs to run {token.get('run')!r}, but this is run {options['run']!r}: go on "
+                    f"with that one, give fork={{'run': {token.get('run')!r}, 'step': {token.get('step')}}} to begin "
+                    "as a fork of it, or resume=False to begin anew"
                 )
             options["resume"] = token
         return options
@@ -226,7 +226,7 @@ class _Steered:
             optimizer.register_step_post_hook(lambda *_: self._stepped()).remove,
         ]
         try:
-            self.governor = attach(optimizer, **options)  # type: ignore[misc]
+            self.governor = attach(optimizer, **options)
         except BaseException:
             self._let_go()
             raise

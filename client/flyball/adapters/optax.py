@@ -38,7 +38,7 @@ import copy
 import dataclasses
 from collections import deque
 from types import TracebackType
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,7 @@ class _Injected:
         #: What was written last, to be used again unless it was given away.
         self._made: dict[tuple[int, str], tuple[float, jax.Array]] = {}
         #: A step's learning rate that had not been computed yet, with its group and what it must be.
-        self._later: deque[tuple[jax.Array, int, float]] = deque()
+        self._later: deque[tuple[Any, int, float]] = deque()
 
     def write(
         self,
@@ -232,7 +232,7 @@ class _Injected:
 
     def _known(self, value: Any, group: int | None, stood: float | None) -> float | None:
         """The value, where reading it waits for nothing; else it is looked at once it is there."""
-        if not isinstance(value, jax.Array) or value.is_ready():
+        if not isinstance(value, jax.Array) or cast(Any, value).is_ready():
             return float(value)
         if group is not None and stood is not None and len(self._later) < len(self._places):
             self._later.append((copied(value), group, stood))
