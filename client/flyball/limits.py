@@ -4,8 +4,8 @@ from __future__ import annotations
 
 #: Observations in one report. More wait for the next one.
 BATCH_MAX = 1024
-#: In free-running mode a report leaves when so many observations wait ...
-FLUSH_OBSERVATIONS = 64
+#: In free-running mode a report leaves when so many observations wait: only steps of less than 0.2 ms come to that ...
+FLUSH_OBSERVATIONS = 256
 #: ... or when so much time has passed since the last one, whichever comes first.
 FLUSH_INTERVAL_S = 0.05
 #: ... and how often a number that is still on its device is asked for, once the report is due.

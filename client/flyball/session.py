@@ -295,7 +295,7 @@ class Session:
                 return 0.001  # somebody waits for a number that is still on its device
             left = self._last_sent + limits.FLUSH_INTERVAL_S - now
             if left > 0:
-                return left
+                return max(left, 0.001)
             # Overdue, so that what there is has not left its device yet; or there is nothing, perhaps for long.
             return limits.FLUSH_INTERVAL_S if self.drained else limits.DEVICE_POLL_S
 
