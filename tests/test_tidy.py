@@ -59,6 +59,7 @@ CLIENT_LIBRARIES = {
     "flyball.cli_values": set(),
     "flyball.cli_words": set(),
     "flyball.adapters.gradient_noise": {"torch"},
+    "flyball.adapters.ranks": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }
@@ -104,6 +105,7 @@ CLOCK_CALLS = {f"{kind}.{call}" for kind in ("datetime", "date") for call in ("n
 ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 MAY_READ_THE_WORLD = {
     "flyball",
+    "flyball.adapters.ranks",
     "flyball.api",
     "flyball.cli",
     "flyball.connect",

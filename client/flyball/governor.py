@@ -22,10 +22,10 @@ from flyball import limits
 from flyball.connect import check_token, connect, new_session
 from flyball.controls import NAME, Control
 from flyball.directives import KINDS
-from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
-from flyball.session import Session
+from flyball.ranks import across
+from flyball.sides import Line, Side
 from flyball.status import Status
 from flyball.wire import Group, Settings
 
@@ -39,7 +39,7 @@ class Governor:
     """One steered optimizer. Made by `attach`; a context manager that closes itself."""
 
     def __init__(
-        self, optimizer: Optimizer, session: Session, link: Link, *, wait_s: float | None, close_s: float
+        self, optimizer: Optimizer, session: Side, link: Line, *, wait_s: float | None, close_s: float
     ) -> None:
         self._optimizer = optimizer
         self._session = session
@@ -68,12 +68,15 @@ class Governor:
 
     # -- for the training script ---------------------------------------------------------------------
 
-    def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
+    def step(
+        self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, weight: Any = 1.0, **signals: Any
+    ) -> None:
         """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
 
         loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
         fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
+        weight: how many samples or tokens the loss is a mean of; what several ranks saw is averaged by it.
         """
         started = time.monotonic_ns()
         if type(loss) is not float:
@@ -82,6 +85,8 @@ class Governor:
             reward = self._number("reward", reward, False)
         if type(grad_norm) is not float:
             grad_norm = self._number("grad_norm", grad_norm, False)
+        if type(weight) is not float:
+            weight = self._number("weight", weight, False)
         others = None
         if signals:
             others = {
@@ -95,9 +100,10 @@ class Governor:
         if step == self._reported:
             # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
             self._skipped += 1
+            self._session.skipped()
         else:
             self._reported = step
-            if self._session.observe(step, (loss, reward, grad_norm, others)):
+            if self._session.observe(step, (loss, reward, grad_norm, others), weight):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
             if self._session.directives.pending:
@@ -145,6 +151,13 @@ class Governor:
         )
 
     @property
+    def joinable(self) -> Any:
+        """For torch's `Join([ddp, governor.joinable])`, where ranks have unequal numbers of batches."""
+        from flyball.adapters.ranks import joinable
+
+        return joinable(self._session)
+
+    @property
     def should_stop(self) -> bool:
         """Whether training should end here: the service asked for it, or is away with on_outage="stop". The reason is
         in `status.stop_reason`."""
@@ -169,6 +182,7 @@ class Governor:
         that, and for the new attempt, up to `wait_s` each (at most a second where that is None). Raises ValueError
         where it is no token of this run.
         """
+        token = self._session.common(token)
         step, attempt, seq, digest = check_token(token, self._session.attach.run, self._session.attach.project)
         wait_s = 1.0 if self._wait_s is None else self._wait_s
         if self._session.state == "steering":
@@ -219,7 +233,9 @@ class Governor:
         session, step = self._session, self._next_step
         try:
             # Here as well as in the link, which may itself be waiting for an answer that does not come.
-            session.tick(started / 1e9)
+            waited = session.arrive(step, started / 1e9)
+            self._waited_ns += waited
+            started += waited
             if session.lag is not None and session.missing(step):
                 started += self._wait(lambda: not session.missing(step), f"the decision for step {step}")
             confirm = session.to_confirm(step)
@@ -349,7 +365,15 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
     options: see `flyball.options.Options`. Raises what `attach` says it raises.
     """
     whole = checked(options)
-    session, link = connect(groups, whole)
+    exchange = across(whole["ranks"])
+    session: Side
+    link: Line
+    if exchange is None:
+        session, link = connect(groups, whole)
+    else:
+        from flyball.sharing.attach import share
+
+        session, link = share(exchange, groups, whole)
     return Governor(optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"])
 
 

@@ -53,5 +53,15 @@ CAUSES_MAX = 1000
 BESIDE_STEPS = (4, 8)
 #: How often one job looks for who wrote into its optimizer: each look walks through all objects of the process.
 WRITER_SEARCHES_MAX = 16
+#: Optimizer steps between two exchanges of ranks, at most.
+EVERY_MAX = 4096
+#: How long one collective may take in which ranks wait for the service: several are made, so that no watchdog barks.
+PAUSE_S = 2.0
+#: With wait_s=None: a log line each time all ranks have waited so many pauses.
+PAUSES_PER_LOG = 5
+#: How often it is looked whether a loss has arrived, or an exchange has ended, where that is waited for.
+SETTLE_S = 0.0005
+#: The bytes in front of what a rank gives that say how long it is.
+SLOT_HEAD = 8
 #: Rows of a Parquet file that are kept in memory and written together.
 PARQUET_ROWS = 65_536

@@ -40,6 +40,9 @@ class Options(TypedDict, total=False):
     fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
         its own the run goes on under the other's, in the state of then.
     shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
+    ranks: who shares the run: "auto" (default): all ranks of torch.distributed, where it is initialized; None: this
+        process alone; a torch ProcessGroup: its ranks; `flyball.ranks.Ranks`: how often they exchange, too. All of
+        them attach at once.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -61,6 +64,7 @@ class Options(TypedDict, total=False):
     on_unknown: str
     fork: Mapping[str, Any] | None
     shadows: Mapping[str, str | Mapping[str, Any]] | None
+    ranks: Any
     start_wait_s: float
     close_s: float
 
@@ -92,6 +96,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         on_unknown=options.get("on_unknown", "refuse"),
         fork=options.get("fork"),
         shadows=options.get("shadows"),
+        ranks=options.get("ranks", "auto"),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
@@ -124,6 +129,8 @@ def _check(one: Options) -> None:
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
+    if isinstance(one["ranks"], str):
+        check_choice("ranks", one["ranks"], "auto")
 
 
 def check(name: str, value: Any, *kinds: type, wanted: str) -> None:
