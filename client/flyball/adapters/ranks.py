@@ -52,17 +52,21 @@ def exchange(ranks: Ranks) -> Exchange | None:
     if len(members) < 2 or dist.get_rank() not in members:
         return None
     timeout = None if ranks.timeout_s is None else datetime.timedelta(seconds=ranks.timeout_s)
-    group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=True)
-    return _Gloo(group, ranks.every)
+    # A part of all ranks makes its group without the others. Such a group's name follows from its ranks, and torch would
+    # give it out again, and find the old one's addresses, if it were ever destroyed.
+    part = len(members) < dist.get_world_size()
+    group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=part)
+    return _Gloo(group, ranks.every, keep=part)
 
 
 class _Gloo:
     """See `ranks.Exchange`."""
 
-    def __init__(self, group: Any, every: int) -> None:
+    def __init__(self, group: Any, every: int, *, keep: bool) -> None:
         self.rank, self.ranks, self.every = dist.get_rank(group), dist.get_world_size(group), every
         self.waited_ns = 0
         self._group = group
+        self._keep = keep
         self._room = room(every)
         self._work: Any = None
         self._mine = b""
@@ -122,7 +126,8 @@ class _Gloo:
 
     def close(self) -> None:
         try:
-            dist.destroy_process_group(self._group)
+            if not self._keep:
+                dist.destroy_process_group(self._group)
         except Exception:
             self._work = None  # the job has destroyed all groups already
 
