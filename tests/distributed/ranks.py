@@ -95,15 +95,16 @@ def killed(server: Server) -> Any:
     def at(i: int) -> None:
         if RANK == 0 and i == 100:
             server.kill()
-        if RANK == 0 and i == 250:
+        if RANK == 0 and i == 200:
             again.start()
 
-    lrs = train(governor, optimizer, range(900), at, 0.004)
-    status = governor.status
-    governor.close()
+    lrs = train(governor, optimizer, range(600), at, 0.004)
     if RANK == 0:
         again.join()
-    return {"lrs": lrs, "losses": [mine(i) for i in range(900)], "added_us": status.added_us, "state": status.state}
+    lrs += train(governor, optimizer, range(600, 900), pace_s=0.001)
+    status = governor.status
+    governor.close()
+    return {"lrs": lrs, "losses": [mine(i) for i in range(900)], "state": status.state}
 
 
 @scenario
@@ -210,7 +211,7 @@ def asked_to_stop(server: Server) -> Any:
     given: dict[int, Any] = {
         60: {"kind": "checkpoint", "args": {"name": "first"}},
         100: {"kind": "checkpoint", "args": {"name": "second"}},
-        140: {"kind": "control", "name": "kl", "value": 0.25},
+        140: {"kind": "override", "setting": "kl", "value": 0.25},
         180: {"kind": "stop"},
     }
     ids, controls, step = [], [], 0

@@ -185,6 +185,7 @@ def watch_gradients(ddp: Any) -> Callable[[], dict[str, Any]]:
 
         return allreduce_hook(group, bucket).then(lambda done: _one(done, mean, index))
 
+    hook.__annotations__.clear()  # they are text here, and DDP compares them with types
     ddp.register_comm_hook(None, hook)
     return lambda: {"local_grad_sq": sum(local.values()), "mean_grad_sq": sum(mean.values())} if mean else {}
 

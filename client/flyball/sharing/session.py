@@ -345,16 +345,18 @@ class Shared:
             self._break(error)
 
     def _until(self, tag: int, tags: set[int], within_s: float | None, **more: Any) -> tuple[list[Head], Slot]:
-        """Exchange, saying `tag`, until all ranks say one of `tags`."""
+        """Exchange, saying `tag`, until all ranks say one of `tags`; Broken where that waits longer than `within_s`."""
+        began = self._exchange.waited_ns
         while True:
+            left = None if within_s is None else max(0.0, within_s - (self._exchange.waited_ns - began) / 1e9)
             if self._lockstep:
-                heads, first = self._round(tag, within_s, **more)
+                heads, first = self._round(tag, left, **more)
             else:
                 if self._under_way:
-                    self._hear(self._finish(within_s))
+                    self._hear(self._finish(left))
                     self._point += self._exchange.every
                 self._give(tag, self._point, self._exchange.every, **more)
-                heads, first = self._hear(self._finish(within_s))
+                heads, first = self._hear(self._finish(left))
                 self._point += self._exchange.every
             if all(head.tag in tags for head in heads):
                 self._point = 0  # whoever trains on begins with the next step
