@@ -257,7 +257,7 @@ def gone(server: Server) -> Any:
         if RANK == 1:
             governor.close("failed")
         else:
-            lrs += train(governor, optimizer, range(40, 80))
+            lrs += train(governor, optimizer, range(40, 80), pace_s=0.02)
             governor.close()
     return {"lrs": lrs, "lines": lines, "step": governor.status.step}
 
@@ -373,6 +373,8 @@ def goes_back(server: Server) -> Any:
     again = train(governor, optimizer, range(50, 70), pace_s=0)
     token = governor.state_dict()
     governor.close("")
+    if RANK == 0:
+        (Path(sys.argv[1]) / "token.json").write_text(json.dumps(token))
     return {"lrs": lrs, "again": again, "wrong": wrong, "token": token, "status": governor.status.attempt}
 
 
@@ -433,6 +435,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     server = Server(where)
+    logging.getLogger("flyball").addHandler(logging.NullHandler())
     found: dict[str, Any] = {}
     if RANK == 0:
         server.start()
@@ -454,7 +457,7 @@ def main() -> None:
     dist.all_gather_object(told, found)
     if RANK == 0:
         seen = {name: [rank[name] for rank in told] for name in names}
-        (where / "found.json").write_text(json.dumps(seen))
+        (where / f"found-{WORLD}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 
