@@ -172,7 +172,7 @@ def skipping(server: Server, lag: int | None) -> Any:
     seen, steps = {}, []
     for i in range(80):
         step = governor.status.step
-        if not (RANK == 1 and 10 < i and i % 7 == 0):
+        if not (RANK == 1 and i > 10 and i % 7 == 0):
             optimizer.step()
             seen[step] = used(optimizer)
         steps.append(step)

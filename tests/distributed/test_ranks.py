@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 FOUR = (
     "server_never_there", "killed", "unequal_batches", "joined", "one_rank_skips", "slow_rank", "asked_to_stop",
-    "meddled_with", "attach_refused", "fully_sharded", "flat_parameters", "lockstep", "goes_back", "noise_scale", "gone",
+    "meddled_with", "attach_refused", "fully_sharded", "flat_parameters", "lockstep", "goes_back", "noise_scale",
+    "gone",
 )  # fmt: skip
 TWO = ("resumed", "long_pause")
 JOB_S = 110
@@ -179,7 +180,8 @@ def test_directives_controls_and_a_stop_come_to_all_ranks_at_one_step(jobs: Jobs
     assert (failed["status"], failed["history"][-1]["note"]) == ("declined", "rank 2: OSError: disk full")
     applied = control["applied"]
     assert (applied["ranks"], applied["of_ranks"], stop["status"]) == (4, 4, "done")
-    assert seen[0]["controls"][applied["step"] - 1 : applied["step"] + 1] == [0.5, 0.25]
+    # As they stood behind each step: the one it was applied at was the first to begin with the new value.
+    assert seen[0]["controls"][applied["step"] - 2 : applied["step"]] == [0.5, 0.25]
 
 
 def test_a_rank_that_used_something_else_is_named(jobs: Jobs) -> None:

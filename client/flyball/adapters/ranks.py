@@ -52,8 +52,8 @@ def exchange(ranks: Ranks) -> Exchange | None:
     if len(members) < 2 or dist.get_rank() not in members:
         return None
     timeout = None if ranks.timeout_s is None else datetime.timedelta(seconds=ranks.timeout_s)
-    # A part of all ranks makes its group without the others. Such a group's name follows from its ranks, and torch would
-    # give it out again, and find the old one's addresses, if it were ever destroyed.
+    # A part of all ranks makes its group without the others. Such a group's name follows from its ranks, and torch
+    # would give it out again, and find the old one's addresses, if it were ever destroyed.
     part = len(members) < dist.get_world_size()
     group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=part)
     return _Gloo(group, ranks.every, keep=part)

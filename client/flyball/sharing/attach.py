@@ -16,6 +16,7 @@ from flyball.errors import FlyballError, Refused
 from flyball.link import Link
 from flyball.options import Options
 from flyball.ranks import Broken, Exchange
+from flyball.session import Session
 from flyball.sharing.session import Shared
 from flyball.wire import Group
 
@@ -48,15 +49,17 @@ def share(exchange: Exchange, groups: tuple[Group, ...], one: Options) -> tuple[
                 own = connect(groups, one)
             except Exception as error:
                 failure = error
-        outcome = _all(exchange, None if failure is None else [type(failure).__name__, str(failure)])[0]
+        named = _Named(one["run"], one["project"])
+        shared = Shared(exchange, named, groups, own, lag=one["lag"], wait_s=one["wait_s"])
+        mine = {"word": shared.word(0)} if failure is None else {"failure": [type(failure).__name__, str(failure)]}
+        outcome = _all(exchange, mine)[0]
     except Broken as error:
         raise FlyballError(f"the ranks could not attach together: {error}") from error
-    if outcome is not None:
+    if "failure" in outcome:
         exchange.close()
-        kind, text = outcome
+        kind, text = outcome["failure"]
         raise failure or (Refused("refused", text) if kind == "Refused" else _KINDS.get(kind, FlyballError)(text))
-    named = _Named(one["run"], one["project"])
-    shared = Shared(exchange, named, groups, own, lag=one["lag"], wait_s=one["wait_s"])
+    shared.hear(outcome["word"])
     return shared, SharedLink(shared, exchange, None if own is None else own[1])
 
 

@@ -93,6 +93,20 @@ class Shared:
         self._used: list[Used] = []
         self._told_used: list[Used] = []
 
+    def word(self, first: int) -> dict[str, Any] | None:
+        """Rank 0: its word on the steps from `first` on; None on all others."""
+        if self._own is None:
+            return None
+        return self._words.compose(self._own[0], first, 1 if self._lockstep else self._exchange.every)
+
+    def hear(self, word: dict[str, Any]) -> None:
+        """From this rank's next step on, all ranks go by rank 0's word."""
+        self._agreed.hear(word, self._step)
+        if controls := word.get("controls"):
+            self.controls.know({name for name, (_, known) in controls.items() if known})
+            self.controls.adopt({name: value for name, (value, _) in controls.items()})
+        self.directives.take(word.get("asked", ()))
+
     # -- around an optimizer step --------------------------------------------------------------------
 
     def arrive(self, step: int, now: float) -> int:
@@ -355,7 +369,7 @@ class Shared:
                 if self._under_way:
                     self._hear(self._finish(left))
                     self._point += self._exchange.every
-                self._give(tag, self._point, self._exchange.every, **more)
+                self._give(tag, self._point, **more)
                 heads, first = self._hear(self._finish(left))
                 self._point += self._exchange.every
             if all(head.tag in tags for head in heads):
@@ -369,15 +383,15 @@ class Shared:
         every = self._exchange.every
         if not self._under_way:
             self._point = self._step
-            self._give(STEP, self._step, every)
+            self._give(STEP, self._step)
         self._hear(self._finish(None))
         self._point += every
-        self._give(STEP, self._point, every)
+        self._give(STEP, self._point)
 
     def _round(self, tag: int, within_s: float | None = None, **more: Any) -> tuple[list[Head], Slot]:
         """Lockstep: the losses of the step before, and then the decision for this one."""
         self._settle()
-        self._give(tag, None, 0, **more)
+        self._give(tag, None, **more)
         heads, first = self._hear(self._finish(within_s))
         training = [head.step for head in heads if head.tag == STEP]
         waited = 0
@@ -386,7 +400,7 @@ class Shared:
             self._start(Slot(heads[self._exchange.rank], (), word))
             word = dict(unpack(self._finish(within_s)[0]).more)
             if "word" in word:
-                self._adopt(word["word"])
+                self.hear(word["word"])
                 break
             waited += 1
             if waited % limits.PAUSES_PER_LOG == 0 and self._own is not None:
@@ -411,7 +425,7 @@ class Shared:
                     return {}
                 self._missed += 1
                 session.missed()
-        return {"word": self._words.compose(session, step, 1)}
+        return {"word": self.word(step)}
 
     def _settle(self) -> None:
         """Lockstep: a loss that is still on its device is waited for, within the budget."""
@@ -420,16 +434,17 @@ class Shared:
             self._exchange.timed(lambda: self._exchange.pause(limits.SETTLE_S))
             left -= limits.SETTLE_S
 
-    def _give(self, tag: int, first: int | None, count: int, **more: Any) -> None:
-        """Begin an exchange: what this rank saw and did since the last one; rank 0: its word on the steps to come."""
+    def _give(self, tag: int, first: int | None, **more: Any) -> None:
+        """Begin an exchange: what this rank saw and did since the last one; rank 0: its word on the steps from `first`
+        on (None: it has none yet)."""
         rows, through = self._told_rows()
         self._told_used, self._used = self._used, []
         if self._own is None and self._told_used:
             more["receipts"] = [[one.step, one.settings, one.conflict, one.wanted_lr] for one in self._told_used]
         if answers := self._answers.to_tell():
             more["answers"] = answers
-        if self._own is not None and first is not None:
-            more["word"] = self._words.compose(self._own[0], first, count)
+        if first is not None and (word := self.word(first)) is not None:
+            more["word"] = word
         self._start(Slot(Head(tag, through, self._step, self._skips, self._calls), rows, more))
 
     def _start(self, slot: Slot) -> None:
@@ -463,7 +478,7 @@ class Shared:
         self._all_call = all(head.calls for head in heads)
         self._catch_up(heads)
         if "word" in first.more:
-            self._adopt(first.more["word"])
+            self.hear(first.more["word"])
         if self._own is not None:
             slots = [first, *map(unpack, told[1:])]
             for rank, slot in enumerate(slots):
@@ -483,14 +498,6 @@ class Shared:
             self._shift += behind
             self._step += behind
             self._skips -= behind
-
-    def _adopt(self, word: dict[str, Any]) -> None:
-        """From this step on, all ranks go by rank 0's word."""
-        self._agreed.hear(word, self._step)
-        if controls := word.get("controls"):
-            self.controls.know({name for name, (_, known) in controls.items() if known})
-            self.controls.adopt({name: value for name, (value, _) in controls.items()})
-        self.directives.take(word.get("asked", ()))
 
     def _tell(self, session: Session, link: Link) -> None:
         """Rank 0: to the service, what all ranks have told."""
