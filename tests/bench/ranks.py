@@ -1,8 +1,9 @@
 """How much longer a step of about 20 ms takes on 4 ranks that share a steered run, everything included.
 
-Method: torchrun with 4 gloo ranks, each step of which sleeps 20 ms and then averages a gradient over the ranks. Sleeping
-stands for a device that computes: four ranks that really computed would fight for the cores of a small machine, and what
-is measured would be that. Blocks of steered and of bare steps in turn within one job; the median of the blocks' ratios.
+Method: torchrun with 4 gloo ranks, each step of which sleeps 20 ms and then averages a gradient over the ranks.
+Sleeping stands for a device that computes: four ranks that really computed would fight for the cores of a small
+machine, and what is measured would be that. Blocks of steered and of bare steps in turn within one job; the median of
+the blocks' ratios.
 """
 
 from __future__ import annotations
