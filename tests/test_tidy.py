@@ -73,6 +73,7 @@ CLIENT_LIBRARIES = {
     "flyball.adapters.keras_optimizer": {"keras"},
     "flyball.adapters.lightning": {"torch"},
     "flyball.adapters.optax": {"jax", "numpy"},
+    "flyball.adapters.ranks": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }
@@ -119,6 +120,7 @@ ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
 MAY_READ_THE_WORLD = {
     "flyball",
     "flyball.adapters.torch_copies",
+    "flyball.adapters.ranks",
     "flyball.api",
     "flyball.api_connection",
     "flyball.cli",

@@ -14,7 +14,7 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -23,13 +23,13 @@ from flyball.accumulation import Total
 from flyball.connect import check_token, connect, new_session
 from flyball.controls import Control
 from flyball.handlers import Handlers
-from flyball.link import Link
 from flyball.optimizer import Conflict, Optimizer
 from flyball.options import checked
 from flyball.pending import Pending
+from flyball.ranks import across
 from flyball.reading import Reading
-from flyball.session import Session
-from flyball.sinks import Shown, Sink
+from flyball.sides import Line, Side
+from flyball.sinks import Shown
 from flyball.status import Status
 from flyball.wire import Group, Settings
 
@@ -42,13 +42,13 @@ class Governor(Handlers):
     def __init__(
         self,
         optimizer: Optimizer,
-        session: Session,
-        link: Link,
+        session: Side,
+        link: Line,
         *,
         wait_s: float | None,
         close_s: float,
         accumulate: str | None = None,
-        report_to: Sequence[Sink] = (),
+        shown: Shown | None = None,
     ) -> None:
         super().__init__(session, link)
         self._optimizer = optimizer
@@ -65,13 +65,14 @@ class Governor(Handlers):
         self._causes: set[str] = set()
         #: Where micro-batches make a step: their losses and their rewards.
         self._totals = None if accumulate is None else (Total(accumulate), Total(accumulate))
+        self._weight = 0.0
         #: What the adapter measured around a step, and which step that is.
         self._measured: tuple[int, Mapping[str, float | Pending]] | None = None
         self._reading = Reading(optimizer)
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
-        self._shown = Shown(report_to, session)
+        self._shown = Shown((), session, ()) if shown is None else shown
         link.on_notice = lambda line: self._shown.noticed(self._next_step, time.time(), line)
         _governors.add(self)
 
@@ -89,7 +90,8 @@ class Governor(Handlers):
 
         With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
         closes the step. Loss and reward are those of all its micro-batches; `weight` says how many samples or tokens
-        this one's are a mean of (0: it had none). Other signals are those of the closing call. One NaN among the losses
+        this one's are a mean of (0: it had none); what several ranks saw is averaged by it, too (one that is still on
+        its device counts as 1 there). Other signals are those of the closing call. One NaN among the losses
         makes the step's NaN. The micro-batches of a step that a GradScaler skipped count to the next step, unless
         `skip` is called.
         """
@@ -109,17 +111,21 @@ class Governor(Handlers):
                 if reading.is_name(name) and (number := reading.number(name, value, True)) is not None
             }
         step = self._next_step - 1
+        if type(weight) is not float:
+            weight = reading.number("weight", weight, True)
         if self._totals is not None:
-            loss, reward = self._accumulated(self._totals, loss, reward, weight, closes=step != self._reported)
+            loss, reward, weight = self._accumulated(self._totals, loss, reward, weight, closes=step != self._reported)
         reading.first = False
         if step == self._reported:
             # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
-            self._skipped += self._totals is None
+            if self._totals is None:
+                self._skipped += 1
+                self._session.skipped()
         else:
             self._reported = step
             if self._measured is not None:
                 grad_norm, others = self._add_measured(step, grad_norm, others)
-            if self._session.observe(step, (loss, reward, grad_norm, others)):
+            if self._session.observe(step, (loss, reward, grad_norm, others), weight):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
             if self._session.directives.pending or self._regular:
@@ -132,8 +138,10 @@ class Governor(Handlers):
         the gradients were thrown away). Their losses are dropped, and counted in `status.skipped`."""
         if self._totals is not None and self._next_step - 1 == self._reported:
             self._skipped += 1
+            self._weight = 0.0
             for total in self._totals:
                 total.begin()
+            self._session.skipped()
 
     def control(self, name: str, value: float, *, min: float, max: float) -> Control:
         """Declare a scalar of this training that people may steer: read `.value` of what this returns wherever it is
@@ -162,6 +170,13 @@ class Governor(Handlers):
         )
 
     @property
+    def joinable(self) -> Any:
+        """For torch's `Join([ddp, governor.joinable])`, where ranks have unequal numbers of batches."""
+        from flyball.adapters.ranks import joinable
+
+        return joinable(self._session)
+
+    @property
     def should_stop(self) -> bool:
         """Whether training should end here: the service asked for it, or is away with on_outage="stop". The reason is
         in `status.stop_reason`."""
@@ -186,12 +201,14 @@ class Governor(Handlers):
         that, and for the new attempt, up to `wait_s` each (at most a second where that is None). Raises ValueError
         where it is no token of this run.
         """
+        token = self._session.common(token)
         step, attempt, seq, digest = check_token(token, self._session.attach.run, self._session.attach.project)
         wait_s = 1.0 if self._wait_s is None else self._wait_s
         if self._session.state == "steering":
             self._link.wait(lambda: self._session.drained, wait_s, "what was reported before")
         self._session.reattach(new_session(), attempt, step, seq, digest)
         self._next_step, self._reported = 0, -1
+        self._returns += 1
         self._receipted = self._wanted = self._decided = self._conflict = None
         self._confirm = 0
         self._measured = None
@@ -261,7 +278,9 @@ class Governor(Handlers):
         session, step = self._session, self._next_step
         try:
             # Here as well as in the link, which may itself be waiting for an answer that does not come.
-            session.tick(started / 1e9)
+            waited = session.arrive(step, started / 1e9)
+            self._waited_ns += waited
+            started += waited
             if session.lag is not None and session.missing(step):
                 started += self._wait(lambda: not session.missing(step), f"the decision for step {step}")
             confirm = session.to_confirm(step)
@@ -381,13 +400,16 @@ class Governor(Handlers):
 
     def _accumulated(
         self, totals: tuple[Total, Total], loss: Any, reward: Any, weight: Any, *, closes: bool
-    ) -> tuple[Any, Any]:
-        """One more micro-batch; the step's loss and reward where it `closes` it."""
-        if type(weight) is not float:
-            weight = self._reading.number("weight", weight, True)
+    ) -> tuple[Any, Any, Any]:
+        """One more micro-batch; the step's loss, reward and weight where it `closes` it."""
+        one = 1.0 if weight is None else weight
+        self._weight += one if isinstance(one, float) else 1.0
         for total, value in zip(totals, (loss, reward), strict=True):
-            total.add(value, 1.0 if weight is None else weight)
-        return (totals[0].close(), totals[1].close()) if closes else (None, None)
+            total.add(value, one)
+        if not closes:
+            return None, None, None
+        whole, self._weight = self._weight, 0.0
+        return totals[0].close(), totals[1].close(), whole
 
 
 def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
@@ -396,7 +418,15 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
     options: see `flyball.options.Options`. Raises what `attach` says it raises.
     """
     whole = checked(options)
-    session, link = connect(groups, whole)
+    exchange = across(whole["ranks"])
+    session: Side
+    link: Line
+    if exchange is None:
+        session, link = connect(groups, whole)
+    else:
+        from flyball.sharing.attach import share
+
+        session, link = share(exchange, groups, whole)
     return Governor(
         optimizer,
         session,
@@ -404,7 +434,7 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
         wait_s=whole["wait_s"],
         close_s=whole["close_s"],
         accumulate=whole["accumulate"],
-        report_to=whole["report_to"],
+        shown=Shown(whole["report_to"], session, [group.name for group in groups]),
     )
 
 

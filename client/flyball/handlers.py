@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 from flyball.directives import KINDS
 from flyball.errors import Declined
-from flyball.link import Link
-from flyball.session import Session
+from flyball.sides import Line, Side
 
 log = logging.getLogger("flyball")
 
@@ -25,14 +24,16 @@ _H = TypeVar("_H", bound=Handler)
 class Handlers:
     """What a governor has of them."""
 
-    _session: Session
-    _link: Link
+    _session: Side
+    _link: Line
 
-    def __init__(self, session: Session, link: Link) -> None:
+    def __init__(self, session: Side, link: Line) -> None:
         self._session = session
         self._link = link
         #: Optimizer steps of this process, from 0; the session knows where the run's own count stood then.
         self._next_step = 0
+        #: How often it went back to a checkpoint.
+        self._returns = 0
         self._handlers: dict[str, Handler] = {}
         #: [steps between, steps left, what to do]
         self._regular: list[list[Any]] = []
@@ -113,7 +114,7 @@ class Handlers:
 
     def _carry_out(self) -> bool:
         """Call the handlers of what the service asked for. Whether one of them went back to a checkpoint."""
-        session, attempt = self._session, self._session.attach.session
+        session, returns = self._session, self._returns
         while (asked := session.directive()) is not None:
             outcome, note = "done", None
             try:
@@ -127,4 +128,4 @@ class Handlers:
             # A handler may have gone back to a checkpoint: what step it is, is asked afterwards.
             session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
             self._link.wake()
-        return session.attach.session != attempt
+        return self._returns != returns

@@ -65,5 +65,15 @@ SINK_QUEUE_MAX = 4096
 SINK_AGAIN_STEPS = 100
 #: Markers that a sink keeps for what it writes when it is closed.
 SINK_MARKERS_MAX = 10_000
+#: Optimizer steps between two exchanges of ranks, at most.
+EVERY_MAX = 4096
+#: How long one collective may take in which ranks wait for the service: several are made, so that no watchdog barks.
+PAUSE_S = 2.0
+#: With wait_s=None: a log line each time all ranks have waited so many pauses.
+PAUSES_PER_LOG = 5
+#: How often it is looked whether a loss has arrived, or an exchange has ended, where that is waited for.
+SETTLE_S = 0.0005
+#: The bytes in front of what a rank gives that say how long it is.
+SLOT_HEAD = 8
 #: Rows of a Parquet file that are kept in memory and written together.
 PARQUET_ROWS = 65_536

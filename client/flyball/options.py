@@ -55,6 +55,9 @@ class Options(TypedDict, total=False):
     signals_every: measure only every so many steps; default 1.
     report_to: where else to show the settings that were applied and what moved them, such as
         [TensorBoardWriter("runs/1")]; see `flyball.sinks.Sink`.
+    ranks: who shares the run: "auto" (default): all ranks of torch.distributed, where it is initialized; None: this
+        process alone; a torch ProcessGroup: its ranks; `flyball.ranks.Ranks`: how often they exchange, too. All of
+        them attach at once.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -80,6 +83,7 @@ class Options(TypedDict, total=False):
     signals: Sequence[str]
     signals_every: int
     report_to: Sequence[Sink]
+    ranks: Any
     start_wait_s: float
     close_s: float
 
@@ -115,6 +119,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         signals=options.get("signals", ()),
         signals_every=options.get("signals_every", 1),
         report_to=options.get("report_to", ()),
+        ranks=options.get("ranks", "auto"),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
@@ -163,6 +168,8 @@ def _check(one: Options) -> None:
     check_mapping("labels", one["labels"], "text by name, such as {'team': 'vision'}")
     check_mapping("shadows", one["shadows"], "policies by name, such as {'bold': {'type': 'windowed'}}")
     _check_sinks(one["report_to"])
+    if isinstance(one["ranks"], str):
+        check_choice("ranks", one["ranks"], "auto")
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
