@@ -132,6 +132,17 @@ def test_a_whole_test_sweeps_goes_back_and_goes_on_at_what_it_found():
     assert sentence
 
 
+def test_a_smoothed_loss_counts_for_the_levels_it_is_of():
+    """Though it is known late, the learning rates found are those without smoothing, and noise does not lead astray."""
+    noise = iter(math.sin(37 * i * i) for i in range(10**6))
+    life = Life({**PLAIN, "beta": 0.9, "steps": 400}, loss=lambda lr: valley(lr) + 0.1 * next(noise))
+    life.train(420)
+    found = next(mark.fields for mark in life.marks if mark.code == "range_found")
+    assert found["suggested"] == pytest.approx(1e-2, rel=0.6)
+    assert found["upper"] == pytest.approx(1e-1, rel=0.6)
+    assert found["lower"] == pytest.approx(10**-2.6, rel=0.6)
+
+
 def test_the_range_is_swept_to_its_end_where_the_loss_stays():
     life = Life({**PLAIN, "spacing": "linear", "min_lr": 0.1, "max_lr": 0.5, "steps": 5}, loss=lambda lr: 2.0 - lr)
     life.train(8)

@@ -1,8 +1,8 @@
 """A training process forks: data loaders' workers, children of its own, processes of `multiprocessing`.
 
 Goal: nobody hangs or crashes, the parent's steps are in the journal once each, and a child says nothing unless it
-attaches itself.
-Method: real processes on both transports, workers forked again and again while reports are on their way.
+attaches itself. Method: real processes on both transports, with workers forked again and again while reports are on
+their way.
 """
 
 from __future__ import annotations

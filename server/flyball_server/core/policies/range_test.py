@@ -12,7 +12,9 @@ The test is that of Smith (2015), "Cyclical Learning Rates for Training Neural N
 Topin (2017): bounds are where the loss begins to fall and where it falls no further. In numbers, with the first tenth
 of the levels left out and s the smoothed loss: upper is the learning rate of the lowest s; lower that from which on s
 stays below s(first) - 0.1 (s(first) - s(lowest)); suggested, between the two, where s falls fastest per level, which is
-the suggestion of fastai (`steep`) and PyTorch Lightning. To stop at 4 times the lowest loss is theirs, too.
+the suggestion of fastai (`steep`) and PyTorch Lightning. To stop at 4 times the lowest loss is theirs, too. An average
+is late: each s counts for the mean level of the losses in it, which is beta / (1 - beta) before its newest, less at
+first.
 
 What was found rides in the arguments of the request to go back, and so outlasts it. Under a base schedule the sweep
 multiplies it, like every policy; a guard's limits hold in the test, too, so its range should lie inside them.
@@ -200,8 +202,15 @@ def _found(config: Config, state: State) -> dict[str, float]:
     lower = max(i for i in range(low) if curve[i][1] > begun) + 1
     slopes = {i: _slope(curve, i) for i in range(lower, low + 1)}
     steepest = min(slopes, key=slopes.__getitem__)
-    lr = {name: _lr(config, curve[i][0]) for name, i in (("lower", lower), ("upper", low), ("suggested", steepest))}
+    places = (("lower", lower), ("upper", low), ("suggested", steepest))
+    lr = {name: _lr(config, _mean_level(config, curve[i][0])) for name, i in places}
     return {**lr, "first_loss": first, "lowest_loss": lowest, "slope": slopes[steepest]}
+
+
+def _mean_level(config: Config, level: int) -> float:
+    """The mean of the levels in the smoothed loss of a level, weighed as they are in it."""
+    n, faded = level + 1, config.beta ** (level + 1)
+    return max(0.0, level - config.beta / (1.0 - config.beta) + n * faded / (1.0 - faded))
 
 
 def _slope(curve: list[tuple[int, float]], i: int) -> float:
@@ -271,7 +280,7 @@ def _tag(state: State) -> str:
     return f"range_test-{state.start}"
 
 
-def _lr(config: Config, level: int) -> float:
+def _lr(config: Config, level: float) -> float:
     """The learning rate of a level, for the group that ratios are taken to."""
     part = level / (config.steps - 1)
     if config.spacing == "linear":
