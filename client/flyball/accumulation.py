@@ -88,3 +88,29 @@ class Total:
             self._weight += weight
         elif weight != 0:  # a micro-batch of no tokens has no loss; less than none, or NaN, is no weight
             self._sum = nan
+
+
+class MicroBatches:
+    """Losses, rewards and weights of the micro-batches of one step. how: as for `Total`."""
+
+    def __init__(self, how: str) -> None:
+        self._loss, self._reward = Total(how), Total(how)
+        self._weight = 0.0
+
+    def begin(self) -> None:
+        """The next step's; what there was is dropped."""
+        self._loss.begin()
+        self._reward.begin()
+        self._weight = 0.0
+
+    def add(self, loss: Number | None, reward: Number | None, weight: Number | None) -> None:
+        """One more. weight: how many samples or tokens are behind it; None counts as 1."""
+        one = 1.0 if weight is None else weight
+        self._loss.add(loss, one)
+        self._reward.add(reward, one)
+        self._weight += one if isinstance(one, float) else 1.0
+
+    def close(self) -> tuple[Number | None, Number | None, float]:
+        """The step's loss, reward and weight. A weight that has not arrived counts as 1 in the last."""
+        whole, self._weight = self._weight, 0.0
+        return self._loss.close(), self._reward.close(), whole

@@ -19,19 +19,18 @@ from types import TracebackType
 from typing import Any
 
 from flyball import limits
-from flyball.accumulation import Total
-from flyball.connect import check_token, connect, new_session
+from flyball.accumulation import MicroBatches
+from flyball.connect import check_token, new_session
 from flyball.controls import Control
 from flyball.handlers import Handlers
+from flyball.measured import Measured
 from flyball.optimizer import Conflict, Optimizer
-from flyball.options import checked
 from flyball.pending import Pending
-from flyball.ranks import across
 from flyball.reading import Reading
 from flyball.sides import Line, Side
 from flyball.sinks import Shown
 from flyball.status import Status
-from flyball.wire import Group, Settings
+from flyball.wire import Settings
 
 log = logging.getLogger("flyball")
 
@@ -63,12 +62,11 @@ class Governor(Handlers):
         self._receipted: tuple[Settings, Settings | None, bool, Mapping[str, float]] | None = None
         self._wanted: Settings | None = None
         self._causes: set[str] = set()
-        #: Where micro-batches make a step: their losses and their rewards.
-        self._totals = None if accumulate is None else (Total(accumulate), Total(accumulate))
-        self._weight = 0.0
-        #: What the adapter measured around a step, and which step that is.
-        self._measured: tuple[int, Mapping[str, float | Pending]] | None = None
+        #: Where micro-batches make a step.
+        self._micro = None if accumulate is None else MicroBatches(accumulate)
         self._reading = Reading(optimizer)
+        #: What the adapter measured around a step.
+        self._measured = Measured()
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
@@ -98,33 +96,35 @@ class Governor(Handlers):
         started = time.monotonic_ns()
         reading = self._reading
         if type(loss) is not float:
-            loss = reading.number("loss", loss, True)
+            loss = reading.number("loss", loss)
         if type(reward) is not float:
-            reward = reading.number("reward", reward, True)
+            reward = reading.number("reward", reward)
         if type(grad_norm) is not float:
-            grad_norm = reading.number("grad_norm", grad_norm, True)
+            grad_norm = reading.number("grad_norm", grad_norm)
         others: dict[str, Any] | None = None
         if signals:
             others = {
                 name: number
                 for name, value in signals.items()
-                if reading.is_name(name) and (number := reading.number(name, value, True)) is not None
+                if reading.is_name(name) and (number := reading.number(name, value)) is not None
             }
         step = self._next_step - 1
         if type(weight) is not float:
-            weight = reading.number("weight", weight, True)
-        if self._totals is not None:
-            loss, reward, weight = self._accumulated(self._totals, loss, reward, weight, closes=step != self._reported)
+            weight = reading.number("weight", weight)
+        if self._micro is not None:
+            self._micro.add(loss, reward, weight)
         reading.first = False
         if step == self._reported:
             # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
-            if self._totals is None:
+            if self._micro is None:
                 self._skipped += 1
                 self._session.skipped()
         else:
             self._reported = step
-            if self._measured is not None:
-                grad_norm, others = self._add_measured(step, grad_norm, others)
+            if self._micro is not None:
+                loss, reward, weight = self._micro.close()
+            if self._measured.any:
+                grad_norm, others = self._measured.added(step, grad_norm, others, reading.is_name)
             if self._session.observe(step, (loss, reward, grad_norm, others), weight):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
@@ -136,11 +136,9 @@ class Governor(Handlers):
     def skip(self) -> None:
         """With `accumulate`: the micro-batches reported since the last step lead to none (a GradScaler skipped it, or
         the gradients were thrown away). Their losses are dropped, and counted in `status.skipped`."""
-        if self._totals is not None and self._next_step - 1 == self._reported:
+        if self._micro is not None and self._next_step - 1 == self._reported:
             self._skipped += 1
-            self._weight = 0.0
-            for total in self._totals:
-                total.begin()
+            self._micro.begin()
             self._session.skipped()
 
     def control(self, name: str, value: float, *, min: float, max: float) -> Control:
@@ -211,9 +209,9 @@ class Governor(Handlers):
         self._returns += 1
         self._receipted = self._wanted = self._decided = self._conflict = None
         self._confirm = 0
-        self._measured = None
-        for total in self._totals or ():
-            total.begin()
+        self._measured = Measured()
+        if self._micro is not None:
+            self._micro.begin()
         self._optimizer.forget()
         self._link.restart()
         self._link.wait(lambda: self._session.attached is not None, wait_s, "the new attempt")
@@ -344,16 +342,14 @@ class Governor(Handlers):
         try:
             found = work()
             if found is not None:
-                self._measured = self._next_step, found
+                self._measured.take(self._next_step, found)
         except Exception as error:
             self._reading.once(f"signals could not be measured: {error!r}")
         self._busy_ns += time.monotonic_ns() - started
 
     def measured(self, signals: Mapping[str, float]) -> None:
         """Signals that the adapter knows behind `after_step`: they go with the report of the step just made, too."""
-        step, before = self._next_step - 1, self._measured
-        more = before[1] if before is not None and before[0] == step else {}
-        self._measured = step, {**more, **signals}
+        self._measured.take(self._next_step - 1, signals)
 
     def note(self, conflict: Conflict) -> None:
         """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
@@ -388,54 +384,6 @@ class Governor(Handlers):
 
     def _show(self, used: Settings, conflict: str = "") -> None:
         self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
-
-    def _add_measured(self, step: int, grad_norm: Any, others: Any) -> tuple[Any, Any]:
-        """The signals of a step with those that the adapter measured; what the script gave itself counts."""
-        measured, self._measured = self._measured, None
-        if measured is None or measured[0] != step:
-            return grad_norm, others
-        found = {name: value for name, value in measured[1].items() if self._reading.is_name(name)}
-        own = found.pop("grad_norm", None)
-        return own if grad_norm is None else grad_norm, ({**found, **(others or {})} or None)
-
-    def _accumulated(
-        self, totals: tuple[Total, Total], loss: Any, reward: Any, weight: Any, *, closes: bool
-    ) -> tuple[Any, Any, Any]:
-        """One more micro-batch; the step's loss, reward and weight where it `closes` it."""
-        one = 1.0 if weight is None else weight
-        self._weight += one if isinstance(one, float) else 1.0
-        for total, value in zip(totals, (loss, reward), strict=True):
-            total.add(value, one)
-        if not closes:
-            return None, None, None
-        whole, self._weight = self._weight, 0.0
-        return totals[0].close(), totals[1].close(), whole
-
-
-def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
-    """What every adapter's `attach` ends with: a governor of its optimizer, whose groups are declared as given.
-
-    options: see `flyball.options.Options`. Raises what `attach` says it raises.
-    """
-    whole = checked(options)
-    exchange = across(whole["ranks"])
-    session: Side
-    link: Line
-    if exchange is None:
-        session, link = connect(groups, whole)
-    else:
-        from flyball.sharing.attach import share
-
-        session, link = share(exchange, groups, whole)
-    return Governor(
-        optimizer,
-        session,
-        link,
-        wait_s=whole["wait_s"],
-        close_s=whole["close_s"],
-        accumulate=whole["accumulate"],
-        shown=Shown(whole["report_to"], session, [group.name for group in groups]),
-    )
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

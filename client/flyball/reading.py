@@ -26,12 +26,12 @@ class Reading:
         self._names: set[str] = set()
         self._warned: set[str] = set()
 
-    def number(self, name: str, value: Any, may_pend: bool) -> Any:
-        """`value` as a float (or a Pending one, where that may be); None where it is none."""
+    def number(self, name: str, value: Any) -> Any:
+        """`value` as a float, or a Pending one where it is still on its device; None where it is none."""
         if value is None:
             return None
         try:
-            return self._optimizer.number(value() if callable(value) else value, may_pend)
+            return self._optimizer.number(value() if callable(value) else value)
         except Exception as error:
             message = (
                 f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element ({error})"

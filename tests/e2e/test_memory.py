@@ -19,7 +19,7 @@ MILLION = """
 import os
 import psutil
 import flyball
-from flyball.governor import govern
+from flyball.govern import govern
 from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
 
@@ -41,7 +41,7 @@ class Optimizer:
     def forget(self):
         pass
 
-    def number(self, value, may_pend):
+    def number(self, value):
         return plain_number(value)
 
     def detach(self):

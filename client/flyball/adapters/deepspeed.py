@@ -23,7 +23,8 @@ from flyball.adapters import torch as plain
 from flyball.adapters.groups import declared as declared_of
 from flyball.adapters.groups import names
 from flyball.adapters.torch_groups import Groups
-from flyball.governor import Governor, govern
+from flyball.govern import govern
+from flyball.governor import Governor
 from flyball.options import Options
 
 

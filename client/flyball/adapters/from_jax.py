@@ -30,7 +30,7 @@ class FromJax:
         return float("nan") if self._value.is_deleted() else float(np.asarray(self._value).reshape(()))
 
 
-def number(value: Any, may_pend: bool) -> float | Pending:
+def number(value: Any) -> float | Pending:
     """See `flyball.optimizer.Optimizer.number`. An array over several processes must be the same on all."""
     if not isinstance(value, jax.Array):
         return plain_number(value)
@@ -42,7 +42,7 @@ def number(value: Any, may_pend: bool) -> float | Pending:
         if not value.is_fully_replicated:
             raise TypeError("it lies on several processes, and is not the same on all: reduce it first")
         value = value.addressable_data(0)
-    return FromJax(value) if may_pend and not value.is_ready() else float(np.asarray(value).reshape(()))
+    return FromJax(value) if not value.is_ready() else float(np.asarray(value).reshape(()))
 
 
 #: An array of its own with the same value: what a training step is given, it may give away.

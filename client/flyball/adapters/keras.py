@@ -49,7 +49,8 @@ from flyball.adapters.keras_backend import BACKEND, Scalars, plainly
 from flyball.adapters.keras_loss import last_loss
 from flyball.adapters.keras_optimizer import KerasOptimizer
 from flyball.errors import FlyballError
-from flyball.governor import Governor, govern
+from flyball.govern import govern
+from flyball.governor import Governor
 from flyball.options import Options, checked
 
 log = logging.getLogger("flyball")

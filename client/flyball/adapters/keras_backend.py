@@ -103,16 +103,16 @@ def plainly(variable: Any) -> float:
     return float(variable.value.numpy() if BACKEND == "tensorflow" else variable.value)
 
 
-def number(value: Any, may_pend: bool) -> float | Pending:
+def number(value: Any) -> float | Pending:
     """See `flyball.optimizer.Optimizer.number`."""
     if BACKEND == "jax":
         from flyball.adapters import from_jax
 
-        return from_jax.number(value, may_pend)
+        return from_jax.number(value)
     if BACKEND == "torch" and hasattr(value, "detach"):
         if value.numel() != 1:
             raise TypeError(f"a tensor of shape {tuple(value.shape)} is no single number")
-        if may_pend and value.is_cuda:
+        if value.is_cuda:
             from flyball.adapters.from_device import FromDevice
 
             return FromDevice(value.detach())

@@ -94,9 +94,9 @@ class KerasOptimizer:
         """See `optimizer.Optimizer`."""
         self._stands = None
 
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
+    def number(self, value: Any) -> float | Pending:
         """See `optimizer.Optimizer`."""
-        return number(value, may_pend)
+        return number(value)
 
     def detach(self) -> None:
         """See `optimizer.Optimizer`."""

@@ -45,7 +45,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flyball.adapters.from_jax import copied, like, number
-from flyball.governor import Governor, govern
+from flyball.govern import govern
+from flyball.governor import Governor
 from flyball.optimizer import Conflict
 from flyball.options import Options
 from flyball.pending import Pending
@@ -222,9 +223,9 @@ class _Injected:
         self._stands = None
         self._later.clear()
 
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
+    def number(self, value: Any) -> float | Pending:
         """See `optimizer.Optimizer`."""
-        return number(value, may_pend)
+        return number(value)
 
     def detach(self) -> None:
         """From here on the state is left alone."""

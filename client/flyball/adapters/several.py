@@ -66,9 +66,9 @@ class Several:
         for part in self._parts:
             part.forget()
 
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
+    def number(self, value: Any) -> float | Pending:
         """See `optimizer.Optimizer`."""
-        return self._parts[0].number(value, may_pend)
+        return self._parts[0].number(value)
 
     def write(
         self,

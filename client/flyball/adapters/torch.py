@@ -38,7 +38,8 @@ from flyball.adapters.groups import declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
 from flyball.adapters.torch_groups import Groups, is_steered
-from flyball.governor import Governor, govern
+from flyball.govern import govern
+from flyball.governor import Governor
 from flyball.options import Options, measured
 from flyball.wire import Group
 

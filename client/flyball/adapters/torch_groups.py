@@ -209,13 +209,13 @@ class Groups:
         found = {d.name: effective_lr(row) for d, row in zip(self.declared, rows, strict=False) if d.lr_free}
         return {name: value for name, value in found.items() if value is not None}
 
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
+    def number(self, value: Any) -> float | Pending:
         """See `optimizer.Optimizer`."""
         if not isinstance(value, torch.Tensor):
             return plain_number(value)
         if value.numel() != 1:
             raise TypeError(f"a tensor of shape {tuple(value.shape)} is no single number")
-        if may_pend and value.is_cuda:
+        if value.is_cuda:
             return FromDevice(value.detach())
         return float(value.item())
 
