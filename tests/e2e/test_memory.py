@@ -11,8 +11,6 @@ from collections.abc import Callable
 import pytest
 from tests.e2e.processes import Server, Trainer, story_of
 
-pytestmark = pytest.mark.alone
-
 STEPS = 1_000_000
 
 MILLION = """
