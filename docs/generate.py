@@ -30,7 +30,8 @@ from flyball_server.presets import GUARDS, PRESETS, Preset
 DOCS = Path(__file__).resolve().parent
 sys.path.append(str(DOCS.parent))
 
-from examples.traces import KINDS, trace  # noqa: E402 - found through the line above
+from examples import traces  # noqa: E402 - found through the line above
+from examples.traces import KINDS, trace  # noqa: E402
 
 PAGE, TEMPLATE, PLOTS = DOCS / "policies.md", DOCS / "policies.template.md", DOCS / "plots"
 GROUPS = (Group("body", 1e-3, 0.9), Group("head", 1e-2, None, (0.9, 0.999)))
@@ -63,6 +64,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "warmup": [{"steps": 200}],
     "gradient_aware": [{"policy": {"type": "adaptive", "up_factor": 1.02, "down_factor": 0.96}}],
     "per_group": [{"policy": {"type": "adaptive"}, "groups": {"head": {"policy": {"type": "windowed"}, "scale": 0.5}}}],
+    "range_test": [
+        {"steps": 200},
+        {"steps": 60, "spacing": "linear", "max_lr": 0.1, "after": "reference", "policy": {"type": "windowed"}},
+    ],
     "spike_guard": [
         {"policy": "constant", "deviations": 5},
         {"policy": {"type": "adaptive"}, "confirm": 1, "cooldown_steps": 20, "max_cuts": 3, "max_restores": 1},
@@ -93,9 +98,7 @@ def decisions(spec: Mapping[str, Any], kind: str) -> Iterator[Decision]:
     policy, config, _ = resolve(spec)
     state, decision = policy.init(config, GROUPS, SEED)
     yield decision
-    for seen in observations(kind):
-        state, decision = policy.step(config, state, seen)
-        yield decision
+    yield from traces.decisions(policy, config, state, observations(kind))
 
 
 class Seen(NamedTuple):

@@ -13,11 +13,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import exp, fsum, inf, nan, pi, sin, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flyball_server.core.rng import uniform
+from flyball_server.core.types import ANSWERS, Answered, Decision, Observation, Policy
 
 #: How many steps a trace has unless somebody asks for another number.
 STEPS = 1000
@@ -180,6 +181,22 @@ def lines(kind: str, steps: int | None = None, seed: int = 0) -> Iterator[str]:
     """The trace as JSON lines, as `flyball-server simulate --trace` takes them."""
     for step, row in trace(kind, steps, seed):
         yield json.dumps({"step": step, **row})
+
+
+def decisions(policy: Policy, config: Any, state: Any, trace: Iterable[Observation]) -> Iterator[Decision]:
+    """What the policy decides after every observation, in a job that does what it is asked to by a policy that reads
+    the answers: it makes a checkpoint, and goes back to it, and then its losses go on as if nothing had been."""
+    reads = ANSWERS in policy.reads(config)
+    answers: list[Answered] = []
+    decision: Decision | None = None
+    kept = state
+    for seen in trace:
+        for ask in decision.asks if reads and decision is not None else ():
+            kept, state = (state, state) if ask.kind == "checkpoint" else (kept, kept)
+            outcome = "done" if ask.kind == "checkpoint" else "returned"
+            answers.append(Answered(ask.kind, str(ask.args.get("tag", "")), outcome, "", ask.args))
+        state, decision = policy.step(config, state, seen._replace(answers=tuple(answers)) if answers else seen)
+        yield decision
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import flyball_server
-from flyball import FlyballError, Refused, api
+from flyball import FlyballError, Refused, api, api_connection
 from flyball.errors import LinkError
 
 
@@ -136,10 +136,10 @@ def test_what_does_not_answer_like_the_service_is_no_refusal() -> None:
 
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLYBALL_SERVER", raising=False)
-    assert api.rest_address(None) == "http://127.0.0.1:1788"
+    assert api_connection.rest_address(None) == "http://127.0.0.1:1788"
     monkeypatch.setenv("FLYBALL_SERVER", "https://steer.example/flyball/")
-    assert api.rest_address(None) == "https://steer.example/flyball"
-    assert api.rest_address("http://other:1") == "http://other:1"
+    assert api_connection.rest_address(None) == "https://steer.example/flyball"
+    assert api_connection.rest_address("http://other:1") == "http://other:1"
     monkeypatch.setenv("FLYBALL_SERVER", "grpc://steer.example:1789")
     with pytest.raises(FlyballError, match=r"FLYBALL_SERVER is 'grpc://.*http://steer\.example:1788"):
         api.Client()

@@ -9,13 +9,12 @@ import csv
 import io
 import json
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 
 import httpx
 import pytest
+from tests.command_line import client_command, server_command
 from tests.storage.making import append, chain, keep, observed, row, started
 from tests.test_commands import Job
 
@@ -285,9 +284,8 @@ def test_what_is_noted_is_verified_and_made_again_by_compacting(tmp_path):
         assert any(f"{STORE}" in words or "store's journal" in words for words in verify_store(journal))
     finally:
         journal.close()
-    command = [sys.executable, "-m", "flyball_server.cli"]
     for words, code in ((["verify"], 1), (["compact"], 0), (["verify"], 0)):
-        done = subprocess.run([*command, *words, "--store", store], capture_output=True, text=True, check=False)
+        done = server_command(*words, "--store", store)
         assert done.returncode == code, (words, done.stdout, done.stderr)
 
 
@@ -300,8 +298,7 @@ def test_the_record_on_the_command_line(tmp_path):
         token = http.headers["Authorization"].removeprefix("Bearer ")
 
         def said(*words, code=0):
-            command = [sys.executable, "-m", "flyball.cli", *words, "--server", service.http, "--token", token]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            done = client_command(*words, "--server", service.http, "--token", token)
             assert done.returncode == code, done.stderr
             return done.stdout if code == 0 else done.stderr
 
@@ -317,10 +314,8 @@ def test_the_record_on_the_command_line(tmp_path):
         assert "ended, finished" in said("audit", "--run", "r").splitlines()[1]
         assert [one["kind"] for one in json.loads(said("audit", "--kind", "token_created", "--json"))]
         assert len(said("audit", "--csv", "--run", "r").splitlines()) == 5
-        assert "more than 1" in subprocess.run(
-            [sys.executable, "-m", "flyball.cli", "audit", "--limit", "1", "--server", service.http, "--token", token],
-            capture_output=True, text=True, check=True, timeout=60,
-        ).stderr  # fmt: skip
+        more = client_command("audit", "--limit", "1", "--server", service.http, "--token", token)
+        assert "more than 1" in more.stderr
         assert "not known" in said("journal", "unknown", code=1)
         http.get("/v1/runs/r/export")
         (heads,) = map(json.loads, said("heads").splitlines())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.command_line import client_command
 
 import flyball
 import flyball_server
@@ -45,11 +46,7 @@ def server() -> Iterator[str]:
 
 def flyball_command(*words: str, server: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command's exit code and what it said."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLYBALL_")}
-    if server is not None:
-        kept["FLYBALL_SERVER"] = server
-    command = [sys.executable, "-m", "flyball.cli", *words]
-    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=60, check=False)
+    return client_command(*words, **({} if server is None else {"FLYBALL_SERVER": server}), **environment)
 
 
 def said(*words: str, server: str) -> str:

@@ -51,6 +51,15 @@ def say(service):
     return run
 
 
+def test_a_value_for_an_lr_free_optimizer_takes_force(service, say):
+    with httpx.Client(base_url=service.http, timeout=30) as http:
+        run = Job(http, "free", project="cli", groups=[{"name": "all", "lr": 1.0, "lr_free": True}]).advice["run"]
+    refused = say("override", run, "lr=0.01", "--reason", "a test", code=1)
+    assert "group all finds its own step size" in refused.stderr
+    say("override", run, "lr=0.5", "--factor", "--reason", "a test")
+    assert "override lr 0.01: accepted" in say("override", run, "lr=0.01", "--force", "--reason", "a test").stdout
+
+
 def test_each_command_says_in_one_line_what_came_of_it(job, say):
     run = job.run
     for words, told in (

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 
 import httpx
 import pytest
+from tests.command_line import server_command
 from tests.storage.making import chain
 from tests.test_audit import client, got
 from tests.test_commands import Job
@@ -70,10 +69,9 @@ def world(tmp_path):
 
 def verified(world, *words, heads="heads.json", code=0):
     """What `verify --heads` says."""
-    command = [sys.executable, "-m", "flyball_server.cli", "verify", "--heads", heads, "--public-key", "key.pem"]
     if not words:
         words = ("--store", "sqlite:///f.db")
-    done = subprocess.run([*command, *words], cwd=world, capture_output=True, text=True, check=False, timeout=60)
+    done = server_command("verify", "--heads", heads, "--public-key", "key.pem", *words, folder=world)
     assert done.returncode == code, (done.stdout, done.stderr)
     return done.stdout + done.stderr
 
@@ -206,8 +204,7 @@ def test_a_file_is_not_taken_for_a_run(tmp_path):
         ("steps.csv", "steps.csv is no export file"),
         ("other.csv", "other.csv does not exist"),
     ):
-        command = [sys.executable, "-m", "flyball_server.cli", "verify", name]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        done = server_command("verify", name, folder=tmp_path)
         assert (done.returncode, done.stdout) == (1, "")
         assert words in done.stderr
 

@@ -198,6 +198,14 @@ def test_a_specification_comes_back_equal(labels, policy, base, guard, seed, sha
     assert spec_of(row_of(to_entry(Created(spec), NOTHING))).groups == GROUPS
 
 
+def test_a_group_says_that_it_is_lr_free_only_where_it_is_so_that_older_rows_are_the_same_bytes():
+    groups = (Group("body", 0.1, 0.9), Group("free", 1.0, None, (0.9, 0.999), True))
+    spec = Spec("p:r", "p", "r", {}, groups, {}, None, {}, "absolute", 0, "", {})
+    entry = to_entry(Created(spec), NOTHING)
+    assert entry.meta["spec"]["groups"] == [["body", 0.1, 0.9, None], ["free", 1.0, None, (0.9, 0.999), True]]
+    assert spec_of(row_of(entry)).groups == groups
+
+
 def observed(**signals):
     n = len(next(iter(signals.values())))
     settings_now = Settings((0.1, 0.01, 0.5))

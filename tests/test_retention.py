@@ -8,7 +8,6 @@ import asyncio
 import json
 import logging
 import sqlite3
-import subprocess
 import sys
 import time
 from contextlib import closing
@@ -16,6 +15,7 @@ from contextlib import closing
 import pytest
 import torch
 from tests.callers import ANYBODY, caller
+from tests.command_line import client_command, server_command
 from tests.storage.stores import BATCH, Opened, attach_message, fill, report_message
 
 import flyball
@@ -29,9 +29,8 @@ from flyball_server.storage.journal import STORE, RunFilter
 from flyball_server.verify import names, verify, verify_store
 
 
-def command(*words):
-    """A command of the server's, as its own process."""
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, timeout=60, check=False)
+def command(*words, of=server_command):
+    done = of(*words)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -118,7 +117,7 @@ def test_a_training_job_whose_run_is_deleted_is_told_and_goes_on(tmp_path, monke
         for _ in range(20):
             optimizer.step()
             governor.step(1.0)
-        told = command("flyball.cli", "delete", "r", "--reason", "no use", "--server", service.http, "--json")
+        told = command("delete", "r", "--reason", "no use", "--server", service.http, "--json", of=client_command)
         assert told[0] == 0, told
         assert json.loads(told[1])["reason"] == "no use"
         for _ in range(2000):
@@ -136,7 +135,7 @@ def test_a_training_job_whose_run_is_deleted_is_told_and_goes_on(tmp_path, monke
                 client.run("r")
             with pytest.raises(Refused, match="reason"):
                 client.delete("r", reason="")
-        code, out, _ = command("flyball.cli", "tombstones", "--server", service.http)
+        code, out, _ = command("tombstones", "--server", service.http, of=client_command)
         assert (code, "no use" in out) == (0, True)
 
 
@@ -246,14 +245,14 @@ def test_verify_works_beside_a_running_service_and_compact_gives_space_back(tmp_
             out, _ = await verified.communicate()
             assert verified.returncode == 0, out
             assert out.count(b"matches bit for bit") >= 4
-            code, _, err = await asyncio.to_thread(command, "flyball_server.cli", "compact", "--store", store)
+            code, _, err = await asyncio.to_thread(command, "compact", "--store", store)
             assert (code, "in use by another" in err) == (1, True)
             for i in range(3):
                 await opened.service.delete_run(f"r{i}", "to be compacted", caller("me"))
 
     asyncio.run(ask())
     before = path.stat().st_size
-    code, out, err = command("flyball_server.cli", "compact", "--store", store)
+    code, out, err = command("compact", "--store", store)
     assert (code, err) == (0, "")
     assert path.stat().st_size < before * 0.7
     assert str(path.stat().st_size) in out
@@ -261,7 +260,7 @@ def test_verify_works_beside_a_running_service_and_compact_gives_space_back(tmp_
         assert db.execute("SELECT count(*) FROM journal WHERE run = 'grows'").fetchone() == (1,)
         db.execute("UPDATE journal SET at = at + 1 WHERE run = '#store'")
         db.commit()
-    code, out, _ = command("flyball_server.cli", "verify", "--store", store, "--json")
+    code, out, _ = command("verify", "--store", store, "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 1
     assert [line["problem"] for line in lines[:-1]] == ["", ""]

@@ -6,14 +6,13 @@ commands on the file of a real service.
 
 import json
 import logging
-import subprocess
-import sys
 import time
 import traceback
 
 import httpx
 import pytest
 import torch
+from tests.command_line import server_command
 
 import flyball
 import flyball_server
@@ -38,10 +37,7 @@ def store(tmp_path):
 
 
 def command(*words, store, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "flyball_server.cli", "token", *words, "--store", store],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = server_command("token", *words, "--store", store)
     assert done.returncode == code, done.stderr
     return done
 

@@ -10,13 +10,17 @@ Importing this package loads nothing but the standard library.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flyball.errors import Declined as Declined
 from flyball.errors import FlyballError as FlyballError
 from flyball.errors import Refused as Refused
 from flyball.governor import Governor as Governor
 
-__all__ = ["FlyballError", "Governor", "Refused", "attach"]
+if TYPE_CHECKING:
+    from flyball.adapters.torch_memory import MemoryCheckpoint as MemoryCheckpoint
+
+__all__ = ["Declined", "FlyballError", "Governor", "MemoryCheckpoint", "Refused", "attach"]
 
 
 def attach(optimizer: Any, **options: Any) -> Governor:
@@ -26,3 +30,14 @@ def attach(optimizer: Any, **options: Any) -> Governor:
     except ImportError as error:
         raise FlyballError(f"PyTorch is not installed ({error}): pip install 'flyball[torch]'") from error
     return torch.attach(optimizer, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """What needs PyTorch is loaded when it is asked for."""
+    if name != "MemoryCheckpoint":
+        raise AttributeError(f"module 'flyball' has no attribute {name!r}")
+    try:
+        from flyball.adapters.torch_memory import MemoryCheckpoint
+    except ImportError as error:
+        raise FlyballError(f"PyTorch is not installed ({error}): pip install 'flyball[torch]'") from error
+    return MemoryCheckpoint

@@ -6,23 +6,17 @@ Rule of this module: as in `api`, one method per route; it is a part of `api.Cli
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 from flyball.api_commands import run_path
+from flyball.api_connection import Connection
 
 #: Rows asked for in one request; more come in further ones.
 RECORD_PAGE = 500
 
 
-class Record:
+class Record(Connection):
     """Methods of `api.Client`. Times are ISO 8601 with a time zone, such as 2027-01-31T12:00:00Z."""
-
-    def _get(self, path: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        raise NotImplementedError  # Client's own
-
-    def _streamed(self, path: str, parameters: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        raise NotImplementedError  # Client's own
 
     def journal(
         self, run: str, *, kinds: Iterable[str] = (), since: int = 0, columns: bool = False, **where: Any

@@ -10,9 +10,10 @@ it may be sent again. That is done once where the connection was lost, and nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+from flyball.api_connection import Connection
 from flyball.errors import FlyballError, LinkError
 
 #: Commands asked for in one request; more come in further ones.
@@ -23,7 +24,7 @@ WAIT_S = 20.0
 MANY_S = 600.0
 
 
-class Commands:
+class Commands(Connection):
     """Part of `flyball.api.Client`. Every method raises what those of `Client` raise.
 
     A command is a dict: id, run, kind, status, over, reason, actor, args, verdict (what the guard left of it), clamped
@@ -31,16 +32,6 @@ class Commands:
     (each stage with its time). status: proposed, accepted, clamped, applied, done, declined, expired, superseded,
     released, withdrawn, rejected, approved.
     """
-
-    if TYPE_CHECKING:  # Client's own
-
-        def _answer(
-            self, method: str, path: str, *, parameters: Any = None, body: Any = None, **options: Any
-        ) -> dict[str, Any]: ...
-
-        def _is_lost(self, error: LinkError) -> bool: ...
-
-        def _new_key(self) -> str: ...
 
     def command(
         self,
@@ -70,12 +61,15 @@ class Commands:
         factor: float | None = None,
         setting: str = "lr",
         groups: str | Sequence[str] | None = None,
+        force: bool = False,
         **more: Any,
     ) -> dict[str, Any]:
         """Put a value, or a factor on what the policy says, in the place of a setting (lr, momentum, noise_std or a
-        control), in some groups or in all. more: for_steps or until_step, and what `command` takes."""
+        control), in some groups or in all. force: a value of lr also for an optimizer that finds its own step size,
+        of which it is a multiplier. more: for_steps or until_step, and what `command` takes."""
         names = [groups] if isinstance(groups, str) else None if groups is None else list(groups)
         said: dict[str, Any] = {"setting": setting, "groups": names, "value": value, "factor": factor}
+        said["force"] = force or None
         return self.command(run, "override", reason=reason, **said, **more)
 
     def hold(self, run: str, *, reason: str, **more: Any) -> dict[str, Any]:

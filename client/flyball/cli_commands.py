@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 from flyball.api import Client
-from flyball.cli_output import Json, RunId, Server, Token, errors, print_json, table, typer
+from flyball.cli_output import Force, Json, RunId, Server, Token, errors, print_json, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
 from flyball.cli_words import approved, asked, stage, titled
 from flyball.errors import FlyballError, Refused
@@ -66,6 +66,7 @@ def override(
     reason: Reason,
     factor: Annotated[bool, typer.Option("--factor", help="NUMBER is a factor on what the policy says.")] = False,
     group: Annotated[list[str] | None, typer.Option(help="Only this group; may be repeated.")] = None,
+    force: Force = False,
     for_steps: ForSteps = None,
     until_step: UntilStep = None,
     for_: For = None,
@@ -81,6 +82,7 @@ def override(
     name, number = assigned(setting)
     ends = _ends(for_steps, until_step, for_, until)
     said: dict[str, Any] = {"setting": name, "groups": group or None, "factor" if factor else "value": number, **ends}
+    said["force"] = force or None
     common = Common(run, wait, timeout, json_output, server, token)
     _give(common, lambda client: client.command(run, "override", reason=reason, if_match=if_match, **said))
 

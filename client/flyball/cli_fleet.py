@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from flyball.api import Client
-from flyball.cli_output import Json, Server, Token, errors, print_json, section, short, table, typer
+from flyball.cli_output import Force, Json, Server, Token, errors, print_json, section, short, table, typer
 from flyball.cli_values import assigned, pairs, policy_of, seconds
 from flyball.cli_words import asked, carried, clamped
 from flyball.errors import FlyballError
@@ -50,6 +50,7 @@ def fleet(
     ] = None,
     factor: Annotated[bool, typer.Option("--factor", help="override: the number is a factor.")] = False,
     group: Annotated[list[str] | None, typer.Option(help="override: only this group; may be repeated.")] = None,
+    force: Force = False,
     for_steps: Annotated[int | None, typer.Option(min=1, help="override, hold: so many optimizer steps.")] = None,
     until_step: Annotated[int | None, typer.Option(min=1, help="override, hold: up to this optimizer step.")] = None,
     for_: Annotated[str | None, typer.Option("--for", metavar="TIME", help="So long: 90s, 30min, 2h, 1d.")] = None,
@@ -62,6 +63,7 @@ def fleet(
 ) -> None:
     """Give every run that SELECTOR means a command; without a status, to those that have not ended."""
     given = {**_fields(kind, words or [], factor), "groups": group or None, "for_steps": for_steps}
+    given["force"] = force or None
     said = {**given, "until_step": until_step, "expires_in_s": seconds(for_), "expires_at": until}
     name = kind.replace("-", "_")
     what = asked({"kind": name, "args": said}) if name in ("switch_policy", "set_profile") else ""

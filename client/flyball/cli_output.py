@@ -25,6 +25,9 @@ Server = Annotated[
     str | None, typer.Option(help="http://HOST:PORT; without it FLYBALL_SERVER, then http://127.0.0.1:1788.")
 ]
 Token = Annotated[str | None, typer.Option(help="The bearer token; without it FLYBALL_TOKEN.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="override: a value of lr also where the optimizer finds its own step size.")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON, for programs.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `flyball runs` shows it.")]
 

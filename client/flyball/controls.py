@@ -104,6 +104,14 @@ class Controls:
             self._refused |= names
         self._put_together()
 
+    def know(self, names: set[str]) -> None:
+        """The service knows these, by what rank 0 of several says."""
+        self.told(tuple(control for control in self.untold if control.name in names))
+
+    def snapshot(self) -> dict[str, tuple[float, bool]]:
+        """Every value, and whether the service knows of it."""
+        return {name: (c._value, name in self.values) for name, c in list(self._controls.items())}
+
     def adopt(self, values: Mapping[str, float]) -> None:
         """Take over what the service says. What is no finite number changes nothing."""
         moved = False

@@ -1,8 +1,9 @@
-"""What the client raises: only from `attach`, and to itself.
+"""What the client raises: only from `attach`, and to itself; and what a handler raises.
 
 FlyballError
 ├── Refused    the service answered and said no; `code` is its word (invalid, not_found, conflict, denied)
-└── LinkError  the service could not be reached or asks for patience; the link tries again by itself
+├── LinkError  the service could not be reached or asks for patience; the link tries again by itself
+└── Declined   raised by a handler: it does not do what it is asked for, and the message says why
 """
 
 from __future__ import annotations
@@ -26,3 +27,7 @@ class LinkError(FlyballError):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Declined(FlyballError):
+    """Raise it in a handler that does not do what it is asked for: the message is the answer's note."""

@@ -14,106 +14,132 @@ import atexit
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from flyball import limits
-from flyball.connect import check_token, connect, new_session
-from flyball.controls import NAME, Control
-from flyball.directives import KINDS
-from flyball.link import Link
+from flyball.accumulation import MicroBatches
+from flyball.connect import check_token, new_session
+from flyball.controls import Control
+from flyball.handlers import Handlers
+from flyball.measured import Measured
 from flyball.optimizer import Conflict, Optimizer
-from flyball.options import checked
-from flyball.session import Session
-from flyball.sinks import Shown, Sink
+from flyball.pending import Pending
+from flyball.reading import Reading
+from flyball.sides import Line, Side
+from flyball.sinks import Shown
 from flyball.status import Status
-from flyball.wire import Group, Settings
+from flyball.wire import Settings
 
 log = logging.getLogger("flyball")
 
-#: What answers a directive: it gets the arguments, and returns a note or nothing.
-Handler = Callable[[Mapping[str, Any]], str | None]
 
-
-class Governor:
+class Governor(Handlers):
     """One steered optimizer. Made by `attach`; a context manager that closes itself."""
 
     def __init__(
         self,
         optimizer: Optimizer,
-        session: Session,
-        link: Link,
+        session: Side,
+        link: Line,
         *,
         wait_s: float | None,
         close_s: float,
-        report_to: Sequence[Sink] = (),
+        accumulate: str | None = None,
+        shown: Shown | None = None,
     ) -> None:
+        super().__init__(session, link)
         self._optimizer = optimizer
-        self._session = session
-        self._link = link
         self._wait_s = wait_s
         self._close_s = close_s
-        #: Optimizer steps of this process, from 0; the session knows where the run's own count stood then.
-        self._next_step = 0
         self._reported = -1
         self._decided: int | None = None
         self._late = False
         self._conflict: Conflict | None = None
         self._confirm = 0
         self._controls: Mapping[str, float] = session.controls.values
-        self._handlers: dict[str, Handler] = {}
         self._receipted: tuple[Settings, Settings | None, bool, Mapping[str, float]] | None = None
         self._wanted: Settings | None = None
-        self._warned: set[str] = set()
         self._causes: set[str] = set()
-        self._names: set[str] = set()
-        self._first_call = True
+        #: Where micro-batches make a step.
+        self._micro = None if accumulate is None else MicroBatches(accumulate)
+        self._reading = Reading(optimizer)
+        #: What the adapter measured around a step.
+        self._measured = Measured()
         self._closed = False
-        self._bad_values = self._skipped = self._missed = self._conflicts = 0
+        self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
-        self._shown = Shown(report_to, session)
+        self._shown = Shown((), session, ()) if shown is None else shown
         link.on_notice = lambda line: self._shown.noticed(self._next_step, time.time(), line)
         _governors.add(self)
 
     # -- for the training script ---------------------------------------------------------------------
 
-    def step(self, loss: Any = None, *, reward: Any = None, grad_norm: Any = None, **signals: Any) -> None:
+    def step(
+        self, loss: Any = None, weight: Any = 1.0, *, reward: Any = None, grad_norm: Any = None, **signals: Any
+    ) -> None:
         """Report the signals of the optimizer step just made; call it after `optimizer.step()`.
 
-        loss: a float, a tensor with one element on any device, or a callable that returns one. A device's loss is
-        fetched without waiting and reported once it has arrived. A value that is no number is recorded as not
+        loss, reward, grad_norm (what `clip_grad_norm_` returned, say) and signals under names of your own: each a
+        float, a tensor with one element on any device, or a callable that returns one. What is on a device is fetched
+        without waiting, and reported once it has arrived. A value that is no number is recorded as not
         measured, except in the very first call, which raises TypeError: then nothing has been harmed yet.
+
+        With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
+        closes the step. Loss and reward are those of all its micro-batches; `weight` says how many samples or tokens
+        this one's are a mean of (0: it had none); what several ranks saw is averaged by it, too (one that is still on
+        its device counts as 1 there). Other signals are those of the closing call. One NaN among the losses
+        makes the step's NaN. The micro-batches of a step that a GradScaler skipped count to the next step, unless
+        `skip` is called.
         """
         started = time.monotonic_ns()
+        reading = self._reading
         if type(loss) is not float:
-            loss = self._number("loss", loss, True)
+            loss = reading.number("loss", loss)
         if type(reward) is not float:
-            reward = self._number("reward", reward, False)
+            reward = reading.number("reward", reward)
         if type(grad_norm) is not float:
-            grad_norm = self._number("grad_norm", grad_norm, False)
-        others = None
+            grad_norm = reading.number("grad_norm", grad_norm)
+        others: dict[str, Any] | None = None
         if signals:
             others = {
                 name: number
                 for name, value in signals.items()
-                if (name in self._names or self._is_name(name))
-                and (number := self._number(name, value, False)) is not None
+                if reading.is_name(name) and (number := reading.number(name, value)) is not None
             }
-        self._first_call = False
         step = self._next_step - 1
+        if type(weight) is not float:
+            weight = reading.number("weight", weight)
+        if self._micro is not None:
+            self._micro.add(loss, reward, weight)
+        reading.first = False
         if step == self._reported:
             # No optimizer step since the last call: a skipped AMP step, or a micro-batch.
-            self._skipped += 1
+            if self._micro is None:
+                self._skipped += 1
+                self._session.skipped()
         else:
             self._reported = step
-            if self._session.observe(step, (loss, reward, grad_norm, others)):
+            if self._micro is not None:
+                loss, reward, weight = self._micro.close()
+            if self._measured.any:
+                grad_norm, others = self._measured.added(step, grad_norm, others, reading.is_name)
+            if self._session.observe(step, (loss, reward, grad_norm, others), weight):
                 self._link.wake()
             self._busy_ns += time.monotonic_ns() - started
-            if self._session.directives.pending:
-                self._carry_out()
+            if self._session.directives.pending or self._regular:
+                self._between_steps()
             return
         self._busy_ns += time.monotonic_ns() - started
+
+    def skip(self) -> None:
+        """With `accumulate`: the micro-batches reported since the last step lead to none (a GradScaler skipped it, or
+        the gradients were thrown away). Their losses are dropped, and counted in `status.skipped`."""
+        if self._micro is not None and self._next_step - 1 == self._reported:
+            self._skipped += 1
+            self._micro.begin()
+            self._session.skipped()
 
     def control(self, name: str, value: float, *, min: float, max: float) -> Control:
         """Declare a scalar of this training that people may steer: read `.value` of what this returns wherever it is
@@ -126,20 +152,6 @@ class Governor:
         self._link.wake()
         return control
 
-    def on(self, kind: str, handler: Handler) -> None:
-        """Have `handler` called where the service asks for a `checkpoint`, `restore`, `rewind`, `evaluate` or `stop`.
-
-        It gets the arguments, runs inside `governor.step` on the thread that trains, and may take its time; what it
-        returns is the answer's note. One that raises declines. Without a handler a stop sets `should_stop`, and all
-        else is declined.
-        """
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r:.80}: give one of {', '.join(KINDS)}")
-        if not callable(handler):
-            raise TypeError(f"handler is {handler!r:.80}: give a function that takes the arguments, a mapping")
-        self._handlers[kind] = handler
-        self._session.directives.handle(kind)
-
     @property
     def status(self) -> Status:
         """How it stands: see `Status`. Costs a few microseconds."""
@@ -148,12 +160,19 @@ class Governor:
             time.monotonic(),
             added_us=self._busy_ns / 1000 / self._steps_here if self._steps_here else 0.0,
             waited_s=self._waited_ns / 1e9,
-            bad_values=self._bad_values,
+            bad_values=self._reading.bad_values,
             skipped=self._skipped,
             missed=self._missed,
             conflicts=self._conflicts,
             unshown=self._shown.lost,
         )
+
+    @property
+    def joinable(self) -> Any:
+        """For torch's `Join([ddp, governor.joinable])`, where ranks have unequal numbers of batches."""
+        from flyball.adapters.ranks import joinable
+
+        return joinable(self._session)
 
     @property
     def should_stop(self) -> bool:
@@ -180,14 +199,19 @@ class Governor:
         that, and for the new attempt, up to `wait_s` each (at most a second where that is None). Raises ValueError
         where it is no token of this run.
         """
+        token = self._session.common(token)
         step, attempt, seq, digest = check_token(token, self._session.attach.run, self._session.attach.project)
         wait_s = 1.0 if self._wait_s is None else self._wait_s
         if self._session.state == "steering":
             self._link.wait(lambda: self._session.drained, wait_s, "what was reported before")
         self._session.reattach(new_session(), attempt, step, seq, digest)
         self._next_step, self._reported = 0, -1
+        self._returns += 1
         self._receipted = self._wanted = self._decided = self._conflict = None
         self._confirm = 0
+        self._measured = Measured()
+        if self._micro is not None:
+            self._micro.begin()
         self._optimizer.forget()
         self._link.restart()
         self._link.wait(lambda: self._session.attached is not None, wait_s, "the new attempt")
@@ -228,13 +252,33 @@ class Governor:
 
     # -- for the adapter -----------------------------------------------------------------------------
 
+    def prepare_step(self) -> None:
+        """Write the coming step's settings already, for a library that lets others look at them before its update.
+
+        `before_step` writes them once more, as late as it can, and adds the gradient noise. An update that is not made
+        after all (a skipped AMP step) is given up with `abandon_step`.
+        """
+        self._settings_in(noisy=False)
+
+    def abandon_step(self) -> None:
+        """The step that was prepared is not made: what must not outlast a step (multiplier mode) is undone."""
+        try:
+            self._optimizer.read_back()
+        except Exception as error:
+            self._reading.once(f"settings could not be read back: {error!r}")
+
     def before_step(self) -> None:
         """Just before the optimizer steps: wait if the lag asks for it, and write the settings."""
+        self._settings_in(noisy=True)
+
+    def _settings_in(self, *, noisy: bool) -> None:
         started = time.monotonic_ns()
         session, step = self._session, self._next_step
         try:
             # Here as well as in the link, which may itself be waiting for an answer that does not come.
-            session.tick(started / 1e9)
+            waited = session.arrive(step, started / 1e9)
+            self._waited_ns += waited
+            started += waited
             if session.lag is not None and session.missing(step):
                 started += self._wait(lambda: not session.missing(step), f"the decision for step {step}")
             confirm = session.to_confirm(step)
@@ -246,13 +290,13 @@ class Governor:
             else:
                 wanted, self._decided, self._late = target
                 self._wanted = wanted
-                noisy = wanted.noise_std is not None and any(wanted.noise_std)
-                seed = session.noise_seed(step) if noisy else None
+                drawn = noisy and wanted.noise_std is not None and any(wanted.noise_std)
+                seed = session.noise_seed(step) if drawn else None
                 conflict = self._optimizer.write(wanted, session.reference, session.bounds, seed)
             if conflict is not None:
                 self.note(conflict)
         except Exception as error:  # whatever goes wrong here must not end the training job
-            self._once(f"settings could not be applied: {error!r}")
+            self._reading.once(f"settings could not be applied: {error!r}")
         self._busy_ns += time.monotonic_ns() - started
 
     def after_step(self) -> None:
@@ -274,10 +318,38 @@ class Governor:
             # A control may be read at any time, so what it changed to in mid-step holds from the next one on.
             self._controls = self._session.controls.values
         except Exception as error:
-            self._once(f"settings could not be read back: {error!r}")
+            self._reading.once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
         self._busy_ns += time.monotonic_ns() - started
+
+    def aside(self, do: Callable[[], Conflict | None]) -> None:
+        """What an adapter does around an update that is a part of a step only (one of several optimizers'), between
+        `before_step` and `after_step`. It may return a conflict."""
+        started = time.monotonic_ns()
+        try:
+            conflict = do()
+            if conflict is not None:
+                self.note(conflict)
+        except Exception as error:
+            self._reading.once(f"settings could not be applied or read back: {error!r}")
+        self._busy_ns += time.monotonic_ns() - started
+
+    def measure(self, work: Callable[[], Mapping[str, float | Pending] | None]) -> None:
+        """Have an adapter measure something around the step under way, before its `after_step`: what `work` returns,
+        signals by name, goes with the report of this step."""
+        started = time.monotonic_ns()
+        try:
+            found = work()
+            if found is not None:
+                self._measured.take(self._next_step, found)
+        except Exception as error:
+            self._reading.once(f"signals could not be measured: {error!r}")
+        self._busy_ns += time.monotonic_ns() - started
+
+    def measured(self, signals: Mapping[str, float]) -> None:
+        """Signals that the adapter knows behind `after_step`: they go with the report of the step just made, too."""
+        self._measured.take(self._next_step - 1, signals)
 
     def note(self, conflict: Conflict) -> None:
         """Count a conflict; the first one of its cause is logged, and rides in the next receipt."""
@@ -312,68 +384,6 @@ class Governor:
 
     def _show(self, used: Settings, conflict: str = "") -> None:
         self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
-
-    def _carry_out(self) -> None:
-        """Call the handlers of what the service asked for."""
-        session = self._session
-        while (asked := session.directive()) is not None:
-            outcome, note = "done", None
-            try:
-                note = self._handlers[asked.kind](asked.args)
-            except Exception as error:
-                outcome, note = "declined", f"{type(error).__name__}: {error}"
-                log.warning("flyball: %s was declined: its handler failed", asked.kind, exc_info=True)
-            # A handler may have gone back to a checkpoint: what step it is, is asked afterwards.
-            session.answer(asked.id, outcome, "" if note is None else str(note), self._next_step)
-            self._link.wake()
-
-    def _number(self, name: str, value: Any, may_pend: bool) -> Any:
-        """`value` as a float (or a Pending one, where that may be); None where it is none."""
-        if value is None:
-            return None
-        try:
-            return self._optimizer.number(value() if callable(value) else value, may_pend)
-        except Exception as error:
-            message = (
-                f"{name} is {type(value).__name__} {value!r:.60}: give a float, or a tensor with one element ({error})"
-            )
-            if self._first_call:
-                raise TypeError(message) from error
-            self._bad_values += 1
-            self._once(f"recorded as not measured: {message}")
-            return None
-
-    def _is_name(self, name: str) -> bool:
-        """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""
-        if len(name) <= limits.NAME_MAX and NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
-            self._names.add(name)
-            return True
-        message = (
-            f"signal {name!r} is not reported: a run has at most {limits.SIGNALS_MAX} signals, whose names are "
-            "letters, digits and any of _ . / @ % + -"
-        )
-        if self._first_call:
-            raise ValueError(message)
-        self._bad_values += 1
-        self._once(message)
-        return False
-
-    def _once(self, message: str) -> None:
-        if message not in self._warned and len(self._warned) < limits.CAUSES_MAX:
-            self._warned.add(message)
-            log.warning("flyball: %s", message)
-
-
-def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
-    """What every adapter's `attach` ends with: a governor of its optimizer, whose groups are declared as given.
-
-    options: see `flyball.options.Options`. Raises what `attach` says it raises.
-    """
-    whole = checked(options)
-    session, link = connect(groups, whole)
-    return Governor(
-        optimizer, session, link, wait_s=whole["wait_s"], close_s=whole["close_s"], report_to=whole["report_to"]
-    )
 
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()

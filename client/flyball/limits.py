@@ -4,10 +4,12 @@ from __future__ import annotations
 
 #: Observations in one report. More wait for the next one.
 BATCH_MAX = 1024
-#: In free-running mode a report leaves when so many observations wait ...
-FLUSH_OBSERVATIONS = 64
+#: In free-running mode a report leaves when so many observations wait: only steps of less than 0.2 ms come to that ...
+FLUSH_OBSERVATIONS = 256
 #: ... or when so much time has passed since the last one, whichever comes first.
 FLUSH_INTERVAL_S = 0.05
+#: ... and how often a number that is still on its device is asked for, once the report is due.
+DEVICE_POLL_S = 0.005
 #: Observations kept while the service cannot be reached; beyond that the oldest are dropped and counted.
 BUFFER_MAX = 100_000
 #: Receipts kept while the service cannot be reached; beyond that the oldest are dropped and counted.
@@ -33,6 +35,10 @@ EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Micro-batches of one step whose values may be on their way from a device at once; beyond that the loss is not known.
+MICRO_PENDING_MAX = 1024
+#: Groups whose effective learning rate is told, where an optimizer finds its own.
+EFFECTIVE_MAX = 16
 #: Declared controls of one run.
 CONTROLS_MAX = 32
 #: Directives remembered, so that none is carried out twice, and those that may wait for the training thread at once.
@@ -59,5 +65,15 @@ SINK_QUEUE_MAX = 4096
 SINK_AGAIN_STEPS = 100
 #: Markers that a sink keeps for what it writes when it is closed.
 SINK_MARKERS_MAX = 10_000
+#: Optimizer steps between two exchanges of ranks, at most.
+EVERY_MAX = 4096
+#: How long one collective may take in which ranks wait for the service: several are made, so that no watchdog barks.
+PAUSE_S = 2.0
+#: With wait_s=None: a log line each time all ranks have waited so many pauses.
+PAUSES_PER_LOG = 5
+#: How often it is looked whether a loss has arrived, or an exchange has ended, where that is waited for.
+SETTLE_S = 0.0005
+#: The bytes in front of what a rank gives that say how long it is.
+SLOT_HEAD = 8
 #: Rows of a Parquet file that are kept in memory and written together.
 PARQUET_ROWS = 65_536

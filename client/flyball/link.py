@@ -46,6 +46,8 @@ class Link:
         self._transport: Transport | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        #: Whether the log was told that the service cannot be reached.
+        self._told_lost = False
         self._pid = os.getpid()
         self._wake = threading.Event()
         self._changed = threading.Condition()
@@ -124,6 +126,7 @@ class Link:
                 attached = transport.attach(attach)
                 session.on_attached(attached, attach, time.monotonic())
                 self._tell()
+                self._found()
                 pause = limits.BACKOFF_FIRST_S
                 self._talk(transport, attach)
                 continue
@@ -179,7 +182,13 @@ class Link:
         session = self._session
         if session.state == "steering" or not session.last_error:
             log.warning("flyball: no link to the service (%s); training goes on, and so do the attempts", error)
+            self._told_lost = True
         session.on_lost(error, time.monotonic())
+
+    def _found(self) -> None:
+        if self._told_lost:
+            self._told_lost = False
+            log.warning("flyball: the service is back; what waited goes to it now")
 
     def _pause(self, seconds: float) -> None:
         """Sleep, but keep the outage clock ticking and end at once on close."""

@@ -45,8 +45,8 @@ class Optimizer(Protocol):
     def forget(self) -> None:
         """The job goes back to a checkpoint: what stands in the optimizer before the next step is nobody's conflict."""
 
-    def number(self, value: Any, may_pend: bool) -> float | Pending:
-        """A value as a float, or (where allowed) as one still on its way from a device. Raises where it is none."""
+    def number(self, value: Any) -> float | Pending:
+        """A value as a float, or as one still on its way from a device. Raises where it is none."""
 
     def detach(self) -> None:
         """Let go of the optimizer."""

@@ -13,6 +13,9 @@ from typing import Any, Required, TypedDict
 
 from flyball.sinks import Sink
 
+#: What an adapter can measure around a step.
+SIGNALS = ("grad_norm", "update_norm", "distance", "inner_product")
+
 
 class Options(TypedDict, total=False):
     """What `attach` takes in every ecosystem; only `run` must be given.
@@ -32,6 +35,10 @@ class Options(TypedDict, total=False):
     lag: None (default) applies the newest decision and never waits; k applies that of step t at step t + 1 + k
         exactly, and waits for it if it is not there yet (0: lockstep).
     wait_s: how long one step may wait with lag=k (default 0.05); None: as long as it takes.
+    accumulate: where several micro-batches make one optimizer step, each reported by a call of `governor.step`: "mean",
+        where each loss is the mean of its micro-batch (the step's is their mean, weighted by `weight`), or "sum", where
+        each is divided by their number already. Default None: every call is a step, and one without an optimizer step
+        is counted in `status.skipped` and its loss dropped.
     on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
         (default) the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
     resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
@@ -42,8 +49,15 @@ class Options(TypedDict, total=False):
     fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
         its own the run goes on under the other's, in the state of then.
     shadows: up to three policies by name that decide beside the run's own; recorded, never applied.
+    signals: what to measure around each optimizer step, some of "grad_norm", "update_norm", "distance" (from where the
+        parameters were at attach) and "inner_product" (of gradient and step); PyTorch only. Default: nothing.
+        What `governor.step` is given under the same name wins. See `flyball.adapters.signals` for what they cost.
+    signals_every: measure only every so many steps; default 1.
     report_to: where else to show the settings that were applied and what moved them, such as
         [TensorBoardWriter("runs/1")]; see `flyball.sinks.Sink`.
+    ranks: who shares the run: "auto" (default): all ranks of torch.distributed, where it is initialized; None: this
+        process alone; a torch ProcessGroup: its ranks; `flyball.ranks.Ranks`: how often they exchange, too. All of
+        them attach at once.
     start_wait_s: how long to wait here for the service's first answer; default 2.
     close_s: how long `close` may take to deliver the last reports; default 5.
     """
@@ -60,12 +74,16 @@ class Options(TypedDict, total=False):
     seed: int
     lag: int | None
     wait_s: float | None
+    accumulate: str | None
     on_outage: str
     resume: bool | Mapping[str, Any]
     on_unknown: str
     fork: Mapping[str, Any] | None
     shadows: Mapping[str, str | Mapping[str, Any]] | None
+    signals: Sequence[str]
+    signals_every: int
     report_to: Sequence[Sink]
+    ranks: Any
     start_wait_s: float
     close_s: float
 
@@ -92,12 +110,16 @@ def checked(options: Mapping[str, Any]) -> Options:
         seed=options.get("seed", 0),
         lag=options.get("lag"),
         wait_s=options.get("wait_s", 0.05),
+        accumulate=options.get("accumulate"),
         on_outage=options.get("on_outage", "hold"),
         resume=options.get("resume", False),
         on_unknown=options.get("on_unknown", "refuse"),
         fork=options.get("fork"),
         shadows=options.get("shadows"),
+        signals=options.get("signals", ()),
+        signals_every=options.get("signals_every", 1),
         report_to=options.get("report_to", ()),
+        ranks=options.get("ranks", "auto"),
         start_wait_s=options.get("start_wait_s", 2.0),
         close_s=options.get("close_s", 5.0),
     )
@@ -105,10 +127,28 @@ def checked(options: Mapping[str, Any]) -> Options:
     return whole
 
 
+def measured(options: Options) -> tuple[tuple[str, ...], int, Options]:
+    """Which signals to measure and every how many steps, and the other options: for an adapter that measures them.
+
+    Raises ValueError for a signal that there is not.
+    """
+    names, every = options.get("signals", ()), options.get("signals_every", 1)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not set(names) <= set(SIGNALS):
+        raise ValueError(f"signals is {names!r:.80}: give some of {SIGNALS!r}")
+    check("signals_every", every, int, wanted="a number of optimizer steps, 1 or more")
+    if every < 1:
+        raise ValueError(f"signals_every is {every}: give a number of optimizer steps, 1 or more")
+    rest = options.copy()
+    rest.pop("signals", None)
+    rest.pop("signals_every", None)
+    return tuple(dict.fromkeys(names)), every, rest
+
+
 def _check(one: Options) -> None:
     check_seconds("wait_s", one["wait_s"], or_none=True)
     check_seconds("close_s", one["close_s"])
     check_choice("on_outage", one["on_outage"], "hold", "base", "stop")
+    check_choice("accumulate", one["accumulate"], None, "mean", "sum")
     check_choice("mode", one["mode"], "absolute", "multiplier")
     check_choice("on_unknown", one["on_unknown"], "refuse", "import")
     check("run", one["run"], str, wanted="the run's name")
@@ -128,9 +168,16 @@ def _check(one: Options) -> None:
     check_mapping("labels", one["labels"], "text by name, such as {'team': 'vision'}")
     check_mapping("shadows", one["shadows"], "policies by name, such as {'bold': {'type': 'windowed'}}")
     _check_sinks(one["report_to"])
+    if isinstance(one["ranks"], str):
+        check_choice("ranks", one["ranks"], "auto")
     if one["fork"] is not None and one["resume"]:
         raise ValueError("fork and resume are both given: a fork begins a new run, resume goes on with an existing one")
     check_seconds("start_wait_s", one["start_wait_s"])
+    if one["signals"]:
+        raise ValueError(
+            f"signals is {one['signals']!r:.80}, but only a PyTorch optimizer's are measured: give governor.step what "
+            "you measure yourself, governor.step(loss, grad_norm=...)"
+        )
 
 
 def _check_sinks(sinks: Any) -> None:
@@ -169,7 +216,7 @@ def check_seconds(name: str, value: Any, *, or_none: bool = False) -> None:
         raise ValueError(f"{name} is {value!r}: give {wanted}")
 
 
-def check_choice(name: str, value: Any, *choices: str) -> None:
+def check_choice(name: str, value: Any, *choices: str | None) -> None:
     """Raise ValueError where `value` is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r:.80}: give one of {', '.join(repr(choice) for choice in choices)}")

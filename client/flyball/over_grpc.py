@@ -117,7 +117,9 @@ class GrpcTransport:
 
 
 def _attach(m: wire.Attach) -> pb.Attach:
-    groups = [pb.Group(name=g.name, lr=g.lr, momentum=g.momentum, betas=g.betas or ()) for g in m.groups]
+    groups = [
+        pb.Group(name=g.name, lr=g.lr, momentum=g.momentum, betas=g.betas or (), lr_free=g.lr_free) for g in m.groups
+    ]
     return pb.Attach(
         project=m.project,
         run=m.run,

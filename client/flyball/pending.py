@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Pending(Protocol):
-    """A loss that was asked for and has not arrived yet."""
+    """A number that was asked for and has not arrived yet."""
 
     def ready(self) -> bool:
         """Whether the value has arrived."""

@@ -88,8 +88,16 @@ class Session:
 
     # -- the training thread -------------------------------------------------------------------------
 
-    def observe(self, step: int, signals: Signals) -> bool:
-        """Record one step. Returns whether the link should be woken to send."""
+    def arrive(self, step: int, now: float) -> int:
+        """Before anything else of an optimizer step. How long that waited, in ns: not at all."""
+        self.tick(now)
+        return 0
+
+    def skipped(self) -> None:
+        """No optimizer step was made: no matter of one process alone."""
+
+    def observe(self, step: int, signals: Signals, weight: float = 1.0) -> bool:
+        """Record one step. Returns whether the link should be woken to send. weight: of this process among several."""
         with self._lock:
             buffer = self._observations
             if len(buffer) >= limits.BUFFER_MAX:
@@ -152,6 +160,7 @@ class Session:
         confirms: int = 0,
         controls: Mapping[str, float] | None = None,
         wanted_lr: tuple[float, ...] | None = None,
+        of_ranks: int = 0,
     ) -> None:
         """Record what was really applied at `step`. decided: a target's; None: nothing was decided yet. confirms: what
         `to_confirm` said, and then the receipt is urgent."""
@@ -166,7 +175,7 @@ class Session:
             self._receipts.append(
                 Receipt(
                     self._receipt_number, step, decided, settings, late, conflict, ranks, confirmed,
-                    controls or {}, wanted_lr,
+                    controls or {}, wanted_lr, of_ranks,
                 )
             )  # fmt: skip
             self._urgent = self._urgent or confirms > 0
@@ -292,8 +301,12 @@ class Session:
         """How long the link may sleep before it asks for a report again, if nobody wakes it."""
         with self._lock:
             if self.lag is not None and self._observations:
-                return 0.001  # somebody waits for a loss that is still on its device
-            return min(limits.FLUSH_INTERVAL_S, max(0.001, self._last_sent + limits.FLUSH_INTERVAL_S - now))
+                return 0.001  # somebody waits for a number that is still on its device
+            left = self._last_sent + limits.FLUSH_INTERVAL_S - now
+            if left > 0:
+                return max(left, 0.001)
+            # Overdue, so that what there is has not left its device yet; or there is nothing, perhaps for long.
+            return limits.FLUSH_INTERVAL_S if self.drained else limits.DEVICE_POLL_S
 
     def on_advice(self, message: Advice, now: float) -> None:
         """The service answered the report in flight: everything in it is in the journal."""
@@ -380,6 +393,10 @@ class Session:
             if self._due_since is not None and now - self._due_since >= limits.OUTAGE_AFTER_S:
                 self.outage = True
 
+    def common(self, token: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The checkpoint token that all ranks go back to."""
+        return token
+
     def reattach(self, session: str, from_attempt: int | None, step: int, seq: int, digest: str) -> None:
         """Go back to a checkpoint taken before optimizer `step`, under a new session id: the job counts from there.
 
@@ -457,6 +474,21 @@ class Session:
             "policy": "" if attached is None else attached.policy,
             "digest": "" if advice is None else advice.digest,
         }
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """The seed of gradient noise, and the run's own count of this process's first step."""
+        return self._seed, self._offset
+
+    @property
+    def newest(self) -> Attached | Advice | None:
+        """The service's newest answer."""
+        return self._advice
+
+    @property
+    def through(self) -> int:
+        """The newest step in the service's journal, as far as is known."""
+        return self._decisions.through
 
     def status(self, step: int, now: float, **counters: Any) -> Status:
         """The status, with the counters of the adapter."""

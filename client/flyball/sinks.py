@@ -23,7 +23,7 @@ from flyball import limits
 from flyball.wire import Settings
 
 if TYPE_CHECKING:
-    from flyball.session import Session
+    pass
 
 log = logging.getLogger("flyball")
 
@@ -54,6 +54,13 @@ class Sink(Protocol):
         """The last call: deliver what waits, and let go of what this sink opened itself."""
 
 
+class Counted(Protocol):
+    """What is asked of the session: see `session.Session`."""
+
+    def number(self, step: int) -> int | None: ...
+    def told(self) -> tuple[int, str, str]: ...
+
+
 class Applied(NamedTuple):
     """What one optimizer step used."""
 
@@ -64,9 +71,9 @@ class Applied(NamedTuple):
 class Shown:
     """All sinks of one governor: the training thread's part. Steps are the job's own count here."""
 
-    def __init__(self, sinks: Sequence[Sink], session: Session) -> None:
+    def __init__(self, sinks: Sequence[Sink], session: Counted, groups: Sequence[str]) -> None:
         self._session = session
-        self._feeds = [Feed(sink, [group.name for group in session.attach.groups]) for sink in sinks]
+        self._feeds = [Feed(sink, groups) for sink in sinks]
         self._moved: Settings | None = None
         self._moved_at = -1
         self._code = ""

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 
 class Group(NamedTuple):
-    """A parameter group with the settings it has when the job attaches."""
+    """A parameter group with the settings it has when the job attaches. lr_free: the optimizer finds its own step size,
+    and lr multiplies that."""
 
     name: str
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+    lr_free: bool = False
 
 
 class Settings(NamedTuple):
@@ -177,7 +179,7 @@ class Advice(NamedTuple):
 
 def attach_json(message: Attach) -> dict[str, Any]:
     """Attach as JSON values. What is not asked for is left out: a service older than it would refuse it."""
-    data = {**_asked(message), "groups": [group._asdict() for group in message.groups]}
+    data = {**_asked(message), "groups": [_group_json(group) for group in message.groups]}
     if message.fork is not None:
         data["fork"] = message.fork._asdict()
     return data
@@ -222,6 +224,13 @@ def advice_of(data: Mapping[str, Any]) -> Advice:
     directives = tuple(Directive(d["id"], d["kind"], d.get("args", {})) for d in data["directives"])
     fields = {**_told(data, Advice), "notices": tuple(data.get("notices", ()))}
     return Advice(**{**fields, "changes": _changes_of(data["changes"]), "directives": directives})
+
+
+def _group_json(group: Group) -> dict[str, Any]:
+    data = group._asdict()
+    if not group.lr_free:  # a service older than it would refuse it
+        del data["lr_free"]
+    return data
 
 
 def _asked(message: Any) -> dict[str, Any]:

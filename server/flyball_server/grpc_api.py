@@ -247,7 +247,7 @@ def _group(g: pb.Group) -> Group:
     if len(g.betas) not in (0, 2):
         raise Invalid(f"groups: {g.name}.betas has {len(g.betas)} values: give none or two")
     betas = (g.betas[0], g.betas[1]) if g.betas else None
-    return Group(g.name, g.lr, g.momentum if g.HasField("momentum") else None, betas)
+    return Group(g.name, g.lr, g.momentum if g.HasField("momentum") else None, betas, g.lr_free)
 
 
 def read_report(m: pb.Report) -> Report:

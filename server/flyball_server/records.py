@@ -124,7 +124,7 @@ def from_row(row: Row, groups: tuple[Group, ...]) -> tuple[Event, Outcome]:
 def spec_of(row: Row) -> Spec:
     """The specification in a run's first row."""
     spec = dict(row.meta["spec"])
-    groups = (Group(n, lr, m, None if b is None else (b[0], b[1])) for n, lr, m, b in spec["groups"])
+    groups = (Group(n, lr, m, None if b is None else (b[0], b[1]), *free) for n, lr, m, b, *free in spec["groups"])
     return Spec(**{**spec, "groups": tuple(groups)})
 
 
@@ -152,7 +152,8 @@ def _said(event: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _spec_json(spec: Spec) -> dict[str, Any]:
-    data = {**spec._asdict(), "groups": [list(g) for g in spec.groups]}
+    # What is free of a learning rate says so; all others as it was recorded before there was such a thing.
+    data = {**spec._asdict(), "groups": [list(g) if g.lr_free else list(g[:4]) for g in spec.groups]}
     if not data["shadows"]:
         del data["shadows"]
     if data["asked_guard"] is None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from tests.bench.table import Row, about, load, render
 
 #: In the order of the table. Each is a module here with `measure(quick) -> list[Row]`.
-FAMILIES = ("steps", "slowdown", "fold", "lockstep", "batches", "storage", "memory", "series")
+FAMILIES = ("steps", "slowdown", "signals", "fold", "lockstep", "batches", "storage", "memory", "series")
+FAMILIES = ("steps", "slowdown", "fold", "lockstep", "batches", "storage", "memory", "series", "ranks")
 
 
 def main() -> int:

@@ -1,13 +1,17 @@
-"""What tests of the client share: a policy that only says what a test tells it to, and torch on one thread.
+"""What tests of the client share: a service, a policy that only says what a test tells it to, and torch on one thread.
 
 Rule of this module: the policy is in the table for one test at a time, in this process only.
 """
 
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
+import httpx
 import pytest
 
+import flyball
+import flyball_server
 from flyball_server.core.policies import ALL, POLICIES
 from flyball_server.core.types import Decision, Policy
 
@@ -15,6 +19,37 @@ from flyball_server.core.types import Decision, Policy
 @pytest.fixture(autouse=True)
 def _alone(one_thread):
     """Every test here may train."""
+
+
+@pytest.fixture(scope="module")
+def service():
+    with flyball_server.running() as service:
+        yield service
+
+
+@pytest.fixture
+def read(service):
+    """What the service says of a run."""
+    with httpx.Client(base_url=service.http, trust_env=False, timeout=20) as http:
+        yield lambda path: http.get(f"/v1/runs/{path}").raise_for_status().json()
+
+
+runs = count()
+
+
+@pytest.fixture
+def steered(service, scripted):
+    """Attach in lockstep, to a policy that changes nothing; closed at the end."""
+    opened = []
+
+    def attach(optimizer, **options):
+        defaults = {"run": f"c{next(runs)}", "policy": scripted(), "lag": 0, "wait_s": 10.0, "server": service.http}
+        opened.append(flyball.attach(optimizer, **(defaults | options)))
+        return opened[-1]
+
+    yield attach
+    for governor in opened:
+        governor.close("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from flyball import limits, wire
-from flyball.adapters.torch import _Groups
+from flyball import Declined, directives, limits, wire
+from flyball.adapters.torch_groups import Groups
 from flyball.governor import Governor
 from flyball.link import Link
 from flyball.session import Session
@@ -93,9 +93,9 @@ def job(service):
         link = Link(session, lambda: service)
         link.start()
         assert link.wait(lambda: session.attached is not None, 5.0, "the answer")
-        steered = _Groups(optimizer, groups, False)
+        steered = Groups(optimizer, groups, False)
         governor = Governor(steered, session, link, wait_s=1.0, close_s=2.0)
-        steered.steer(governor)
+        steered.steer(governor.before_step, governor.after_step)
         opened.append(governor)
 
         def train(n=1):
@@ -157,6 +157,48 @@ def test_a_handler_that_fails_declines_and_training_goes_on(service, job, caplog
     service.wait(lambda: service.answers)
     assert service.answers[0][1:3] == ("declined", "OSError: disk full")
     assert "evaluate was declined" in caplog.text
+
+
+def test_handlers_are_given_as_decorators_and_decline_in_words_of_their_own(service, job, caplog):
+    governor, train = job()
+    done = []
+    for kind in directives.KINDS:
+        assert getattr(governor, f"on_{kind}")(done.append) == done.append
+
+    @governor.on_evaluate
+    def busy(args):
+        raise Declined(f"no time for {args['what']}")
+
+    assert callable(busy)
+    heard(service, train, directives=ask("evaluate", what="this"))
+    with caplog.at_level(logging.WARNING, "flyball"):
+        train(2)
+    service.wait(lambda: service.answers)
+    assert service.answers[0][1:3] == ("declined", "no time for this")
+    (record,) = [one for one in caplog.records if "was declined" in one.message]
+    assert record.exc_info is None
+    heard(service, train, directives=(wire.Directive("c2", "stop", {}),))
+    train()
+    assert done == [{}]
+    assert not governor.should_stop
+
+
+def test_what_is_due_is_done_behind_every_so_many_steps_and_counted_anew_after_going_back(service, job, caplog):
+    governor, train = job()
+    done = []
+    governor.every(3, lambda: done.append(governor.status.step))
+    governor.every(4, lambda: 1 / 0)
+    with caplog.at_level(logging.WARNING, "flyball"):
+        train(7)
+    assert done == [3, 6]
+    assert "what is due every 4 steps failed: division by zero" in caplog.text
+    token = governor.state_dict()
+    governor.on_restore(lambda _: governor.load_state_dict(token))
+    heard(service, train, directives=ask("restore"))
+    train()  # goes back to step 7
+    done.clear()
+    train(3)
+    assert done == [10]
 
 
 def test_a_slow_handler_is_neither_an_outage_nor_time_that_steering_costs(service, job, monkeypatch):

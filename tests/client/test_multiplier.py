@@ -5,6 +5,7 @@ the scheduler sees is compared to the last bit. Warnings are errors.
 """
 
 import gc
+import inspect
 from itertools import count
 
 import httpx
@@ -19,14 +20,41 @@ from flyball.adapters.around import factor
 
 names = count()
 S = torch.optim.lr_scheduler
+#: How each scheduler of torch is made; a new one fails `test_no_scheduler_of_torch_is_forgotten`.
 SCHEDULES = {
-    "chained step": lambda o: S.StepLR(o, 3, gamma=0.3),
-    "chained cosine": lambda o: S.CosineAnnealingLR(o, 17),
-    "chained exponential": lambda o: S.ExponentialLR(o, 0.9),
-    "closed form": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
-    "one cycle": lambda o: S.OneCycleLR(o, [0.3, 0.1], total_steps=100),
-    "two in sequence": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1), S.ExponentialLR(o, 0.9)], [4]),
+    "StepLR": lambda o: S.StepLR(o, 3, gamma=0.3),
+    "MultiStepLR": lambda o: S.MultiStepLR(o, [2, 5], gamma=0.3),
+    "ConstantLR": lambda o: S.ConstantLR(o, 0.25, total_iters=5),
+    "LinearLR": lambda o: S.LinearLR(o, 0.1, total_iters=6),
+    "ExponentialLR": lambda o: S.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: S.PolynomialLR(o, total_iters=9, power=2.0),
+    "CosineAnnealingLR": lambda o: S.CosineAnnealingLR(o, 17),
+    "CosineAnnealingWarmRestarts": lambda o: S.CosineAnnealingWarmRestarts(o, 4, T_mult=2),
+    "LambdaLR": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: S.MultiplicativeLR(o, lambda t: 0.95),
+    "CyclicLR": lambda o: S.CyclicLR(o, 0.01, 0.3, step_size_up=3, cycle_momentum=False),
+    "OneCycleLR": lambda o: S.OneCycleLR(o, [0.3, 0.1], total_steps=100),
+    "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    "SequentialLR": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.1), S.ExponentialLR(o, 0.9)], [4]),
+    "ChainedScheduler": lambda o: S.ChainedScheduler([S.LinearLR(o, 0.1), S.ExponentialLR(o, 0.9)]),
 }
+
+
+def test_no_scheduler_of_torch_is_forgotten():
+    kinds = {
+        name
+        for name, kind in vars(S).items()
+        if inspect.isclass(kind) and issubclass(kind, S.LRScheduler | S.ChainedScheduler)
+    }
+    assert kinds - {"LRScheduler", "_LRScheduler"} == set(SCHEDULES)
+
+
+def advance(schedule):
+    """After one step; a loss that never gets better."""
+    if isinstance(schedule, S.ReduceLROnPlateau):
+        schedule.step(1.0)
+    else:
+        schedule.step()
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +130,33 @@ def test_a_scheduler_made_at_any_time_sees_its_own_values_also_behind_a_step_tha
         assert rates(optimizer) == rates(alone)
         assert used.pop() == [lr * (0.3, 7.0, 1.1)[t % 3] for lr in rates(alone)]
         alone.step()
-        its.step()
-        schedule.step()
+        advance(its)
+        advance(schedule)
     if tensor:
         assert all(group["lr"] is lr for group, lr in zip(optimizer.param_groups, held, strict=True))
     governor.close()
     assert rates(optimizer) == rates(alone)
     optimizer.step()
-    schedule.step()
+    advance(schedule)
     alone.step()
-    its.step()
+    advance(its)
     assert rates(optimizer) == rates(alone), "and goes on by itself after the end"
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_warm_restarts_by_fractions_of_an_epoch_see_their_own_values(scripted, steer, tensor):
+    alone, optimizer = optimizer_of(tensor=tensor), optimizer_of(tensor=tensor)
+    its, schedule = (S.CosineAnnealingWarmRestarts(one, 2) for one in (alone, optimizer))
+    governor = steer(optimizer, policy=scripted(factor=[0.3, 7.0]))
+    used = spied(optimizer)
+    for t in range(10):
+        optimizer.step()
+        governor.step(1.0)
+        assert used.pop() == [lr * (0.3, 7.0)[t % 2] for lr in rates(alone)]
+        alone.step()
+        for one in (its, schedule):
+            one.step((t + 1) / 3)
+        assert rates(optimizer) == rates(alone)
 
 
 @pytest.mark.parametrize("tensor", [False, True])

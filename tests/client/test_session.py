@@ -246,23 +246,48 @@ def after_straight(lag):
 # -- when a report leaves ----------------------------------------------------------------------------------------
 
 
-def test_a_report_leaves_after_fifty_milliseconds_or_sixty_four_observations_or_at_once_when_urgent():
+def test_a_report_leaves_after_fifty_milliseconds_or_so_many_observations_or_at_once_when_urgent():
+    many = limits.FLUSH_OBSERVATIONS
     session = steering(now=10.0)
     assert session.report(10.0) is None
-    assert observe(session, *range(63)) == [False] * 63
+    assert observe(session, *range(many - 1)) == [False] * (many - 1)
     assert session.report(10.0 + limits.FLUSH_INTERVAL_S - 0.001) is None
-    assert observe(session, 63) == [True]
-    assert list(session.report(10.0).steps) == list(range(64))
-    session.on_advice(advice(63), 10.01)
-    observe(session, 64)
+    assert observe(session, many - 1) == [True]
+    assert list(session.report(10.0).steps) == list(range(many))
+    session.on_advice(advice(many - 1), 10.01)
+    observe(session, many)
     assert session.report(10.04) is None
-    assert session.report(10.0 + limits.FLUSH_INTERVAL_S).steps == [64]
-    session.on_advice(advice(64), 10.06)
-    observe(session, 65)
+    assert session.report(10.0 + limits.FLUSH_INTERVAL_S).steps == [many]
+    session.on_advice(advice(many), 10.06)
+    observe(session, many + 1)
     session.hurry()
-    assert session.report(10.061).steps == [65]
-    session.on_advice(advice(65), 10.07)
+    assert session.report(10.061).steps == [many + 1]
+    session.on_advice(advice(many + 1), 10.07)
     assert session.report(10.2) is None, "nothing to say"
+
+
+class OnItsWay:
+    """A number that has not left its device."""
+
+    def ready(self):
+        return False
+
+    def value(self):
+        raise AssertionError("nobody may wait for it")
+
+
+def test_the_link_sleeps_until_something_is_due_however_long_there_is_nothing():
+    session = steering(now=10.0)
+    observe(session, 0)
+    assert session.pause(10.02) == pytest.approx(limits.FLUSH_INTERVAL_S - 0.02)
+    assert session.report(10.05).steps == [0]
+    session.on_advice(advice(0), 10.06)
+    for now in (10.15, 10.2, 12.0):
+        assert session.report(now) is None
+        assert session.pause(now) == limits.FLUSH_INTERVAL_S, "a step may take minutes"
+    session.observe(1, (OnItsWay(), None, None, None))
+    assert session.report(12.1) is None
+    assert session.pause(12.1) == limits.DEVICE_POLL_S
 
 
 def test_with_a_lag_each_observation_leaves_at_once():

@@ -240,6 +240,7 @@ def test_a_report_arrives_as_it_was_sent_over_both_wires(message):
             st.floats(0, 1e9),
             st.none() | st.floats(0, 1),
             st.none() | st.tuples(*[st.floats(0, 1)] * 2),
+            st.booleans(),
         ),
         max_size=3,
     ),

@@ -14,7 +14,7 @@ import torch
 import flyball
 import flyball_server
 from flyball import wire
-from flyball.adapters.torch import _Groups
+from flyball.adapters.torch_groups import Groups
 
 names = count()
 S = torch.optim.lr_scheduler
@@ -341,7 +341,7 @@ def test_a_learning_rate_on_a_device_is_watched_without_asking_the_device():
     lr = torch.tensor(0.1, device="meta")
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1, device="meta"))], lr=0.1)
     optimizer.param_groups[0]["lr"] = lr
-    steered = _Groups(optimizer, (wire.Group("default", 0.1),), False)
+    steered = Groups(optimizer, (wire.Group("default", 0.1),), False)
     wanted = wire.Settings((0.05,))
     for _ in range(2):
         assert steered.write(wanted, (0.1,), ((0.0, 1.0),), None) is None

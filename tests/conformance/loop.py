@@ -5,7 +5,8 @@ at settings from outside, as the optimizer used them, and never asks Flyball for
 
 A loop's module may also hold two constants. HOLDS: "float32" where the ecosystem keeps a learning rate as one (else
 "float64"). CANNOT: what does not apply there, with the reason in a sentence: {"meddle": ...} where nothing else can
-write into the optimizer between two steps, {"after_close": ...} where there is no optimizer left to step.
+write into the optimizer between two steps, {"after_close": ...} where there is no optimizer left to step, {"grpc": ...}
+where it has one transport only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from flyball.status import Status
 
 #: What a loop's CANNOT may name.
-MAY_LACK = ("meddle", "after_close")
+MAY_LACK = ("meddle", "after_close", "grpc")
 #: The learning rate that a loop sets in every group after closing, for one more optimizer step without Flyball.
 AFTER_CLOSE_LR = 0.0625
 

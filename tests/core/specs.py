@@ -48,6 +48,14 @@ SPECS: dict[str, dict[str, Any]] = {
         "groups": {"head": {"policy": INNER, "scale": 0.5}, "fro*": {"scale": 2.0}},
     },
     "spike_guard": {**SPIKES, "policy": INNER, "deviations": 2.0, "cooldown_steps": 5, "memory_steps": 60},
+    "range_test": {"type": "range_test"},
+    "range_test, linear": {
+        "type": "range_test",
+        "steps": 300,
+        "spacing": "linear",
+        "after": "reference",
+        "policy": {**SPIKES, "policy": INNER},
+    },
     "sequence": {
         "type": "sequence",
         "stages": [

@@ -249,6 +249,8 @@ def test_a_later_stage_that_does_not_fit_the_groups_is_refused_at_the_start():
 
 
 THREE = (Group("a", 1.0, 0.9), Group("b", 2.0, None, (0.8, 0.99)), Group("c", 3.0))
+#: What a sequence keeps of them: its state is what it was before groups said whether they are LR-free.
+KEPT = tuple(group[:4] for group in THREE)
 
 
 def test_a_sequence_passes_on_the_settings_and_says_who_takes_over():
@@ -269,18 +271,18 @@ def test_a_sequence_passes_on_the_settings_and_says_who_takes_over():
     seen = losses(*[1.0] * 5)
 
     state, decision = policy.init(config, THREE, 11)
-    assert state == SequenceState(0, Memory(1, THREE, 11, None), 11, THREE)
+    assert state == SequenceState(0, Memory(1, THREE, 11, None), 11, KEPT)
     assert decision == said(1.0, 2.0, 3.0, phase="1.p")
     assert policy.finish(config, state) is None
     state, decision = policy.step(config, state, seen[0])
-    assert state == SequenceState(0, Memory(2, THREE, 11, seen[0]), 11, THREE)
+    assert state == SequenceState(0, Memory(2, THREE, 11, seen[0]), 11, KEPT)
     assert decision == first.config.says[1]._replace(phase="1.q")
     assert policy.explain(config, decision) == "3/3/q/c/{'x': 1}."
     assert policy.explain(config, decision._replace(phase="3.2.q")) == "2/3/2.q/c/{'x': 1}."  # a sequence in a sequence
 
     state, decision = policy.step(config, load_state(policy, dump_state(state)), seen[1])
     moved = (Group("a", 7.0, 0.3), Group("b", 8.0, None, (0.4, 0.99)), Group("c", 9.0))
-    assert state == SequenceState(1, Memory(1, moved, 11, None), 11, THREE)
+    assert state == SequenceState(1, Memory(1, moved, 11, None), 11, KEPT)
     fields = {"stage": 2, "from": "script@3", "to": "script@3"}
     handed = said(70.0, 80.0, 90.0, momentum=(0.3, 0.4, None), noise=(0.0,) * 3, phase="2.s", code="handover")
     assert decision == handed._replace(fields=fields, milestone=True)

@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from examples import traces
 from examples.traces import KINDS, lines, trace
 from tests.core.specs import MORE, SPECS
 
@@ -89,8 +90,9 @@ def decisions(spec, kind):
     rules = Rules(policy, config, base, guard.Limits(), GROUPS, SEED)
     state, _ = policy.init(config, GROUPS, SEED)
     held = guard.begin(GROUPS, on_base=base is not None)
-    for seen in observations(kind):
-        state, decision = policy.step(config, state, seen)
+    for seen, decision in zip(
+        observations(kind), traces.decisions(policy, config, state, observations(kind)), strict=True
+    ):
         held, now = settle(rules, held, seen.step, decision)
         yield now, decision.phase, decision.code, decision.milestone
 

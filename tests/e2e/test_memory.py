@@ -11,15 +11,13 @@ from collections.abc import Callable
 import pytest
 from tests.e2e.processes import Server, Trainer, story_of
 
-pytestmark = pytest.mark.alone
-
 STEPS = 1_000_000
 
 MILLION = """
 import os
 import psutil
 import flyball
-from flyball.governor import govern
+from flyball.govern import govern
 from flyball.optimizer import plain_number
 from flyball.wire import Group, Settings
 
@@ -41,7 +39,7 @@ class Optimizer:
     def forget(self):
         pass
 
-    def number(self, value, may_pend):
+    def number(self, value):
         return plain_number(value)
 
     def detach(self):

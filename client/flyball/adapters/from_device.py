@@ -1,6 +1,6 @@
-"""A loss that is fetched from a CUDA device.
+"""Numbers that are fetched from a device.
 
-Rule of this module: the training thread never waits for the device.
+Rule of this module: the training thread never waits for the device, whatever number it is.
 """
 
 from __future__ import annotations
@@ -8,19 +8,38 @@ from __future__ import annotations
 import torch
 
 
-class FromDevice:
-    """A loss copied from a CUDA device without waiting: into pinned memory, with an event behind the copy."""
+class Copy:
+    """One tensor of numbers, copied to the host once: from a CUDA device without waiting, into pinned memory, with an
+    event behind the copy. Everywhere else it is read by whoever asks for the values, which is the reporting thread.
 
-    def __init__(self, value: torch.Tensor) -> None:
-        self._host = torch.empty((), dtype=torch.float64, pin_memory=True)
-        self._host.copy_(value.reshape(()).to(torch.float64), non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(value.device))
+    tensor: one dimension; nobody may write into it afterwards.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host, self._event = tensor, None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
 
     def ready(self) -> bool:
         """Whether the copy has arrived."""
-        return bool(self._event.query())
+        return self._event is None or bool(self._event.query())
+
+    def values(self) -> list[float]:
+        """The numbers; no wait once ready."""
+        found: list[float] = self._host.tolist()
+        return found
+
+
+class FromDevice:
+    """A number that was handed over on a CUDA device: a loss, or a norm that clipping returned."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._copy = Copy(value.reshape(1).to(torch.float64))
+        self.ready = self._copy.ready
 
     def value(self) -> float:
         """The value; no wait once ready."""
-        return float(self._host.item())
+        return self._copy.values()[0]

@@ -22,16 +22,18 @@ class ServerMessage(_message.Message):
     def __init__(self, attached: _Optional[_Union[Attached, _Mapping]] = ..., advice: _Optional[_Union[Advice, _Mapping]] = ...) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("name", "lr", "momentum", "betas")
+    __slots__ = ("name", "lr", "momentum", "betas", "lr_free")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     MOMENTUM_FIELD_NUMBER: _ClassVar[int]
     BETAS_FIELD_NUMBER: _ClassVar[int]
+    LR_FREE_FIELD_NUMBER: _ClassVar[int]
     name: str
     lr: float
     momentum: float
     betas: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., momentum: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ...) -> None: ...
+    lr_free: bool
+    def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., momentum: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ..., lr_free: bool = ...) -> None: ...
 
 class Attach(_message.Message):
     __slots__ = ("project", "run", "session", "labels", "groups", "policy_json", "base_json", "guard_json", "mode", "seed", "lag", "resume", "from_step", "digest", "seq", "client", "shadows_json", "fork", "on_unknown", "from_attempt")

@@ -21,6 +21,7 @@ from flyball_server.core.events import Spec
 from flyball_server.core.guard import Limits
 from flyball_server.core.numbers import LARGEST_LR
 from flyball_server.core.run import Run
+from flyball_server.core.types import Group
 from flyball_server.guards import expanded, limits_of
 from flyball_server.messages import CommandRequest
 from flyball_server.profiles import Profile
@@ -28,7 +29,7 @@ from flyball_server.rules import plan_of
 
 #: What stands beside `kind` and `reason` in a request, by kind.
 _FIELDS: dict[str, tuple[str, ...]] = {
-    "override": ("setting", "groups", "value", "factor", "for_steps", "until_step"),
+    "override": ("setting", "groups", "value", "factor", "for_steps", "until_step", "force"),
     "hold": ("for_steps", "until_step"),
     "release": ("command", "setting"),
     "bounds": ("guard",),
@@ -166,11 +167,14 @@ def _override(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
         raise Invalid(
             "value: the run is in multiplier mode, where a scheduler of its own sets the learning rate: give a factor"
         )
+    forced = _forced(
+        fields.get("force"), value if setting == "lr" else None, [names[one] for one in groups] or spec.groups
+    )
     if spec.mode == "multiplier" and setting == "momentum":
         raise Invalid("setting: momentum is not steered in multiplier mode")
     meant = ", ".join(groups) or ("" if setting in controls else "all groups")
     words = {"setting": setting, "groups": meant, "asked": f"{number:g}" if factor is None else f"x {number:g}"}
-    args = {"setting": setting, "groups": sorted(set(groups)), name: float(number)}
+    args = {"setting": setting, "groups": sorted(set(groups)), name: float(number), **forced}
     return {**args, "words": words}
 
 
@@ -184,6 +188,22 @@ def _check_momentum(name: str, number: float, groups: Any) -> None:
     for group in groups:
         if group.momentum is None and group.betas is None:
             raise Invalid(f"groups: {group.name} has no momentum to override")
+
+
+def _forced(force: Any, lr: float | None, groups: Iterable[Group]) -> dict[str, bool]:
+    """What an override of `lr` records of `force`. An absolute value is most often meant for another optimizer where
+    this one finds its own step size: Invalid, unless it is forced."""
+    if not isinstance(force, bool | None):
+        raise Invalid(f"force is {force!r:.40}: give true or false")
+    free = [group for group in groups if group.lr_free]
+    if lr is None or not free:
+        return {}
+    if not force:
+        raise Invalid(
+            f"value is {lr:g}, but group {free[0].name} finds its own step size, and its lr ({free[0].lr:g} at attach) "
+            "only multiplies that: give a factor, or force: true where the value is meant"
+        )
+    return {"force": True}
 
 
 def _release(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:

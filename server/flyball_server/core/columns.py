@@ -10,7 +10,7 @@ from functools import partial
 from itertools import repeat
 from typing import Any
 
-from flyball_server.core.types import KNOWN_SIGNALS, Observation
+from flyball_server.core.types import KNOWN_SIGNALS, Answered, Observation
 
 
 def observations(
@@ -20,6 +20,7 @@ def observations(
     reads: frozenset[str],
     applied: Sequence[int | None] | None = None,
     rollbacks: int = 0,
+    answers: tuple[Answered, ...] = (),
 ) -> Iterator[Observation]:
     """The batch as observations, built column-wise: one C-level zip instead of a lookup per signal and step."""
     if side:
@@ -37,7 +38,8 @@ def observations(
         others = ({name: value for name, value in zip(names, row, strict=True) if value is not None} for row in rows)
     # The NamedTuple's own constructor is a Python function; tuple's is not, and this runs once per observation.
     build: Callable[[Any], Observation] = partial(tuple.__new__, Observation)
-    return map(build, zip(steps, *known, others, applied or repeat(None), repeat(rollbacks), strict=False))
+    beside = (others, applied or repeat(None), repeat(rollbacks), repeat(answers))
+    return map(build, zip(steps, *known, *beside, strict=False))
 
 
 def in_force(

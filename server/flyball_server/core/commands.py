@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flyball_server.core import guard
-from flyball_server.core.types import Group, Settings
+from flyball_server.core.types import Answered, Group, Settings
 
 #: What stays in force until somebody or some step ends it.
 LASTING = ("override", "hold")
@@ -35,6 +35,8 @@ KEYS_KEPT = 256
 PLANS_KEPT = 64
 CONFLICTS_KEPT = 8
 REPORTERS_KEPT = 64
+#: Answers to what its policy asked that a run remembers, the newest.
+POLICY_ANSWERS_KEPT = 16
 
 
 class Held(NamedTuple):
@@ -103,7 +105,8 @@ class Steering(NamedTuple):
     controls, applied_controls: the declared ones, and their values as of the newest receipt. proposals: open ones.
     reporters: newest number by source. keys: (idempotency key with its actor, command). confirmed: the newest row a
     receipt confirmed. restoring: the policy asked the job to go back, and it neither has nor declined. rollbacks: how
-    often it has, since the policy is in force. conflicts: (words, step, attempt), newest last.
+    often it has, since the policy is in force. conflicts: (words, step, attempt), newest last. answers: what became of
+    what the policy in force asked, for one that reads ANSWERS.
     """
 
     commands: tuple[Command, ...] = ()
@@ -120,6 +123,7 @@ class Steering(NamedTuple):
     restoring: bool = False
     rollbacks: int = 0
     conflicts: tuple[tuple[str, int, int], ...] = ()
+    answers: tuple[Answered, ...] = ()
 
 
 #: A run that nobody ever gave a command.

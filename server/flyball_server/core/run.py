@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from flyball_server.core import guard, steering
 from flyball_server.core.columns import in_force, newest, observations
-from flyball_server.core.commands import NONE, lasting
+from flyball_server.core.commands import NONE, Steering, lasting
 from flyball_server.core.errors import Conflict, Invalid
 from flyball_server.core.events import (
     ASIDE,
@@ -66,7 +66,7 @@ from flyball_server.core.folded import ANSWERS_KEPT, IN_FORCE_KEPT, NOTHING, Rul
 from flyball_server.core.obeying import commanded, gone_back, moved
 from flyball_server.core.run_json import dump, load
 from flyball_server.core.settling import base_at, bent, settle, settled
-from flyball_server.core.types import APPLIED, ROLLBACKS, Ask, Settings
+from flyball_server.core.types import ANSWERS, APPLIED, ROLLBACKS, Ask, Settings
 
 __all__ = [
     "ANSWERS_KEPT",
@@ -168,7 +168,8 @@ def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
     if isinstance(event, Commanded):
         return commanded(rules, run, event)
     if isinstance(event, CommandMoved):
-        return moved(rules, run, event), NOTHING
+        run = moved(rules, run, event)
+        return run._replace(steering=_read(rules, run.steering)), NOTHING
     if isinstance(event, Proposed):
         return run._replace(seq=seq, steering=steering.proposed(run.steering, event, seq)), NOTHING
     if isinstance(event, Judged):
@@ -191,7 +192,8 @@ def _apply(rules: Rules, run: Run, event: Event) -> tuple[Run, Outcome]:
         ), NOTHING
     if isinstance(event, DirectiveAnswered):
         answered = (*run.answered, event.directive)[-ANSWERS_KEPT:]
-        return run._replace(seq=seq, answered=answered, steering=steering.answered(run.steering, event)), NOTHING
+        beside = steering.answered(run.steering, event)
+        return run._replace(seq=seq, answered=answered, steering=_read(rules, beside)), NOTHING
     assert isinstance(event, Ended)
     return run._replace(seq=seq, status=event.outcome), _ended(rules, run)
 
@@ -222,6 +224,7 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
     if event.from_step <= run.through and event.restored is None:
         raise Invalid(f"from_step {event.from_step} lies behind step {run.through} and no state was restored")
     seq, attempts = run.seq + 1, (*run.attempts, (event.from_step, run.seq + 1, event.parent))
+    returning = run.steering.restoring and event.restored is not None
     if event.restored is not None:
         run = gone_back(rules, run, load(rules, event.restored))
     # A base schedule may stand elsewhere at from_step than behind the last folded step (a gap). Nothing is decided
@@ -248,8 +251,13 @@ def _attached(rules: Rules, run: Run, event: Attached) -> Run:
         applied=None,
         applied_step=None,
         in_force=(),
-        steering=run.steering._replace(unsettled=False),
+        steering=steering.attached(_read(rules, run.steering), returning=returning)._replace(unsettled=False),
     )
+
+
+def _read(rules: Rules, beside: Steering) -> Steering:
+    """Answers to what the policy asked are kept only for one that reads them."""
+    return beside if ANSWERS in rules.policy.reads(rules.config) else steering.unread(beside)
 
 
 def _ended(rules: Rules, run: Run) -> Outcome:
@@ -282,7 +290,8 @@ def _observed(rules: Rules, run: Run, event: Observed) -> tuple[Run, Outcome]:
     receipts, applied = in_force(run.in_force, steps)
     reads = rules.policy.reads(config)
     rollbacks = beside.rollbacks if ROLLBACKS in reads else 0
-    for seen in observations(steps, new.signals, run.side, reads, applied, rollbacks):
+    answers = beside.answers if ANSWERS in reads else ()
+    for seen in observations(steps, new.signals, run.side, reads, applied, rollbacks, answers):
         before = decision.code
         if seen.applied is not None and seen.applied >= decided:
             seen = seen._replace(applied=seen.step - 1)  # nothing decided since then has changed the settings

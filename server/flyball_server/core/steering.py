@@ -22,7 +22,7 @@ from flyball_server.core.events import (
     Proposed,
     Reported,
 )
-from flyball_server.core.types import Ask
+from flyball_server.core.types import Answered, Ask
 
 #: Who asks, where the run's own policy does.
 POLICY = "policy"
@@ -67,7 +67,7 @@ def moved(steering: Steering, event: CommandMoved) -> Steering:
     if known is None:
         raise Conflict(f"command {event.command} is over already, or was never given")
     stays = event.status == "applied" and known.kind in commands.LASTING
-    steering = _settled_ask(steering, known)
+    steering = _settled_ask(_told(steering, known, "declined", event.status), known)
     rest = [command for command in steering.commands if command is not known or stays]
     now = tuple([command._replace(status=event.status) if command is known else command for command in rest])
     return steering._replace(commands=now)
@@ -78,6 +78,7 @@ def answered(steering: Steering, event: DirectiveAnswered) -> Steering:
     known = next((c for c in steering.commands if c.id == event.directive), None)
     if known is None or known.kind not in commands.DIRECTIVES:  # nothing else is the job's to end
         return steering
+    steering = _told(steering, known, event.outcome, event.note)
     steering = _settled_ask(steering, known) if event.outcome == "declined" else steering
     return steering._replace(commands=tuple([c for c in steering.commands if c is not known]))
 
@@ -91,16 +92,42 @@ def _is_ask(command: Command) -> bool:
     return command.id.startswith("a")
 
 
+def _told(steering: Steering, known: Command, outcome: str, note: str) -> Steering:
+    """What became of an ask, for the policy that asked. Not every policy reads it: see `unread`."""
+    if not _is_ask(known):
+        return steering
+    tag = str(known.args.get("tag", ""))
+    kept = [one for one in steering.answers if (one.kind, one.tag) != (known.kind, tag)]
+    kept.append(Answered(known.kind, tag, outcome, note, known.args))
+    return steering._replace(answers=tuple(kept[-commands.POLICY_ANSWERS_KEPT :]))
+
+
+def unread(steering: Steering) -> Steering:
+    """Without the answers that no policy reads."""
+    return steering._replace(answers=()) if steering.answers else steering
+
+
+def attached(steering: Steering, *, returning: bool) -> Steering:
+    """A new attempt begins. Where it is not the one that the policy asked for, another process may be at work, which
+    knows nothing of a checkpoint that was only kept in memory."""
+    if returning or not steering.answers:
+        return steering
+    return steering._replace(answers=tuple([one for one in steering.answers if one.kind != "checkpoint"]))
+
+
 def gone_back(steering: Steering) -> Steering:
     """The run goes back to an earlier step: what the policy asked for on the steps it leaves is done, or means nothing
     any more."""
+    if steering.restoring:
+        asked = next((c for c in steering.commands if c.kind == "restore" and _is_ask(c)), None)
+        steering = steering if asked is None else _told(steering, asked, "returned", "")
     kept = tuple([command for command in steering.commands if not _is_ask(command)])
     return steering._replace(commands=kept, restoring=False, rollbacks=steering.rollbacks + steering.restoring)
 
 
 def other_policy(steering: Steering) -> Steering:
     """Another policy is in force: what the one before it asked for, and what came of it, is not its own."""
-    return gone_back(steering)._replace(rollbacks=0)
+    return gone_back(steering)._replace(rollbacks=0, answers=())
 
 
 def applied(steering: Steering, event: Applied) -> Steering:
@@ -177,7 +204,9 @@ def dump(steering: Steering) -> dict[str, Any]:
     data["controls"] = [list(c) for c in data["controls"]]
     # What a job reads back may be no finite number, which JSON cannot carry.
     data["applied_controls"] = {name: repr(value) for name, value in data["applied_controls"].items()}
-    return data
+    # Most runs have none, and are written as before there were any.
+    answers = [list(one) for one in data.pop("answers")]
+    return {**data, "answers": answers} if answers else data
 
 
 def load(data: Mapping[str, Any] | None) -> Steering:
@@ -194,6 +223,7 @@ def load(data: Mapping[str, Any] | None) -> Steering:
             "keys": tuple([(key, command) for key, command in data["keys"]]),
             "conflicts": tuple([(words, step, attempt) for words, step, attempt in data["conflicts"]]),
             "applied_controls": {name: float(value) for name, value in data["applied_controls"].items()},
+            "answers": tuple([Answered(*one) for one in data.get("answers", ())]),
         }
     )
 

@@ -11,22 +11,39 @@ from typing import Any, NamedTuple
 
 #: The signals that have a field of their own in `Observation`; any other name rides in `others`.
 KNOWN_SIGNALS = ("loss", "reward", "grad_norm", "update_norm", "val_loss")
-#: What a policy `reads` to get `Observation.applied` and `Observation.rollbacks`; no user's signal has such a name.
+#: What a policy `reads` to get `Observation.applied`, `.rollbacks` and `.answers`; no user's signal has such a name.
 APPLIED = "=applied"
 ROLLBACKS = "=rollbacks"
+ANSWERS = "=answers"
 
 
 class Group(NamedTuple):
     """A parameter group as the client declared it: its name and the settings it had at attach.
 
     `momentum` is None where the optimizer has no such setting and 0 where it is switched off; `betas` is None outside
-    the Adam family. These values are the reference that factors multiply.
+    the Adam family. These values are the reference that factors multiply. `lr_free`: the optimizer finds its own step
+    size, and `lr` multiplies that.
     """
 
     name: str
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+    lr_free: bool = False
+
+
+class Answered(NamedTuple):
+    """What became of what a policy asked of the job: kind, args and tag (that of the args, or "") are those of the ask.
+
+    outcome: "done" or "declined" by the job, with its note; "declined" where people took it back; "returned" where the
+    run has gone back to an earlier step after it.
+    """
+
+    kind: str
+    tag: str
+    outcome: str
+    note: str
+    args: Mapping[str, Any]
 
 
 class Observation(NamedTuple):
@@ -37,6 +54,8 @@ class Observation(NamedTuple):
     rollbacks: how often the run has gone back to an earlier step so far after this policy asked for it, which the
     policy's own state, gone back with it, cannot tell; a job that was only killed and resumed counts for nothing. It is
     filled in only for policies that read `ROLLBACKS`.
+    answers: what became of what this policy asked, the newest of each kind and tag; it outlasts going back, too, and is
+    filled in only for policies that read `ANSWERS`.
     """
 
     step: int
@@ -48,6 +67,7 @@ class Observation(NamedTuple):
     others: Mapping[str, float] | None = None
     applied: int | None = None
     rollbacks: int = 0
+    answers: tuple[Answered, ...] = ()
 
     def signal(self, name: str) -> float | None:
         """The value of the signal `name`, or None where it was not measured."""
@@ -108,7 +128,7 @@ class Policy(NamedTuple):
     step(config, state, seen) -> (state, decision for the step after `seen.step`).
     explain(config, decision) -> one sentence for people, built from the decision's code and fields.
     reads(config) -> the user-named signals it looks at (`Observation.others` holds only these in a run), and
-        `APPLIED` and `ROLLBACKS` where it needs to know these.
+        `APPLIED`, `ROLLBACKS` and `ANSWERS` where it needs to know these.
     codes: every decision code it can give (a code may join several with "+"), with its sentence's template.
     parts: where in the parameters other policies stand, as dotted paths ("stages.*.policy"); there the config holds a
         `Part` each.

@@ -25,8 +25,9 @@ _ENVELOPE = ("kind", "reason", "expires_in_s", "expires_at")
 class CommandBody(BaseModel):
     """kind: override, hold, release, bounds, switch_policy, set_profile, checkpoint, restore, rewind, evaluate, stop or
     note. reason: why; it stays in the journal. expires_in_s, expires_at: when it ends by itself. The rest by kind:
-    override takes setting, groups, and value or factor; override and hold take for_steps or until_step; release command
-    or setting; bounds guard; switch_policy policy and base; set_profile profile; the directives args (rewind: step)."""
+    override takes setting, groups, and value or factor (force: a value of lr also for an optimizer that finds its own
+    step size); override and hold take for_steps or until_step; release command or setting; bounds guard; switch_policy
+    policy and base; set_profile profile; the directives args (rewind: step)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,6 +37,7 @@ class CommandBody(BaseModel):
     groups: list[str] | None = None
     value: float | None = None
     factor: float | None = None
+    force: bool | None = None
     for_steps: Annotated[int, Field(ge=1)] | None = None
     until_step: Annotated[int, Field(ge=1)] | None = None
     command: str | None = None

@@ -34,6 +34,7 @@ class GroupBody(_Body):
     lr: float
     momentum: float | None = None
     betas: tuple[float, float] | None = None
+    lr_free: bool = False
 
 
 class ForkBody(_Body):
@@ -200,7 +201,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/attach")
     async def attach(body: AttachBody, request: Request) -> AttachedBody:
         """Begin a run, reconnect to it, or open a new attempt of it."""
-        groups = tuple(Group(g.name, g.lr, g.momentum, g.betas) for g in body.groups)
+        groups = tuple(Group(g.name, g.lr, g.momentum, g.betas, g.lr_free) for g in body.groups)
         fork = None if body.fork is None else Fork(**dict(body.fork))
         fields = {**{name: getattr(body, name) for name in Attach._fields}, "groups": groups, "fork": fork}
         return _attached(await service.attach(Attach(**fields), caller_of(request)))

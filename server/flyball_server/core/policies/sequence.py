@@ -75,7 +75,8 @@ def init(config: Config, groups: tuple[Group, ...], seed: int) -> tuple[State, D
     inner, first = _begin(config, 0, groups, seed)
     for stage in range(1, len(config.stages)):
         _begin(config, stage, groups, seed)  # whatever does not fit is refused now, and not in mid-training
-    kept = groups if len(config.stages) > 1 else ()
+    # As it was before groups said anything else: a released rule's state does not change.
+    kept = tuple([group[:4] for group in groups]) if len(config.stages) > 1 else ()
     return State(0, inner, seed, kept), _numbered(0, first)
 
 

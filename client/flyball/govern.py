@@ -1,0 +1,44 @@
+"""How every adapter's `attach` ends: options checked, a session connected or shared with other ranks, a governor made.
+
+Rule of this module: everything that can be refused is refused here, before training has begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flyball.connect import connect
+from flyball.governor import Governor
+from flyball.optimizer import Optimizer
+from flyball.options import checked
+from flyball.ranks import across
+from flyball.sides import Line, Side
+from flyball.sinks import Shown
+from flyball.wire import Group
+
+
+def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
+    """What every adapter's `attach` ends with: a governor of its optimizer, whose groups are declared as given.
+
+    options: see `flyball.options.Options`. Raises what `attach` says it raises.
+    """
+    whole = checked(options)
+    exchange = across(whole["ranks"])
+    session: Side
+    link: Line
+    if exchange is None:
+        session, link = connect(groups, whole)
+    else:
+        from flyball.sharing.attach import share
+
+        session, link = share(exchange, groups, whole)
+    return Governor(
+        optimizer,
+        session,
+        link,
+        wait_s=whole["wait_s"],
+        close_s=whole["close_s"],
+        accumulate=whole["accumulate"],
+        shown=Shown(whole["report_to"], session, [group.name for group in groups]),
+    )
