@@ -14,7 +14,7 @@ import sys
 import pytest
 from tests.e2e.processes import free_port
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is in no extra: its environment is one of its own")
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
 SCRIPT = """
 import json, sys
