@@ -148,6 +148,8 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
         elif self._backup is not None:
             options |= _backed_up(self._backup, options, made // max(several, self._every))
         self._last_loss = last_loss(model)
+        if BACKEND == "jax" and hasattr(model, "_record_training_state_sharding_spec"):
+            model._record_training_state_sharding_spec()  # Keras 3.5 took them before the model had this variable
         if self._last_loss is None:
             log.warning("flyball: no metric of the model is named 'loss': no loss is reported until one is")
         self._governor = govern(optimizer, optimizer.groups, options)

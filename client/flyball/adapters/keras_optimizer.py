@@ -35,7 +35,7 @@ class KerasOptimizer:
         inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # a LossScaleOptimizer has one
         optimizers = list(getattr(inner, "optimizers", None) or [inner])  # a MultiOptimizer has several
         for one in optimizers:
-            if not isinstance(one._learning_rate, keras.Variable):
+            if not hasattr(one._learning_rate, "assign"):  # the class is called differently from version to version
                 raise ValueError(SCHEDULED.format(kind=type(one._learning_rate).__name__))
         self._variables = [one._learning_rate for one in optimizers]
         names = ["default"] if len(optimizers) == 1 else [str(one.name) for one in optimizers]

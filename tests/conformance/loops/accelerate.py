@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tests.conformance.loop import Trained
+from tests.conformance.loop import AFTER_CLOSE_LR, Trained
 
 import flyball
 
@@ -55,4 +55,7 @@ def train(
             losses.clear()
     token, status = governor.state_dict(), governor.status
     governor.close()
-    return Trained(used, token, status)
+    for group in wrapped.param_groups:
+        group["lr"] = AFTER_CLOSE_LR
+    wrapped.step()
+    return Trained(used[:-1], token, status, used[-1])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tests.conformance.loop import Trained
+from tests.conformance.loop import AFTER_CLOSE_LR, Trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flyball.adapters.transformers import FlyballCallback
@@ -98,4 +98,7 @@ def train(
             optimizers=(optimizer, None),
             callbacks=[callback, around],
         ).train()
-    return Trained(around.used, *around.last)
+    for group in optimizer.param_groups:
+        group["lr"] = AFTER_CLOSE_LR
+    optimizer.step()
+    return Trained(around.used[:-1], *around.last, around.used[-1])
