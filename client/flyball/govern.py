@@ -5,6 +5,7 @@ Rule of this module: everything that can be refused is refused here, before trai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from flyball.ranks import across
 from flyball.sides import Line, Side
 from flyball.sinks import Shown
 from flyball.wire import Group
+
+log = logging.getLogger("flyball")
 
 
 def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str, Any]) -> Governor:
@@ -33,6 +36,12 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
         from flyball.sharing.attach import share
 
         session, link = share(exchange, groups, whole)
+    # What the run has recorded counts, where the service has answered.
+    if whole["mode"] == "absolute" and not any(session.reference):
+        log.warning(
+            "flyball: the learning rate of every group is 0, and so is any factor of it: nothing will train. Give the "
+            "optimizer its learning rate before attach"
+        )
     return Governor(
         optimizer,
         session,

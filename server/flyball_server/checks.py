@@ -220,7 +220,8 @@ def check_same(recorded: Spec, spec: Spec, request: Attach) -> None:
     names, now = [g.name for g in recorded.groups], [g.name for g in spec.groups]
     if names != now:
         raise Invalid(
-            f"groups: the run was begun with {names!s:.200}, this process has {now!s:.200}: they must be the same"
+            f"groups: the run was begun with {names!s:.200}, this process has {now!s:.200}: they must be the same; "
+            "those that were added after attach are known once the optimizer's checkpoint is loaded, so load it first"
         )
     # What the process does not say, it takes from the record; and a profile may have changed since, but not for it.
     same = spec.profile != "" and spec.profile == recorded.profile

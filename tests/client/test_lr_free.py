@@ -43,6 +43,23 @@ def train(optimizer, governor, steps):
     return made
 
 
+def test_a_schedule_free_optimizer_that_wants_a_closure_is_lr_free_as_well(steered, scripted, read):
+    (weight,) = weights()
+    optimizer = schedulefree.AdamWScheduleFreeClosure([weight], lr=0.1)
+    governor = steered(optimizer, policy=scripted(factor=[1.0, 0.5]))
+    assert governor._session.attach.groups[0].lr_free
+
+    def closure():
+        weight.grad = (weight - 1).detach()
+        return 1.0
+
+    for _ in range(4):
+        governor.step(optimizer.step(closure))
+    governor.close()
+    found = read(f"{governor.status.run}/series?signals=effective_lr")["series"]["effective_lr"]
+    assert found["value"] == [0.1, 0.05, 0.1, 0.05]
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_the_lr_of_an_lr_free_optimizer_multiplies_and_its_effective_lr_is_told(steered, scripted, read, kind):
     (weight,) = weights()

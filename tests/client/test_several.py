@@ -55,6 +55,12 @@ def test_optimizers_of_one_class_are_numbered(steered):
     assert [group.name for group in governor._session.attach.groups] == ["sgd0/default", "sgd1/default"]
 
 
+def test_optimizers_by_what_is_no_text_are_named_by_their_place(steered):
+    """One per parameter, by the parameter, as they step within the backward pass."""
+    governor = steered({p: torch.optim.SGD([p], lr=0.1) for p in (weight(), weight())})
+    assert [group.name for group in governor._session.attach.groups] == ["optimizer0/default", "optimizer1/default"]
+
+
 def test_one_that_steps_more_often_is_steered_each_time_and_one_that_rests_is_told_as_it_stands(
     steered, scripted, read
 ):

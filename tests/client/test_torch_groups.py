@@ -77,7 +77,9 @@ def test_a_group_that_is_dropped_leaves_the_others_their_own_and_is_told_once(st
         assert used_by(optimizer, made, governor) == pytest.approx({"head": 0.03, "tail": 0.003})
     assert optimizer.param_groups[2]["lr"] == 0.5 * 1.5 or optimizer.param_groups[2]["lr"] == pytest.approx(1.5)
     assert [record.getMessage() for record in caplog.records] == [
-        "flyball: group body is gone from the optimizer: its settings are nobody's"
+        "flyball: group body is gone from the optimizer: its settings are nobody's",
+        "flyball: group group3 was added after attach with the learning rate 0.5: it gets the first group's factor, "
+        "3 now, and the run's record does not show it",
     ]
     governor.close()
     assert governor.status.waiting == governor.status.dropped == 0
@@ -95,6 +97,36 @@ def test_a_group_that_is_unfrozen_later_follows_the_first_ones_factor_from_where
     assert used_by(optimizer, made, governor) == pytest.approx({"body": 0.2, "head": 0.02, "tail": 0.002})
     assert used_by(optimizer, made, governor) == pytest.approx({"body": 0.3, "head": 0.03, "tail": 0.003})
     assert governor.status.conflicts == 0
+
+
+@pytest.mark.parametrize("mode", ["absolute", "multiplier"])
+@pytest.mark.parametrize("began", [("head",), ("body", "head")])
+def test_a_run_goes_on_from_a_checkpoint_with_the_groups_that_were_unfrozen_in_it(steered, scripted, began, mode):
+    factors = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+    def unfrozen(made, optimizer):
+        optimizer.add_param_group({"params": list(made["tail"].parameters()), "lr": 0.001})
+
+    made = module()
+    optimizer = optimizer_of(made, *began, named=False)
+    governor = steered(optimizer, policy=scripted(factor=factors), lag=0, mode=mode)
+    used_by(optimizer, made, governor)
+    unfrozen(made, optimizer)
+    used_by(optimizer, made, governor)
+    token, state = governor.state_dict(), copy.deepcopy(optimizer.state_dict())
+    used = [used_by(optimizer, made, governor) for _ in range(3)]
+    assert [one["tail"] for one in used] == pytest.approx([0.003, 0.004, 0.005])
+    governor.close("")
+
+    made = module()
+    optimizer = optimizer_of(made, *began, named=False)
+    unfrozen(made, optimizer)
+    optimizer.load_state_dict(state)
+    governor = steered(optimizer, run=governor.status.run, resume=token, policy=None, lag=0, mode=mode)
+    assert [used_by(optimizer, made, governor) for _ in range(3)] == used
+    governor.close()
+    governor = steered(optimizer, mode=mode)
+    assert len(governor._session.attach.groups) == len(began) + 1, "a new run has them all"
 
 
 def test_a_group_of_a_declared_name_that_comes_back_is_that_group(steered, scripted):

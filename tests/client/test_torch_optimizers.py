@@ -156,3 +156,42 @@ def test_a_step_asks_for_one_value_at_most_that_of_a_loss_in_memory(steered, mon
         governor.step(loss)
         assert len(counted.calls) <= 1
         counted.calls.clear()
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as it is mostly written: two calls, and the real optimizer as `base_optimizer`."""
+
+    def __init__(self, params, base, rho=0.05, **options):
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["old"] = p.clone()
+                p.add_(p.grad, alpha=group["rho"] / float(p.grad.norm()))
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+
+def test_the_two_calls_of_an_optimizer_around_a_base_optimizer_are_one_step(steered, scripted):
+    w = torch.nn.Parameter(torch.full((4,), 2.0))
+    optimizer = SAM([w], torch.optim.SGD, lr=0.1)
+    governor = steered(optimizer, policy=scripted(factor=[1.0, 0.5]))
+    used = []
+    optimizer.base_optimizer.register_step_pre_hook(lambda it, *_: used.append(it.param_groups[0]["lr"]))
+    for _ in range(4):
+        w.grad = (w - 1).detach()
+        optimizer.first_step()
+        w.grad = (w - 1).detach()
+        optimizer.second_step()
+        governor.step(1.0)
+    assert used == [0.1, 0.05, 0.1, 0.05]
+    assert (governor.status.step, governor.status.conflicts, governor.status.skipped) == (4, 0, 0)

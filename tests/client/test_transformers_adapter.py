@@ -184,7 +184,7 @@ def test_a_nan_loss_is_reported_though_the_trainer_logs_none(tmp_path, flyball_c
 
 
 @pytest.mark.parametrize("kind", ["linear", "reduce_lr_on_plateau", "greedy"])
-def test_a_neutralised_scheduler_neither_writes_nor_counts_as_somebody_else(tmp_path, flyball_callback, kind):
+def test_a_neutralised_scheduler_neither_writes_nor_counts_as_somebody_else(tmp_path, flyball_callback, kind, caplog):
     callback, spy = flyball_callback(policy=HALVING), Spy()
     plateau = kind != "linear"
     given = {"eval_dataset": [{"value": torch.tensor(2.0)}]}
@@ -196,6 +196,7 @@ def test_a_neutralised_scheduler_neither_writes_nor_counts_as_somebody_else(tmp_
     # The reference is the learning rate that was asked for, not the 0 that a warm-up begins with.
     assert [lr[0] for lr in spy.used] == [0.1] + [0.1 * 0.5**i for i in range(11)]
     assert callback.governor.status.conflicts == 0
+    assert "is attached to the optimizer" not in caplog.text
     assert not isinstance(one.lr_scheduler, StandIn)
     assert "last_epoch" in one.lr_scheduler.state_dict()
 

@@ -105,16 +105,47 @@ def test_a_scheduler_that_has_not_come_to_its_first_change_is_named_as_well(stee
     governor = steer(optimizer)
     told = receipts_of(governor)
     train(optimizer, governor, 12, schedule.step if schedule else lambda: None)
-    assert [("StepLR" in r[4]) for r in told if r[4]] == ([True] if schedule else [])
-    assert len(warnings_of(caplog)) == (1 if schedule else 0)
+    assert [("StepLR runs beside" in r[4]) for r in told if r[4]] == ([True] if schedule else [])
+    assert [("StepLR is attached" in one) for one in warnings_of(caplog)] == ([True, False] if schedule else [])
 
 
-def test_a_scheduler_that_stands_still_is_nobodys_conflict(steer, caplog):
-    optimizer = optimizer_of()
+@pytest.mark.parametrize("mode", ["absolute", "multiplier"])
+def test_a_scheduler_that_stands_still_is_nobodys_conflict_and_is_told_in_a_line(steer, caplog, mode):
+    """As one that steps once an epoch does, for thousands of steps."""
+    optimizer = optimizer_of(groups=2)
     schedule = S.StepLR(optimizer, 1)
-    governor = steer(optimizer)
+    governor = steer(optimizer, mode=mode)
     train(optimizer, governor, 12)
-    assert (governor.status.conflicts, warnings_of(caplog), schedule.last_epoch) == (0, [], 0)
+    assert (governor.status.conflicts, schedule.last_epoch) == (0, 0)
+    line = (
+        "flyball: StepLR is attached to the optimizer: what it writes as the learning rate is replaced before each "
+        'step. The service\'s settings count from 0.1 (first group); mode="multiplier" keeps StepLR in charge'
+    )
+    assert warnings_of(caplog) == ([line] if mode == "absolute" else [])
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("options", [{}, {"policy": None}, {"mode": "multiplier"}])
+def test_a_warm_up_that_begins_at_zero_freezes_nothing(steer, caplog, options, tensor):
+    optimizer = optimizer_of(groups=2, lr=torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1)
+    schedule = S.LambdaLR(optimizer, lambda t: min(1.0, t / 4))
+    assert float(optimizer.param_groups[0]["lr"]) == 0.0
+    governor = steer(optimizer, **options)
+    assert [group.lr for group in governor._session.attach.groups] == [0.1, 0.1]
+    multiplied = options.get("mode") == "multiplier"
+    wanted = [0.0, 0.025, 0.05] if multiplied else [0.1] * 3
+    assert train(optimizer, governor, 3, schedule.step) == pytest.approx(wanted)
+    assert not any("nothing will train" in one for one in warnings_of(caplog))
+
+
+def test_a_learning_rate_of_zero_in_all_groups_is_told_at_attach(steer, caplog):
+    steer(optimizer_of(groups=2, lr=0.0))
+    assert ["nothing will train" in one for one in warnings_of(caplog)] == [True]
+    frozen = optimizer_of(groups=2)
+    frozen.param_groups[1]["lr"] = 0.0
+    assert train(frozen, steer(frozen), 2) == [0.1, 0.1]
+    assert frozen.param_groups[1]["lr"] == 0.0
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_a_hand_written_loop_is_told_by_what_it_wrote(steer, caplog):
@@ -198,10 +229,10 @@ def test_a_scheduler_is_not_said_to_be_replaced_where_the_service_was_never_hear
     schedule = S.StepLR(optimizer, 1, gamma=0.5)
     governor = steer(optimizer, server="http://127.0.0.1:9", lag=None, start_wait_s=0.0)
     assert train(optimizer, governor, 12, schedule.step)[-1] < 0.001, "nothing replaces what it writes"
-    (warning,) = [one for one in warnings_of(caplog) if "StepLR" in one]
-    assert warning.endswith(
-        "what it writes as the learning rate holds until the service's settings come, and not after"
-    )
+    first, warning = [one for one in warnings_of(caplog) if "StepLR" in one]
+    fate = "what it writes as the learning rate holds until the service's settings come, and not after"
+    assert warning.endswith(fate)
+    assert fate in first
 
 
 def test_a_scheduler_beside_a_trainer_is_proven_by_what_it_wrote(steer, caplog):

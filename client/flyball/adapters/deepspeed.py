@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from flyball.adapters import torch as plain
+from flyball.adapters.groups import begun, names
 from flyball.adapters.groups import declared as declared_of
-from flyball.adapters.groups import names
 from flyball.adapters.torch_groups import Groups
 from flyball.govern import govern
 from flyball.governor import Governor
@@ -56,6 +56,7 @@ def attach(engine: Any, **options: Unpack[Options]) -> Governor:
     if inner is wrapper:
         return plain.attach(wrapper, **options)
     multiplier = options.get("mode") == "multiplier"
+    groups = begun(groups, goes_on=bool(options.get("resume") or options.get("fork")))
     declared = tuple(
         declared_of(name, group, multiplier=multiplier) for name, group in zip(names(groups), groups, strict=True)
     )

@@ -22,6 +22,8 @@ log = logging.getLogger("flyball")
 
 #: What of a group is written or read.
 _SETTINGS = ("lr", "momentum", "betas")
+#: What a group holds that was added after its run began: where it began. Optimizers save it with the group.
+_ADDED = "flyball_reference_lr"
 
 
 def names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -55,21 +57,50 @@ def declared(name: str, group: Mapping[str, Any], *, multiplier: bool) -> Group:
     momentum, betas = group.get("momentum"), group.get("betas")
     if not momentum and betas is not None:
         momentum = None  # the group's momentum is its betas[0]
+    lr = plain(group["lr"])
     # A warm-up from 0 must not freeze the group: what its scheduler counts from stands beside it.
-    initial = plain(group.get("initial_lr", 0.0)) if multiplier else 0.0
+    if multiplier or not lr:
+        lr = plain(group.get("initial_lr", 0.0)) or lr
     return Group(
         name,
-        initial or plain(group["lr"]),
+        lr,
         None if momentum is None else float(momentum),
         (float(betas[0]), float(betas[1])) if betas is not None and len(betas) == 2 else None,
         is_free(group),
     )
 
 
+def begun(groups: Sequence[dict[str, Any]], *, goes_on: bool) -> list[dict[str, Any]]:
+    """The groups that the run began with; those added later are known by what `added` left in them, in a checkpoint
+    too. goes_on: whether this is a run that has begun; for one that begins now, all of them are its own."""
+    known = [group for group in groups if _ADDED not in group]
+    if goes_on and known:
+        return known
+    for group in groups:
+        group.pop(_ADDED, None)
+    return list(groups)
+
+
+def added(group: dict[str, Any], place: int, times: float) -> Any:
+    """Where a group began that was added after attach: a number, or a tensor on its device. Told when first seen.
+    times: the first group's factor, which it gets."""
+    if _ADDED not in group:
+        lr = group["lr"]
+        group[_ADDED] = lr.detach().clone() if on_device(lr) else plain(lr)
+        log.warning(
+            "flyball: group %s was added after attach with the learning rate %s: it gets the first group's factor, "
+            "%.6g now, and the run's record does not show it",
+            group.get("name") or f"group{place}",
+            "that stands on its device" if on_device(lr) else f"{plain(lr):.9g}",
+            times,
+        )
+    return group[_ADDED]
+
+
 def is_free(group: Mapping[str, Any]) -> bool:
     """Whether the optimizer finds its own step size, by the group's shape: D-Adaptation and Prodigy keep their estimate
-    in "d", schedule-free optimizers whether they train in "train_mode"."""
-    return "d" in group or "train_mode" in group
+    in "d", schedule-free optimizers whether they train in "train_mode", or how much their average weighs."""
+    return "d" in group or "train_mode" in group or {"scheduled_lr", "weight_sum"} <= group.keys()
 
 
 def effective(effective: Mapping[str, float], *, alone: bool) -> dict[str, float]:
@@ -124,12 +155,9 @@ class Rows:
         by = {place: group for group, place in zip(groups, at, strict=True) if place is not None}
         rows = [by.get(i) or self._absent(i) for i in range(n)]
         rows += [by[i] for i in range(n, len(self._rows)) if i in by]
-        added = [group for group, place in zip(groups, at, strict=True) if place is None]
-        for group in added:
-            name = group.get("name") or f"group{len(rows)}"
-            log.info("flyball: group %s was added after attach: it follows the first group's factor", name)
+        rows += [group for group, place in zip(groups, at, strict=True) if place is None]
         self._gone = {name for i, name in enumerate(self._names) if i not in by}
-        self._list, self._rows = list(groups), rows + added
+        self._list, self._rows = list(groups), rows
         self._held = [_first_of(row) or (self._held[i] if i < n else None) for i, row in enumerate(self._rows)]
 
     def _places(self, groups: Sequence[dict[str, Any]]) -> list[int | None]:

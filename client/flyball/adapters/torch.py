@@ -7,8 +7,9 @@
 
 Groups are known by their name: their "name" entry; or what the names of their parameters begin with, where the
 optimizer was given `model.named_parameters()`; or group0, group1 ... A group that is added later (`add_param_group`
-after unfreezing) follows the first group's factor; one that is dropped is told once and goes without; the order of the
-list means nothing. A tensor learning rate is filled in place, on its device, so that a compiled step is compiled once.
+after unfreezing) follows the first group's factor, also where the run goes on from a checkpoint; one that is dropped is
+told once and goes without; the order of the list means nothing.
+A tensor learning rate is filled in place, on its device, so that a compiled step is compiled once.
 A momentum is a Python number that torch compiles in: where a policy steers it on a compiled step, a warning says so.
 
 A step that a GradScaler skips runs no hook and is no step. (A fused optimizer on a device runs them and decides there:
@@ -24,7 +25,7 @@ what they make of it is reported as the signal `effective_lr`, and the service w
 values. The `train()` and `eval()` of schedule-free optimizers stay the script's to call.
 
 Rule of this module: nothing is imported that the optimizer may come from; what wraps an optimizer is known by holding
-it as `.optimizer`.
+it as `.optimizer`, `.base` or `.base_optimizer`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any, TypeAlias, Unpack
 
 import torch
 
-from flyball.adapters.groups import declared, effective, names
+from flyball.adapters.groups import begun, declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
 from flyball.adapters.torch_groups import Groups, is_steered
@@ -50,10 +51,11 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
     Args:
-        optimizer: one, or what wraps one and holds it as `.optimizer` (accelerate does); its parameter groups are known
-            by their "name" entry, else as the module's head says. Or several, in a list or by name: their groups are
-            named NAME/GROUP, by their class in small letters in a list ("muon/default"; "adam0/...", "adam1/..." where
-            a class comes twice). One step of the run is one step of the last.
+        optimizer: one, or what wraps one and holds it as `.optimizer` (accelerate does) or `.base_optimizer` (SAM); its
+            parameter groups are known by their "name" entry, else as the module's head says. Or several, in a list or
+            by name: their groups are named NAME/GROUP, by their class in small letters in a list ("muon/default";
+            "adam0/...", "adam1/..." where a class comes twice), by place where a dictionary's keys are no text
+            ("optimizer0/..."). One step of the run is one step of the last.
         options: see `flyball.options.Options`; `run` must be given.
 
     Raises:
@@ -66,7 +68,10 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     optimizers = _optimizers(named)
     chosen, every, rest = measured(options)
     multiplier = options.get("mode") == "multiplier"
-    parts = [Groups(one, _declared(name, named[name], multiplier), multiplier) for name, one in optimizers.items()]
+    goes_on = bool(options.get("resume") or options.get("fork"))
+    parts = [
+        Groups(one, _declared(name, named[name], multiplier, goes_on), multiplier) for name, one in optimizers.items()
+    ]
     groups = tuple(group for part in parts for group in part.declared)
     signals = Signals(list(optimizers.values()), chosen, every)
     parts[-1].at_end(signals.detach)
@@ -83,7 +88,8 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer whose step is the real one: wrappers show its groups, and hold it as `.optimizer` (or `.base`)."""
+    """The optimizer whose step is the real one: wrappers show its groups, and hold it as `.optimizer`, `.base` or
+    `.base_optimizer`."""
     return _layers(optimizer)[-1]
 
 
@@ -91,7 +97,7 @@ def _layers(optimizer: Any) -> list[Any]:
     """A wrapper, what it wraps, and so on. A scheduler holds an optimizer as well, but shows no groups."""
     layers = [optimizer]
     while hasattr(layers[-1], "param_groups"):
-        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base"))
+        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base", "base_optimizer"))
         inner = next((one for one in held if hasattr(one, "param_groups")), None)
         if inner is None or any(inner is layer for layer in layers):
             break
@@ -102,7 +108,8 @@ def _layers(optimizer: Any) -> list[Any]:
 def _named(given: Any) -> dict[str, Any]:
     """What was given, by name; "" for a single one."""
     if isinstance(given, Mapping):
-        return {str(name): one for name, one in given.items()}
+        text = all(isinstance(name, str) for name in given)
+        return {name if text else f"optimizer{i}": one for i, (name, one) in enumerate(given.items())}
     if not isinstance(given, Sequence):
         return {"": given}
     classes = [type(unwrapped(one)).__name__.lower() for one in given]
@@ -127,10 +134,10 @@ def _optimizers(named: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
     return found
 
 
-def _declared(name: str, optimizer: Any, multiplier: bool) -> tuple[Group, ...]:
+def _declared(name: str, optimizer: Any, multiplier: bool, goes_on: bool) -> tuple[Group, ...]:
     """The groups of an optimizer as it was given; a wrapper may say what its groups do not."""
     layers = _layers(optimizer)
-    groups = layers[-1].param_groups
+    groups = begun(layers[-1].param_groups, goes_on=goes_on)
     prefix = f"{name}/" if name else ""
     free = any(hasattr(layer, "train_mode") for layer in layers)
     told = [

@@ -19,7 +19,7 @@ from flyball.adapters.beside import Beside
 from flyball.adapters.compiled import is_compiled
 from flyball.adapters.from_device import FromDevice
 from flyball.adapters.gradient_noise import GradientNoise
-from flyball.adapters.groups import Rows, effective_lr, momentum_of
+from flyball.adapters.groups import Rows, added, begun, effective_lr, momentum_of
 from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
 from flyball.adapters.writers import Writers
 from flyball.optimizer import Conflict, plain_number
@@ -41,13 +41,13 @@ def is_steered(optimizer: torch.optim.Optimizer) -> bool:
 class Groups:
     """A torch optimizer as the governor needs it: its parameter groups, written and read in place.
 
-    declared: its groups as the service is told of them, in the order they have now.
+    declared: the groups its run began with as the service is told of them, in the order they have now.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, declared: tuple[Group, ...], multiplier: bool) -> None:
         self.declared = declared
         self._optimizer = optimizer
-        self._rows = Rows(declared, optimizer.param_groups)
+        self._rows = Rows(declared, begun(optimizer.param_groups, goes_on=True))
         self._multiplier = multiplier
         self._noise = GradientNoise(optimizer)
         self._wanted: Settings | None = None
@@ -135,7 +135,7 @@ class Groups:
         same = settings is self._wanted and self._used is not None and untouched(groups, self._stands or ())
         conflict = None if same else self._write(settings, reference, self._rows.of(groups))
         if self._beside is not None:
-            conflict = conflict or self._look(self._beside, settings is not None)
+            conflict = conflict or self._look(self._beside, settings is not None, reference[0])
         if noise_seed is not None and settings is not None and settings.noise_std is not None:
             add = functools.partial(self._add_noise, settings.noise_std, noise_seed)
             if self._closure is None:
@@ -144,8 +144,8 @@ class Groups:
                 self._closure = behind(self._closure, add)
         return conflict
 
-    def _look(self, beside: Beside, steered: bool) -> Conflict | None:
-        found = beside.look(steered=steered)
+    def _look(self, beside: Beside, steered: bool, reference: float) -> Conflict | None:
+        found = beside.look(steered=steered, reference=reference, known=self._writers.is_named)
         if beside.over or self._writers.named:
             self._beside = None
         return None if self._writers.named else found
@@ -244,16 +244,13 @@ class Groups:
             return stands[index].value if ours else float("nan")
         return plain(value)
 
-    def _follow(self, added: list[dict[str, Any]], first: float) -> list[float]:
+    def _follow(self, later: list[dict[str, Any]], first: float) -> list[float]:
         """Groups that were added after attach follow the first group's factor; what is known of their values."""
-        if not added:
+        if not later:
             return []
         times, out = factor(first, self._reference[0]), []
-        for group in added:
-            lr = group["lr"]
-            if "flyball_reference_lr" not in group:
-                group["flyball_reference_lr"] = lr.detach().clone() if on_device(lr) else plain(lr)
-            reference = group["flyball_reference_lr"]
+        for i, group in enumerate(later, len(self.declared)):
+            lr, reference = group["lr"], added(group, i, times)
             if not isinstance(reference, torch.Tensor):
                 out.append(reference * times)
                 _fill([group], out[-1:])
@@ -277,6 +274,8 @@ class Groups:
         for i, group in enumerate(groups):
             lr, times = group["lr"], factors[i] if i < len(factors) else factors[0]
             low, high = self._bounds[i] if i < len(self._bounds) else self._bounds[0]
+            if i >= len(factors):
+                added(group, i, times)
             if not isinstance(lr, torch.Tensor):
                 self._restore.append((group, lr, None))
                 # A scheduler's 0 stays 0: no bound may wake what its owner froze.

@@ -43,6 +43,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from flyball import options as known
+from flyball.adapters.beside import at_rest
 from flyball.adapters.groups import names
 from flyball.adapters.standing import plain
 from flyball.adapters.torch import attach, unwrapped
@@ -111,8 +112,10 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         options = self._resumed(state, self._began if restarted else None)
         optimizer = unwrapped(kwargs["optimizer"])
         options["mode"] = "multiplier" if self._scheduler == "multiply" else "absolute"
-        if self._scheduler == "neutralise" and not state.global_step:
-            _without_warmup(optimizer)
+        if self._scheduler == "neutralise":
+            at_rest(optimizer)
+            if not state.global_step:
+                _without_warmup(optimizer)
         governor = self.governor = attach(optimizer, **cast(Any, options))
         self._trainer, self._groups = trainer, names(optimizer.param_groups)
         self._began = governor.state_dict()

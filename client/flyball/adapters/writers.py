@@ -58,6 +58,10 @@ class Writers:
         cause = f"{when}: {what} by {writer}" + (f" in {group}" if writer.startswith(UNKNOWN) else "")
         return Conflict(cause, f"{writer} writes the {what} of {where} {when}: {told}")
 
+    def is_named(self, writer: Any) -> bool:
+        """Whether this very one was proven to have written."""
+        return any(known() is writer for known in self._proven)
+
     def _name(self, what: str, index: int, value: float | None) -> str:
         """Who wrote `value` (None: not known) as the `what` ("learning rate", "momentum") of the group at `index`."""
         if self.loaded:
