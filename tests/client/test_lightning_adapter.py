@@ -229,6 +229,7 @@ class Skips(Model):
         return None if batch.mean() < 0 else super().training_step(batch, index)
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
 def test_a_batch_that_is_left_out_has_no_loss_rather_than_the_one_before(steer, read):
     fit(Skips(), steer(run="left-out", policy="constant"), [1.0, -1.0, 3.0])
     series = read("left-out/series?signals=loss")["series"]["loss"]

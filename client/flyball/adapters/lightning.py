@@ -107,7 +107,9 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
             "_stepped": [],
             "_before_validation": {},
         }
-        return {**self.__dict__, **fresh, "_driven": set()}
+        # While a fit is on, Lightning puts methods of the module here.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, **fresh, "_driven": set()}
 
     @property
     def governor(self) -> Governor:
