@@ -395,7 +395,7 @@ def test_the_trainers_own_groups_have_names_and_keep_them(tmp_path, flyball_call
         return one
 
     def lrs(run):
-        return {name for name in read(f"{run}/series?signals=lr:decay,lr:no_decay")["series"]}
+        return set(read(f"{run}/series?signals=lr:decay,lr:no_decay")["series"])
 
     callback = flyball_callback(policy="constant")
     resumable(tmp_path, callback, model=model(), weight_decay=0.1)[0].train()
