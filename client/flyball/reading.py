@@ -46,12 +46,14 @@ class Reading:
         """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""
         if name in self._names:
             return True
-        if len(name) <= limits.NAME_MAX and NAME.fullmatch(name) and len(self._names) < limits.SIGNALS_MAX:
+        if _is_good(name) and len(self._names) < limits.SIGNALS_MAX:
             self._names.add(name)
             return True
-        message = (
-            f"signal {name!r} is not reported: a run has at most {limits.SIGNALS_MAX} signals, whose names are "
-            "letters, digits and any of _ . / @ % + -"
+        message = f"signal {name!r:.80} is not reported: " + (
+            f"a run has at most {limits.SIGNALS_MAX} signals"
+            if _is_good(name)
+            else f"its name must be of at most {limits.NAME_MAX} letters, digits and any of _ . / @ % + -, and begin "
+            "with a letter or _"
         )
         if self.first:
             raise ValueError(message)
@@ -64,3 +66,7 @@ class Reading:
         if message not in self._warned and len(self._warned) < limits.CAUSES_MAX:
             self._warned.add(message)
             log.warning("flyball: %s", message)
+
+
+def _is_good(name: str) -> bool:
+    return len(name) <= limits.NAME_MAX and NAME.fullmatch(name) is not None

@@ -38,7 +38,7 @@ import torch
 from flyball.adapters.groups import begun, declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
-from flyball.adapters.torch_groups import Groups, is_steered
+from flyball.adapters.torch_groups import Groups, steered_by
 from flyball.govern import govern
 from flyball.governor import Governor
 from flyball.options import Options, measured
@@ -68,9 +68,10 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     optimizers = _optimizers(named)
     chosen, every, rest = measured(options)
     multiplier = options.get("mode") == "multiplier"
-    goes_on = bool(options.get("resume") or options.get("fork"))
+    goes_on, run = bool(options.get("resume") or options.get("fork")), str(options.get("run", ""))
     parts = [
-        Groups(one, _declared(name, named[name], multiplier, goes_on), multiplier) for name, one in optimizers.items()
+        Groups(one, _declared(name, named[name], multiplier, goes_on), multiplier, run)
+        for name, one in optimizers.items()
     ]
     groups = tuple(group for part in parts for group in part.declared)
     signals = Signals(list(optimizers.values()), chosen, every)
@@ -127,8 +128,10 @@ def _optimizers(named: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
         where = f"optimizer {name!r}" if name else "optimizer"
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"{where} is a {type(one).__name__}: give a torch.optim.Optimizer")
-        if is_steered(one):
-            raise ValueError(f"{where} is steered by another governor already: close that one first")
+        if (run := steered_by(one)) is not None:
+            raise ValueError(
+                f"{where} is steered by another governor already, that of run {run!r}: close that one first"
+            )
         if sum(one is other for other in found.values()) > 1:
             raise ValueError(f"{where} is given twice: give each optimizer once")
     return found
