@@ -39,9 +39,12 @@ from flyball.wire import Advice, Attach, Attached, Directive, Receipt, Report, S
 
 
 class Session:
-    """See the module's head. `attach` is the message to open with; `base` the declared base schedule, if any."""
+    """See the module's head. `attach` is the message to open with; `base` the declared base schedule, if any; or_begin:
+    whether a run that is to be resumed, and that the service does not know, is begun."""
 
-    def __init__(self, attach: Attach, *, base: Base | None, on_outage: str, now: float) -> None:
+    def __init__(
+        self, attach: Attach, *, base: Base | None, on_outage: str, now: float, or_begin: bool = False
+    ) -> None:
         self.attach = attach
         self.lag = attach.lag
         self.state = "connecting"
@@ -55,6 +58,7 @@ class Session:
         #: The lowest and the highest learning rate per group.
         self.bounds = self._decisions.absolute
         self._seed = attach.seed
+        self._or_begin = or_begin
         self._on_outage = on_outage
         self._lock = threading.Lock()
         self._observations: deque[tuple[int, Signals]] = deque()
@@ -375,6 +379,17 @@ class Session:
         self.outage = True
         if self._away_since is None:
             self._away_since = now
+
+    def begin_instead(self, code: str) -> bool:
+        """The service said no. Whether that was to resuming a run that is to be begun where it is not known: then the
+        next Attach begins it."""
+        with self._lock:
+            attach = self.attach
+            resumes = attach.resume and attach.from_step is None and self.attached is None
+            if not (self._or_begin and code == "not_found" and resumes):
+                return False
+            self.attach = attach._replace(resume=False, on_unknown="refuse")
+            return True
 
     def notices(self) -> list[str]:
         """What people did, for the job's log, each line once."""
