@@ -7,6 +7,7 @@ registered here know it weakly or not at all, so that it is collected with its o
 from __future__ import annotations
 
 import atexit
+import re
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from flyball.link import join_abandoned
 
 if TYPE_CHECKING:
     from flyball.governor import Governor
+    from flyball.sides import Side
 
 
 def watch(governor: Governor) -> None:
@@ -33,6 +35,17 @@ def watch(governor: Governor) -> None:
     # At the end of the process `_at_exit` closes it; this is for one that is collected before.
     weakref.finalize(governor, link.abandon, governor._close_s, shown.release).atexit = False
 
+
+def midway(session: Side) -> str:
+    """What a range test leaves behind if the job ends now; "" where none is under way."""
+    _, code, _ = session.told()
+    if not _UNDER_WAY.search(code):
+        return ""
+    return "a range test is under way, and the job has not gone back: the model is as the sweep has left it"
+
+
+#: The codes of a sweep, and of one that is over where the job has yet to go back.
+_UNDER_WAY = re.compile(r"\brange_(begun|sweep|found|nothing|returning)\b")
 
 _governors: weakref.WeakSet[Governor] = weakref.WeakSet()
 

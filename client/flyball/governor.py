@@ -20,7 +20,7 @@ from flyball import limits
 from flyball.accumulation import micro_batches
 from flyball.connect import check_token, new_session
 from flyball.controls import Control
-from flyball.ending import watch
+from flyball.ending import midway, watch
 from flyball.handlers import Handlers
 from flyball.measured import Measured
 from flyball.optimizer import Conflict, Optimizer
@@ -233,6 +233,8 @@ class Governor(Handlers):
         self._shown.end(self._next_step - 1, time.time())
         delivered = self._link.close(self._close_s)
         self._shown.wait(max(0.0, until - time.monotonic()))
+        if left := midway(self._session):
+            log.warning("flyball: run %r is closed while %s", self._session.attach.run, left)
         if not delivered:
             status = self.status
             log.warning(

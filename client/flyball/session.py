@@ -333,8 +333,7 @@ class Session:
             self.controls.told(report.controls)
             self.controls.adopt(message.controls)
             self.directives.take(message.directives, self._stepped + self._offset)
-            stop = self.directives.stop
-            self._notices.take((*message.notices, stop) if stop else message.notices)
+            self._notices.take((*message.notices, *self.directives.lines))
             self._confirms.ask(message.confirm, message.through, bool(report.steps))
         self._advice = message
         self._heard("steering", now)
@@ -407,6 +406,15 @@ class Session:
                 self._due_since = now  # what waits behind a heartbeat is due as well
             if self._due_since is not None and now - self._due_since >= limits.OUTAGE_AFTER_S:
                 self.outage = True
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the run."""
+        return 1
+
+    def agree(self, mine: Any) -> list[Any]:
+        """What every rank says, by rank; None for one that is through. All of them ask at once."""
+        return [mine]
 
     def common(self, token: Mapping[str, Any]) -> Mapping[str, Any]:
         """The checkpoint token that all ranks go back to."""
