@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import re
-import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def watch(governor: Governor) -> None:
     def noticed(line: str) -> None:
         there = held()
         if there is not None:
-            shown.noticed(there._next_step, time.time(), line)
+            there._noticed(line)
 
     link.on_notice = noticed
     _governors.add(governor)

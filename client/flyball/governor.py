@@ -385,5 +385,8 @@ class Governor(Handlers):
             self._link.wake()
         self._show(used, conflict)
 
+    def _noticed(self, line: str) -> None:
+        self._shown.noticed(self._next_step, time.time(), line)
+
     def _show(self, used: Settings, conflict: str = "") -> None:
         self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
