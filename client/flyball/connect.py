@@ -42,7 +42,7 @@ def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
     declared = _declared_base(spec, base)
     if one["on_outage"] == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
-    token_of = None if isinstance(resume, bool) else check_token(resume, run, project)
+    token_of = None if isinstance(resume, bool | str | None) else check_token(resume, run, project)
     message = Attach(
         project=project,
         run=run,
@@ -66,7 +66,9 @@ def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
         on_unknown=one["on_unknown"],
     )
     make = transport(one["server"] or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, one["token"])
-    session = Session(message, base=declared, on_outage=one["on_outage"], now=time.monotonic())
+    session = Session(
+        message, base=declared, on_outage=one["on_outage"], now=time.monotonic(), or_begin=resume == "auto"
+    )
     link = Link(session, make)
     link.start()
     # A connection that is refused is no answer: the service may be about to start.

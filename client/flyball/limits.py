@@ -35,6 +35,10 @@ EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Calls of governor.step without an optimizer step before the log asks whether they are micro-batches (a GradScaler
+#: skips a few when it starts), and before it says that there never was an optimizer step.
+UNSTEPPED_MAX = 8
+NEVER_STEPPED_MAX = 16
 #: Micro-batches of one step whose values may be on their way from a device at once; beyond that the loss is not known.
 MICRO_PENDING_MAX = 1024
 #: Groups whose effective learning rate is told, where an optimizer finds its own.

@@ -25,6 +25,7 @@ class Reading:
         self._optimizer = optimizer
         self._names: set[str] = set()
         self._warned: set[str] = set()
+        self._told_unstepped = False
 
     def number(self, name: str, value: Any) -> Any:
         """`value` as a float, or a Pending one where it is still on its device; None where it is none."""
@@ -60,6 +61,25 @@ class Reading:
         self.bad_values += 1
         self.once(message)
         return False
+
+    def unstepped(self, calls: int, steps: int) -> None:
+        """So many calls came without an optimizer step, beside so many steps: where that is no GradScaler's doing any
+        more, log it, once."""
+        if self._told_unstepped or calls < limits.UNSTEPPED_MAX or calls < steps:
+            return
+        hint = "if these are micro-batches, attach with accumulate='mean' or 'sum'"
+        if steps:
+            self._told_unstepped = True
+            self.once(
+                f"{calls} of {calls + steps} calls of governor.step came without an optimizer step, and their losses "
+                f"are dropped: {hint}"
+            )
+        elif calls >= limits.NEVER_STEPPED_MAX:
+            self._told_unstepped = True
+            self.once(
+                f"no optimizer step seen in {calls} calls of governor.step: this optimizer's step() is not called, and "
+                f"nothing is steered ({hint})"
+            )
 
     def once(self, message: str) -> None:
         """Log a warning, the first time."""

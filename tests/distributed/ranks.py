@@ -391,6 +391,68 @@ def resumed(server: Server) -> Any:
 
 
 @scenario
+def kept_in_memory(server: Server) -> Any:
+    """Every rank keeps a checkpoint of its own, and somebody asks for one, and to go back. Later the newest does not
+    fit on rank 1, then rank 1 alone cannot load, then rank 1's optimizer has changed."""
+    optimizer = optimizer_of()
+    weight = optimizer.param_groups[0]["params"][0]
+    governor = attach(optimizer, server, "memory", lag=0, wait_s=None)
+    own = Loads()
+    checkpoint = flyball.MemoryCheckpoint(governor, limit_mb=1, optimizer=optimizer, weights=Held(weight), own=own)
+    url = f"{server.url('http')}/v1/runs/memory/commands"
+    told: list[Any] = []
+
+    def ask(kind: str, **args: Any) -> None:
+        if RANK == 0:
+            body = {"kind": kind, "args": args, "reason": "to see"}
+            given = httpx.post(url, json=body, timeout=20).json()["id"]
+        until = governor.status.step + 30
+        lrs = train(governor, optimizer, range(30))
+        told.append([kind, float(weight.detach()), governor.status.step - until, governor.status.attempt, len(lrs)])
+        if RANK == 0:
+            done = httpx.get(f"{url}/{given}", params={"wait_s": 10}, timeout=20).json()
+            told[-1].append([done["status"], done["history"][-1]["note"]])
+        dist.barrier()
+
+    train(governor, optimizer, range(20))
+    ask("checkpoint", tag="a")
+    ask("restore", tag="a")
+    checkpoint._limit = 1 if RANK == 1 else checkpoint._limit
+    ask("checkpoint", tag="b")
+    ask("restore", tag="b")
+    checkpoint._limit = 10**6
+    own.fails = RANK == 1
+    ask("restore", tag="a")
+    own.fails = False
+    if RANK == 1:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    ask("restore", tag="a")
+    governor.close()
+    return told
+
+
+class Loads:
+    """Something of the script's own, whose load may fail."""
+
+    fails = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, _: Any) -> None:
+        if self.fails:
+            raise OSError("rank 1's own")
+
+
+class Held(torch.nn.Module):
+    """One parameter as a module."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@scenario
 def long_pause(server: Server) -> Any:
     """The service is frozen for twice as long as the ranks' group ever waits."""
     optimizer = optimizer_of()

@@ -28,7 +28,7 @@ FOUR = (
     "meddled_with", "attach_refused", "fully_sharded", "flat_parameters", "lockstep", "goes_back", "noise_scale",
     "gone",
 )  # fmt: skip
-TWO = ("resumed", "long_pause")
+TWO = ("resumed", "kept_in_memory", "long_pause")
 JOB_S = 110
 
 
@@ -265,3 +265,26 @@ def test_the_noise_scale_is_that_of_the_gradients(jobs: Jobs) -> None:
     late = [scale for scale in scales[300:] if scale is not None]
     assert len(late) == 100
     assert sum(late) / len(late) == pytest.approx(9, rel=0.3)
+
+
+def test_all_ranks_go_back_to_checkpoints_in_memory_together_or_none_does(jobs: Jobs) -> None:
+    first, second = jobs.of("kept_in_memory")
+    assert [told[1:4] for told in first[:4]] == [told[1:4] for told in second[:4]]
+    assert [told[3] for told in first] == [told[3] for told in second] == [1, 2, 2, 2, 2, 2]  # attempts
+    (saved, kept), (back, how) = (told[5] for told in first[:2])
+    assert (saved, back) == ("done", "done")
+    step = kept.split()[1]
+    assert f"to step {step} 'a'" in how
+    assert first[1][1] == first[0][1]  # the same weight after the same steps
+    for told, words in zip(
+        first[2:],
+        (
+            "rank 1: a checkpoint needs",
+            "there is no checkpoint named 'b' in memory of every rank",
+            "rank 1: rank 1's own; others have put theirs back, and ranks differ from here on",
+            "rank 1: optimizer is not what it was at the checkpoint",
+        ),
+        strict=True,
+    ):
+        assert told[5][0] == "declined"
+        assert words in told[5][1]

@@ -130,6 +130,11 @@ class SharedLink:
         if self._own is not None:
             self._own.restart()
 
+    def abandon(self, within_s: float, then: Callable[[], None]) -> None:
+        """See `Link.abandon`. The other ranks are not told: they may not have let go of theirs yet."""
+        if self._own is not None:
+            self._own.abandon(within_s, then)
+
     def close(self, within_s: float) -> bool:
         """See `Link.close`, and `Shared.leave`."""
         self._shared.leave(within_s)

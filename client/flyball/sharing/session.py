@@ -31,6 +31,7 @@ from flyball import limits
 from flyball.columns import Signals
 from flyball.controls import Control, Controls
 from flyball.decisions import Target
+from flyball.errors import Declined
 from flyball.link import Link
 from flyball.ranks import Broken, Exchange
 from flyball.session import Session
@@ -76,6 +77,8 @@ class Shared:
         self._outcome = ""
         self._missed = 0
         self._broken = False
+        #: What all ranks gave to the exchange ended last.
+        self._heard: list[bytes] = []
         self._aside: threading.Thread | None = None
         self._pid = os.getpid()
         self._begin()
@@ -298,6 +301,24 @@ class Shared:
 
     # -- together ------------------------------------------------------------------------------------
 
+    @property
+    def ranks(self) -> int:
+        """See `Session.ranks`."""
+        return self._exchange.ranks
+
+    def agree(self, mine: Any) -> list[Any]:
+        """See `Session.agree`. mine: JSON values. Raises Declined where the ranks cannot exchange anything any more."""
+        try:
+            if self._broken:
+                raise Broken("they broke off before")
+            self._step += 1
+            self._until(LOAD, {LOAD, DONE}, None, says=mine)
+            self._step -= 1
+            return [unpack(data).more.get("says") for data in self._heard]
+        except Exception as error:
+            self._break(error)
+            raise Declined(f"the ranks exchange nothing any more: {error}") from error
+
     def common(self, token: Mapping[str, Any]) -> Mapping[str, Any]:
         """Rank 0's checkpoint token, on every rank; all of them ask at once."""
         if self._broken:
@@ -483,6 +504,7 @@ class Shared:
     def _hear(self, told: list[bytes]) -> tuple[list[Head], Slot]:
         """End an exchange: what all ranks said."""
         heads, first = [head_of(data) for data in told], unpack(told[0])
+        self._heard = told
         self._all_call = all(head.calls for head in heads)
         self._catch_up(heads)
         if "word" in first.more:
