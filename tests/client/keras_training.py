@@ -5,6 +5,7 @@ Rule of this module: each function trains for real, and returns what a user woul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -194,10 +195,8 @@ def broken_off(run: str) -> tuple[Any, FlyballCallback]:
         if count[0] == 3:
             raise KeyboardInterrupt
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         fit(model, [1.0] * 5, steered, keras.callbacks.LambdaCallback(on_train_batch_end=end))
-    except KeyboardInterrupt:
-        pass
     return model, steered
 
 

@@ -123,7 +123,7 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
     # -- Keras's hooks -------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """A fit that was broken off before, this callback's or another's, is left behind. Two in one fit are refused."""
+        """A fit that was broken off before, this callback's or another's, is left behind; two in one are refused."""
         self.close("")
         known = _drivers.get(self.model)
         other = None if known is None else known()
@@ -187,8 +187,8 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
             model._record_training_state_sharding_spec()  # Keras 3.5 took them before the model had this variable
         if self._last_loss is None:
             log.warning(
-                "flyball: no metric of the model is named 'loss', so no loss is reported: a model with metrics of its own "
-                "needs keras.metrics.Mean(name='loss') among them"
+                "flyball: no metric of the model is named 'loss', so no loss is reported: a model with metrics of its "
+                "own needs keras.metrics.Mean(name='loss') among them"
             )
         self._governor = govern(optimizer, optimizer.groups, options)
         self._steered, self._optimizer, self._writing, self._warned = model, model.optimizer, optimizer, False
@@ -203,8 +203,8 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if found not in known and self._options.get("mode") != "multiplier":
                 raise ValueError(
                     f"the model has another optimizer than in the last fit, with learning rate {_told(found)} in the "
-                    f"place of {' or '.join(sorted(map(_told, known)))}, but run {run!r} would go on with its own: give "
-                    "a new FlyballCallback with another run name, or compile the model with the old learning rate"
+                    f"place of {' or '.join(sorted(map(_told, known)))}, but run {run!r} would go on with its own: "
+                    "give a new FlyballCallback with another run name, or compile the model with the old learning rate"
                 )
             log.warning("flyball: the model has another optimizer than in the last fit; run %r goes on with it", run)
 
