@@ -198,7 +198,8 @@ class _Injected:
                     continue
                 value = self._known(found[name], i if name == place.lr else None, stood)
                 if value is not None and stood is not None:
-                    conflict = self._judged(i, name, found[name], value, stood) or conflict
+                    judged = self._judged(i, name, found[name], value, stood)
+                    conflict = conflict or judged
                 if target is not None and not _holds(found[name], value, target):
                     changed[name], value = self._make(i, name, target, found[name]), target
                 now.append(stood if value is None else float(_typed(changed[name], value)))
