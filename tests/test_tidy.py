@@ -73,6 +73,7 @@ CLIENT_LIBRARIES = {
     "flyball.adapters.keras_optimizer": {"keras"},
     "flyball.adapters.lightning": {"torch"},
     "flyball.adapters.optax": {"jax", "numpy"},
+    "flyball.adapters.optax_state": {"jax", "numpy"},
     "flyball.adapters.ranks": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
