@@ -12,7 +12,7 @@ from flyball.connect import connect
 from flyball.governor import Governor
 from flyball.optimizer import Optimizer
 from flyball.options import checked
-from flyball.ranks import across
+from flyball.ranks import across, refusing
 from flyball.sides import Line, Side
 from flyball.sinks import Shown
 from flyball.wire import Group
@@ -23,7 +23,8 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
 
     options: see `flyball.options.Options`. Raises what `attach` says it raises.
     """
-    whole = checked(options)
+    with refusing(options):
+        whole = checked(options)
     exchange = across(whole["ranks"])
     session: Side
     link: Line

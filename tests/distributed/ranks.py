@@ -305,7 +305,7 @@ def fully_sharded(server: Server) -> Any:
         governor.step(loss)
     governor.close()
     optimizer.zero_grad(set_to_none=False)
-    added = noise.add((1.0,), 5)
+    added = noise.add(optimizer.param_groups, (1.0,), 5)
     shards = [p.grad.to_local().flatten().tolist() for p in model.parameters()]
     return {"lrs": lrs, "added": added, "shards": shards, "plain": plain.grad.tolist()}
 
@@ -331,7 +331,7 @@ def flat_parameters(server: Server) -> Any:
             lrs.append(used(optimizer))
             governor.step(loss)
         governor.close()
-        added = GradientNoise(optimizer).add((1.0,), 5)
+        added = GradientNoise(optimizer).add(optimizer.param_groups, (1.0,), 5)
         grads = [p.grad.flatten().tolist() for p in model.parameters() if p.grad is not None and p.grad.numel()]
         seen[str(original)] = {"lrs": lrs, "added": added, "grads": grads}
     return seen

@@ -41,11 +41,13 @@ from flyball.adapters.torch_groups import Groups, is_steered
 from flyball.govern import govern
 from flyball.governor import Governor
 from flyball.options import Options, measured
+from flyball.ranks import together
 from flyball.wire import Group
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
 
 
+@together
 def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
@@ -91,12 +93,18 @@ def _layers(optimizer: Any) -> list[Any]:
     """A wrapper, what it wraps, and so on. A scheduler holds an optimizer as well, but shows no groups."""
     layers = [optimizer]
     while hasattr(layers[-1], "param_groups"):
-        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base"))
+        held = (getattr(layers[-1], name, None) for name in _holds(layers[-1]))
         inner = next((one for one in held if hasattr(one, "param_groups")), None)
         if inner is None or any(inner is layer for layer in layers):
             break
         layers.append(inner)
     return layers
+
+
+def _holds(wrapper: Any) -> tuple[str, ...]:
+    """Where it may hold what it wraps. ZeroRedundancyOptimizer steps by itself, and its `.optim` is a part of it."""
+    shards = isinstance(wrapper, torch.optim.Optimizer) and hasattr(wrapper, "_optimizer_step_pre_hooks")
+    return ("optimizer", "base") if shards else ("optimizer", "base", "optim")
 
 
 def _named(given: Any) -> dict[str, Any]:
