@@ -5,7 +5,8 @@ Rule of this module: everything that can be refused is refused here, before trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flyball.connect import connect
@@ -43,3 +44,13 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
         accumulate=whole["accumulate"],
         shown=Shown(whole["report_to"], session, [group.name for group in groups]),
     )
+
+
+@contextmanager
+def closing(governor: Governor) -> Iterator[None]:
+    """What fails here, before `attach` returns, leaves no run behind that counts as running."""
+    try:
+        yield
+    except BaseException:
+        governor.close("failed")
+        raise

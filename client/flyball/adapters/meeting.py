@@ -33,6 +33,9 @@ def meet(members: Sequence[int], within_s: float) -> None:
             missing = ", ".join(str(rank) for rank in members if not store.check([f"{prefix}/{rank}"]))
             text = f"rank {own} has waited {waited:.0f} s for rank {missing} to attach: every rank must call attach"
             if waited >= within_s:
+                # As if it had never come, so that the next time is the same one for all.
+                _count[tuple(members)] -= 1
+                store.delete_key(f"{prefix}/{own}")
                 store.add(f"{prefix}/there", -1)
                 raise FlyballError(f"{text}, or give ranks=None")
             log.warning("flyball: %s", text)

@@ -38,7 +38,7 @@ from flyball.adapters.groups import declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
 from flyball.adapters.torch_groups import Groups, is_steered
-from flyball.govern import govern
+from flyball.govern import closing, govern
 from flyball.governor import Governor
 from flyball.options import Options, measured
 from flyball.ranks import together
@@ -74,13 +74,15 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     parts[-1].at_end(signals.detach)
     if len(parts) == 1:
         governor = govern(parts[0], groups, rest)
-        signals.steer(governor)
-        parts[0].steer(governor.before_step, _after(parts[0], governor))
+        with closing(governor):
+            signals.steer(governor)
+            parts[0].steer(governor.before_step, _after(parts[0], governor))
         return governor
     several = Several(parts)
     governor = govern(several, groups, rest)
-    signals.steer(governor)
-    several.steer(governor)
+    with closing(governor):
+        signals.steer(governor)
+        several.steer(governor)
     return governor
 
 

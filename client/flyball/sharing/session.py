@@ -103,7 +103,7 @@ class Shared:
         self._step, self._shift = -1, 0
         #: The step before which the next exchange is due; whether one is under way.
         self._point, self._under_way = 0, False
-        self._skips, self._calls, self._all_call = 0, False, False
+        self._skips, self._calls, self._all_call, self._heard = 0, False, False, 0
         #: Words heard, and from which step on they hold.
         self._due: deque[tuple[int, dict[str, Any]]] = deque()
         self._rows: deque[tuple[int, Any, Signals]] = deque()
@@ -114,7 +114,9 @@ class Shared:
         """Rank 0: its word on the steps from `first` on; None on all others."""
         if self._own is None:
             return None
-        return self._words.compose(self._own[0], first, 1 if self._lockstep else self._exchange.every)
+        session, link = self._own
+        asked = self._answers.to_ask(session, link)
+        return self._words.compose(session, first, 1 if self._lockstep else self._exchange.every, asked)
 
     def hear(self, word: dict[str, Any]) -> None:
         """From this rank's next step on, all ranks go by rank 0's word."""
@@ -133,7 +135,7 @@ class Shared:
             self._own[0].tick(now)
         if self._due:
             self._hear_due(step)
-        position = step + (self._skips if self._all_call else 0)
+        position = step + (self._skips if self._counts_skips else 0)
         if (position < self._point and not self._lockstep) or self._broken or os.getpid() != self._pid:
             return 0
         waited = self._exchange.waited_ns
@@ -151,18 +153,25 @@ class Shared:
         position = self._step + 1 + self._skips
         self._skips += 1
         self._calls = True
-        if not self._all_call or self._broken or os.getpid() != self._pid:
+        due = self._all_call if self._lockstep else self._counts_skips and position >= self._point
+        if not due or self._broken or os.getpid() != self._pid:
             return
         try:
             self._step += 1
             if self._lockstep:
                 self._round(STEP)
-            elif position >= self._point:
+            else:
                 self._pass(position)
         except Exception as error:
             self._break(error)
         finally:
             self._step -= 1
+
+    @property
+    def _counts_skips(self) -> bool:
+        """Whether every rank tells of steps that it skips. The first two exchanges begin before it can have told any:
+        until the third it is taken for granted."""
+        return self._all_call or self._heard < 3
 
     def observe(self, step: int, signals: Signals, weight: Any = 1.0) -> bool:
         """See `Session.observe`."""
@@ -488,6 +497,8 @@ class Shared:
             more["receipts"] = [[one.step, one.settings, one.conflict, one.wanted_lr] for one in self._told_used]
         if answers := self._answers.to_tell():
             more["answers"] = answers
+        if handles := self.directives.to_tell():
+            more["handles"] = handles
         if first is not None and (word := self.word(first)) is not None:
             more["word"] = word
         self._start(Slot(Head(tag, through, self._step, self._skips, self._calls), rows, more))
@@ -522,6 +533,7 @@ class Shared:
         """End an exchange: what all ranks said."""
         heads, first = [head_of(data) for data in told], unpack(told[0])
         self._all_call = all(head.calls for head in heads)
+        self._heard += 1
         self._catch_up(heads)
         if "word" in first.more:
             self._due.append((self._step if self._lockstep else self._point, first.more["word"]))
