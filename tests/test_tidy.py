@@ -74,6 +74,7 @@ CLIENT_LIBRARIES = {
     "flyball.adapters.lightning": {"torch"},
     "flyball.adapters.optax": {"jax", "numpy"},
     "flyball.adapters.ranks": {"torch"},
+    "flyball.adapters.meeting": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }
@@ -121,6 +122,8 @@ MAY_READ_THE_WORLD = {
     "flyball",
     "flyball.adapters.torch_copies",
     "flyball.adapters.ranks",
+    "flyball.adapters.meeting",
+    "flyball.ranks",
     "flyball.api",
     "flyball.api_connection",
     "flyball.cli",

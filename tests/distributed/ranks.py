@@ -174,7 +174,7 @@ def skipping(server: Server, lag: int | None) -> Any:
         step = governor.status.step
         if not (RANK == 1 and i > 10 and i % 7 == 0):
             optimizer.step()
-            seen[step] = used(optimizer)
+            seen[governor.status.step - 1] = used(optimizer)  # it may have caught up in this very step
         steps.append(step)
         governor.step(fixed_loss(i))
         dist.barrier()  # as DDP's all-reduce would: no rank can get ahead of another
@@ -194,10 +194,11 @@ def skips_in_a_row(server: Server) -> Any:
         step = governor.status.step
         if not ((RANK == 1 and 6 <= i < 36) or 50 <= i < 60):
             optimizer.step()
-            seen[step] = used(optimizer)
+            seen[governor.status.step - 1] = used(optimizer)  # it may have caught up in this very step
         steps.append(step)
         governor.step(fixed_loss(i), weight=Late(float("nan") if RANK == 3 else 1.0 + RANK))
         dist.barrier()
+        time.sleep(0.01)
     governor.close()
     return {"lrs": seen, "steps": steps, "bad": governor.status.bad_values}
 
@@ -309,7 +310,7 @@ def post_local(server: Server) -> Any:
     optimizer = optimizer_of()
     whole = PostLocalSGDOptimizer(optim=optimizer, averager=PeriodicModelAverager(period=4, warmup_steps=0))
     governor = attach(whole, server, "post-local")
-    lrs = train(governor, whole.optim, range(40))
+    lrs = train(governor, whole.optim, range(60), pace_s=0.01)
     governor.close()
     return lrs
 

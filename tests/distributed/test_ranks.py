@@ -175,7 +175,7 @@ def test_a_step_that_one_rank_alone_skips_never_sets_the_ranks_apart(jobs: Jobs,
 def test_skips_in_a_row_neither_hold_up_the_ranks_nor_set_them_apart(jobs: Jobs) -> None:
     seen = jobs.of("skips_in_a_row")
     assert len(set(by_number([rank["lrs"] for rank in seen]).values())) > 3
-    assert [rank["steps"][-1] for rank in seen] == [79] * 4
+    assert [rank["steps"][-1] for rank in seen] == [79] * 4  # what all skipped is no step
     # The weight of rank 3 is NaN at every step: it has no part in the mean, and is counted.
     assert [rank["bad"] > 0 for rank in seen] == [False, False, False, True]
 
@@ -228,7 +228,7 @@ def test_what_one_rank_is_refused_for_is_refused_on_all(jobs: Jobs) -> None:
     option, optimizer, missing = zip(*(rank[4:] for rank in seen), strict=True)
     assert [one[0] for one in option] == ["FlyballError", "TypeError", "FlyballError", "FlyballError"]
     assert "rank 1: TypeError: attach has no option 'laag'" in option[0][1]
-    assert "rank 2: TypeError: optimizer is a str" in optimizer[0][1]
+    assert "rank 2: TypeError: optimizer" in optimizer[0][1]
     assert missing[0] == ["none"]
     assert all("for rank 0 to attach: every rank must call attach" in one[1] for one in missing[1:])
 
@@ -287,8 +287,8 @@ def test_when_a_rank_is_gone_the_others_hold_and_are_not_disturbed(jobs: Jobs) -
     seen = jobs.of("gone")
     assert [len(rank["lrs"]) for rank in seen] == [80, 40, 80, 80]
     by_number([dict(enumerate(rank["lrs"])) for rank in seen])
-    for rank in seen:
-        assert len([line for line in rank["lines"] if "the ranks exchange nothing any more" in line]) == 1
+    said = [len([line for line in rank["lines"] if "the ranks exchange nothing any more" in line]) for rank in seen]
+    assert said == [1, 0, 1, 1]
 
 
 def test_a_rank_that_raises_ends_the_job_and_the_run_is_failed(jobs: Jobs) -> None:
