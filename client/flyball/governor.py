@@ -64,7 +64,6 @@ class Governor(Handlers):
         #: Where micro-batches make a step.
         self._micro = None if accumulate is None else micro_batches(accumulate)
         self._reading = Reading(optimizer)
-        #: What the adapter measured around a step.
         self._measured = Measured()
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
@@ -86,8 +85,8 @@ class Governor(Handlers):
 
         With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
         closes the step. Loss and reward are those of all its micro-batches; `weight` says how many samples or tokens
-        this one's are a mean of (0: it had none); what several ranks saw is averaged by it, too (one that is still on
-        its device counts as 1 there). Other signals are those of the closing call. One NaN among the losses
+        this one's are a mean of (0: it had none, and no loss); what several ranks saw is averaged by it, too (there one
+        still on its device counts as 1). Other signals are those of the closing call. One NaN among the losses
         makes the step's NaN. The micro-batches of a step that a GradScaler skipped count to the next step, unless
         `skip` is called, or accumulate=("mean", N) says how many make a step: then they are dropped by themselves.
         """
@@ -107,8 +106,8 @@ class Governor(Handlers):
                 if reading.is_name(name) and (number := reading.number(name, value)) is not None
             }
         step = self._next_step - 1
-        if type(weight) is not float:
-            weight = reading.number("weight", weight)
+        if type(weight) is not float or weight != 1.0:
+            weight = reading.weight(weight)
         if self._micro is not None:
             self._micro.add(loss, reward, weight)
         reading.first = False
@@ -324,6 +323,8 @@ class Governor(Handlers):
             self._reading.once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
+        if self._steps_here == limits.UNREPORTED_STEPS and self._reading.first:
+            self._reading.once(f"{self._steps_here} optimizer steps without a call of governor.step: no loss is known")
         self._busy_ns += time.monotonic_ns() - started
 
     def aside(self, do: Callable[[], Conflict | None]) -> None:

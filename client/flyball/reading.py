@@ -7,6 +7,7 @@ recorded as not measured, counted, and logged once.
 from __future__ import annotations
 
 import logging
+from math import inf
 from typing import Any
 
 from flyball import limits
@@ -42,6 +43,14 @@ class Reading:
             self.bad_values += 1
             self.once(f"recorded as not measured: {message}")
             return None
+
+    def weight(self, value: Any) -> Any:
+        """`value` as a weight; None counts as 1. One that is none is counted, and left to whoever weighs with it."""
+        number = 1.0 if value is None else self.number("weight", value)
+        if isinstance(number, float) and not 0 <= number < inf:
+            self.bad_values += 1
+            self.once(f"weight is {number}: give how many samples or tokens there were, 0 or more")
+        return number
 
     def is_name(self, name: str) -> bool:
         """Whether the service takes a signal of this name: it would refuse the whole report otherwise."""

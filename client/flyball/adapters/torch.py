@@ -39,14 +39,16 @@ from flyball.adapters.groups import begun, declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
 from flyball.adapters.torch_groups import Groups, steered_by
-from flyball.govern import govern
+from flyball.govern import closing, govern
 from flyball.governor import Governor
 from flyball.options import Options, measured
+from flyball.ranks import together
 from flyball.wire import Group
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
 
 
+@together
 def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
@@ -78,13 +80,15 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     parts[-1].at_end(signals.detach)
     if len(parts) == 1:
         governor = govern(parts[0], groups, rest)
-        signals.steer(governor)
-        parts[0].steer(governor.before_step, _after(parts[0], governor))
+        with closing(governor):
+            signals.steer(governor)
+            parts[0].steer(governor.before_step, _after(parts[0], governor))
         return governor
     several = Several(parts)
     governor = govern(several, groups, rest)
-    signals.steer(governor)
-    several.steer(governor)
+    with closing(governor):
+        signals.steer(governor)
+        several.steer(governor)
     return governor
 
 
@@ -98,12 +102,19 @@ def _layers(optimizer: Any) -> list[Any]:
     """A wrapper, what it wraps, and so on. A scheduler holds an optimizer as well, but shows no groups."""
     layers = [optimizer]
     while hasattr(layers[-1], "param_groups"):
-        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base", "base_optimizer"))
+        held = (getattr(layers[-1], name, None) for name in _holds(layers[-1]))
         inner = next((one for one in held if hasattr(one, "param_groups")), None)
         if inner is None or any(inner is layer for layer in layers):
             break
         layers.append(inner)
     return layers
+
+
+def _holds(wrapper: Any) -> tuple[str, ...]:
+    """Where it may hold what it wraps. ZeroRedundancyOptimizer steps by itself, and its `.optim` is a part of it."""
+    shards = isinstance(wrapper, torch.optim.Optimizer) and hasattr(wrapper, "_optimizer_step_pre_hooks")
+    held = ("optimizer", "base", "base_optimizer")
+    return held if shards else (*held, "optim")
 
 
 def _named(given: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from flyball.adapters.around import behind, factor, finally_do
 from flyball.adapters.beside import Beside
 from flyball.adapters.compiled import is_compiled
-from flyball.adapters.from_device import FromDevice
+from flyball.adapters.from_device import FromDevice, whole_of
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import Rows, added, begun, effective_lr, momentum_of
 from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
@@ -216,6 +216,7 @@ class Groups:
         """See `optimizer.Optimizer`."""
         if not isinstance(value, torch.Tensor):
             return plain_number(value)
+        value = whole_of(value)
         if value.numel() != 1:
             raise TypeError(f"a tensor of shape {tuple(value.shape)} is no single number")
         if value.is_cuda:
