@@ -93,7 +93,7 @@ class Shared:
         self._missed = self._bad_weights = 0
         self._broken = False
         #: What all ranks gave to the exchange ended last.
-        self._heard: list[bytes] = []
+        self._told: list[bytes] = []
         self._aside: threading.Thread | None = None
         self._pid = os.getpid()
         self._begin()
@@ -349,7 +349,7 @@ class Shared:
             self._step += 1
             self._until(LOAD, {LOAD, DONE}, None, says=mine)
             self._step -= 1
-            return [unpack(data).more.get("says") for data in self._heard]
+            return [unpack(data).more.get("says") for data in self._told]
         except Exception as error:
             self._break(error)
             raise Declined(f"the ranks exchange nothing any more: {error}") from error
@@ -553,7 +553,7 @@ class Shared:
     def _hear(self, told: list[bytes]) -> tuple[list[Head], Slot]:
         """End an exchange: what all ranks said."""
         heads, first = [head_of(data) for data in told], unpack(told[0])
-        self._heard = told
+        self._told = told
         self._all_call = all(head.calls for head in heads)
         self._heard += 1
         self._catch_up(heads)
