@@ -101,6 +101,10 @@ def killed(server: Server) -> Any:
     lrs = train(governor, optimizer, range(600), at, 0.004)
     if RANK == 0:
         again.join()
+        end = time.monotonic() + 20
+        # Its own link's state: what all ranks agreed on is as of the last exchange.
+        while governor._session._own[0].state != "steering" and time.monotonic() < end:
+            time.sleep(0.01)
     lrs += train(governor, optimizer, range(600, 900), pace_s=0.001)
     status = governor.status
     governor.close()
