@@ -337,6 +337,7 @@ def test_declared_controls_are_steered_within_their_bounds(job):
     assert (given["status"], given["verdict"]["held"]["controls"]) == ("clamped", {"kl_coef": 1.0})
     job.report(confirm=False)
     assert job.advice["controls"] == {"kl_coef": 1.0}
+    assert " kl_coef: 3, clamped" in job.advice["notices"][0]
     job.report(receipt={"controls": {"kl_coef": 1.0}})
     shown = job.show()["controls"][0]
     assert (shown["value"], shown["applied"], shown["declared"]) == (1.0, 1.0, 0.1)

@@ -73,7 +73,9 @@ CLIENT_LIBRARIES = {
     "flyball.adapters.keras_optimizer": {"keras"},
     "flyball.adapters.lightning": {"torch"},
     "flyball.adapters.optax": {"jax", "numpy"},
+    "flyball.adapters.optax_state": {"jax", "numpy"},
     "flyball.adapters.ranks": {"torch"},
+    "flyball.adapters.meeting": {"torch"},
     "flyball.parquet": {"pyarrow"},
     "flyball.yaml": {"yaml"},
 }
@@ -121,6 +123,8 @@ MAY_READ_THE_WORLD = {
     "flyball",
     "flyball.adapters.torch_copies",
     "flyball.adapters.ranks",
+    "flyball.adapters.meeting",
+    "flyball.ranks",
     "flyball.api",
     "flyball.api_connection",
     "flyball.cli",

@@ -6,11 +6,14 @@ to the last bit however late each one arrives.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from math import nan
 
 from flyball import limits
 from flyball.pending import Pending
+
+log = logging.getLogger("flyball")
 
 Number = float | Pending
 
@@ -90,21 +93,37 @@ class Total:
             self._sum = nan
 
 
-class MicroBatches:
-    """Losses, rewards and weights of the micro-batches of one step. how: as for `Total`."""
+def micro_batches(accumulate: str | tuple[str, int]) -> MicroBatches:
+    """What the option `accumulate` says."""
+    return MicroBatches(accumulate) if isinstance(accumulate, str) else MicroBatches(*accumulate)
 
-    def __init__(self, how: str) -> None:
+
+class MicroBatches:
+    """Losses, rewards and weights of the micro-batches of one step. how: as for `Total`. each: how many make a step;
+    None: as many as there are before it."""
+
+    def __init__(self, how: str, each: int | None = None) -> None:
         self._loss, self._reward = Total(how), Total(how)
+        self._each = each
+        self._adds = how == "sum" and each is None
         self._weight = 0.0
+        self._count = self._before = 0
 
     def begin(self) -> None:
         """The next step's; what there was is dropped."""
         self._loss.begin()
         self._reward.begin()
         self._weight = 0.0
+        self._count = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether all micro-batches of a step are there: if none was made, it was skipped."""
+        return self._count == self._each
 
     def add(self, loss: Number | None, reward: Number | None, weight: Number | None) -> None:
         """One more. weight: how many samples or tokens are behind it; None counts as 1."""
+        self._count += 1
         one = 1.0 if weight is None else weight
         self._loss.add(loss, one)
         self._reward.add(reward, one)
@@ -113,4 +132,19 @@ class MicroBatches:
     def close(self) -> tuple[Number | None, Number | None, float]:
         """The step's loss, reward and weight. A weight that has not arrived counts as 1 in the last."""
         whole, self._weight = self._weight, 0.0
+        count, self._count = self._count, 0
+        if self._adds:
+            self._look(count)
         return self._loss.close(), self._reward.close(), whole
+
+    def _look(self, count: int) -> None:
+        """Where losses are added, a step that was skipped between two others shows in the next one's loss: say so."""
+        before, self._before = self._before, count
+        if before and count % before == 0 and count > before:
+            self._adds = False
+            log.warning(
+                "flyball: a step closed with %d micro-batches, and the one before it with %d: if a GradScaler skipped "
+                "a step between them, its losses were added as well. Attach with accumulate=('sum', %d), or call "
+                "governor.skip() where a step was skipped",
+                count, before, before,
+            )  # fmt: skip

@@ -28,6 +28,9 @@ log = logging.getLogger("flyball")
 #: Where the service is looked for when neither `server=` nor FLYBALL_SERVER says.
 DEFAULT_SERVER = "http://127.0.0.1:1788"
 
+#: The process that first asked for a gRPC connection, which its forked children learn from here.
+_grpc_began_in: int | None = None
+
 
 def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
     """A session and its running link, for checked options. Waits up to `start_wait_s` for the service's first answer.
@@ -42,7 +45,7 @@ def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
     declared = _declared_base(spec, base)
     if one["on_outage"] == "base" and declared is None:
         raise ValueError("on_outage='base' needs a base schedule: declare one with base={'type': 'cosine', ...}")
-    token_of = None if isinstance(resume, bool) else check_token(resume, run, project)
+    token_of = None if isinstance(resume, bool | str | None) else check_token(resume, run, project)
     message = Attach(
         project=project,
         run=run,
@@ -66,7 +69,9 @@ def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
         on_unknown=one["on_unknown"],
     )
     make = transport(one["server"] or os.environ.get("FLYBALL_SERVER") or DEFAULT_SERVER, one["token"])
-    session = Session(message, base=declared, on_outage=one["on_outage"], now=time.monotonic())
+    session = Session(
+        message, base=declared, on_outage=one["on_outage"], now=time.monotonic(), or_begin=resume == "auto"
+    )
     link = Link(session, make)
     link.start()
     # A connection that is refused is no answer: the service may be about to start.
@@ -82,7 +87,7 @@ def connect(groups: tuple[Group, ...], one: Options) -> tuple[Session, Link]:
 def transport(server: str, token: str | None) -> Callable[[], Transport]:
     """How to make a connection to `server`: grpc://, grpcs://, http:// or https://, with host and port.
 
-    Raises FlyballError for anything else, and where gRPC is asked for but not installed.
+    Raises FlyballError for anything else, and where gRPC is asked for but not installed, or in a forked child.
     """
     parts = urlsplit(server)
     try:
@@ -98,7 +103,8 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
         return lambda: HttpTransport(server, token, context)
     if parts.scheme in ("grpc", "grpcs") and parts.hostname and parts.port:
         # gRPC's own fork handlers crash a forked child now and then (a DataLoader's worker, say). The link keeps
-        # children silent, so they are not needed. gRPC reads this when it is imported.
+        # inherited links silent, so they are not needed. gRPC reads this when it is imported.
+        _begin_grpc(server)
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         try:
             from flyball.over_grpc import GrpcTransport
@@ -115,6 +121,19 @@ def transport(server: str, token: str | None) -> Callable[[], Transport]:
     raise FlyballError(
         f"server is {server!r}: give grpc://HOST:PORT or http://HOST:PORT (grpcs:// and https:// for TLS)"
     )
+
+
+def _begin_grpc(server: str) -> None:
+    """Remember which process uses gRPC. Raises FlyballError in a forked child of it."""
+    global _grpc_began_in
+    if _grpc_began_in is None:
+        _grpc_began_in = os.getpid()
+    if _grpc_began_in != os.getpid():
+        # gRPC's threads stayed behind: making a channel would wait for them for ever, with the interpreter's lock held.
+        raise FlyballError(
+            f"server is {server!r}, but gRPC was begun in the parent process and does not survive a fork: use the "
+            "service's http:// address in forked children, or the spawn start method"
+        )
 
 
 def certificates() -> Certificates:

@@ -24,6 +24,7 @@ class Directives:
         #: Those for the training thread.
         self.pending: deque[Directive] = deque()
         self._handled: set[str] = set()
+        self._in_vain: dict[str, str] = {}
         #: The newest ids, with the answer where there is one already, and how often that may still be sent.
         self._seen: dict[str, tuple[Answer | None, int]] = {}
         self._answers: dict[str, Answer] = {}
@@ -49,6 +50,11 @@ class Directives:
                 reason = directive.args.get("reason")
                 self.stop = f"the service asks to stop: {reason!s:.400}" if reason else "the service asks to stop"
                 self.answer(directive.id, "done", "governor.should_stop is set", next_step)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """For the job's log: that it shall stop, and what it was asked for in vain."""
+        return tuple(filter(None, (self.stop, *self._in_vain.values())))
 
     def next(self) -> Directive | None:
         """The next one to carry out, handed out once; None where there is none."""
@@ -79,8 +85,16 @@ class Directives:
     def _why_not(self, directive: Directive) -> str:
         if not isinstance(directive.args, Mapping):
             return f"its arguments are {directive.args!r:.80}, which is no mapping"
-        if directive.kind not in self._handled and directive.kind != "stop":
-            return f"this client has no handler for {directive.kind}"
+        kind = directive.kind
+        if kind not in self._handled and kind != "stop":
+            why = f"this client has no handler for {kind}"
+            ready = "" if kind == "evaluate" else "; flyball.MemoryCheckpoint is one"
+            if kind in KINDS:
+                self._in_vain[kind] = (
+                    f"the service asks for {kind}, which is declined: {why}{ready}. What needs it is off (as "
+                    "a range test is without a checkpoint)"
+                )
+            return why
         if len(self.pending) >= limits.DIRECTIVES_PENDING_MAX:
             return f"{len(self.pending)} others wait already"
         return ""

@@ -6,14 +6,15 @@ Rule of this module: everything that can be refused is refused here, before trai
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from flyball.connect import connect
 from flyball.governor import Governor
 from flyball.optimizer import Optimizer
 from flyball.options import checked
-from flyball.ranks import across
+from flyball.ranks import across, refusing
 from flyball.sides import Line, Side
 from flyball.sinks import Shown
 from flyball.wire import Group
@@ -26,7 +27,8 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
 
     options: see `flyball.options.Options`. Raises what `attach` says it raises.
     """
-    whole = checked(options)
+    with refusing(options):
+        whole = checked(options)
     exchange = across(whole["ranks"])
     session: Side
     link: Line
@@ -51,3 +53,13 @@ def govern(optimizer: Optimizer, groups: tuple[Group, ...], options: Mapping[str
         accumulate=whole["accumulate"],
         shown=Shown(whole["report_to"], session, [group.name for group in groups]),
     )
+
+
+@contextmanager
+def closing(governor: Governor) -> Iterator[None]:
+    """What fails here, before `attach` returns, leaves no run behind that counts as running."""
+    try:
+        yield
+    except BaseException:
+        governor.close("failed")
+        raise

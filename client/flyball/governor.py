@@ -10,18 +10,17 @@ writing and reading its optimizer, is behind `optimizer.Optimizer`.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from flyball import limits
-from flyball.accumulation import MicroBatches
+from flyball.accumulation import micro_batches
 from flyball.connect import check_token, new_session
 from flyball.controls import Control
+from flyball.ending import midway, watch
 from flyball.handlers import Handlers
 from flyball.measured import Measured
 from flyball.optimizer import Conflict, Optimizer
@@ -46,7 +45,7 @@ class Governor(Handlers):
         *,
         wait_s: float | None,
         close_s: float,
-        accumulate: str | None = None,
+        accumulate: str | tuple[str, int] | None = None,
         shown: Shown | None = None,
     ) -> None:
         super().__init__(session, link)
@@ -63,16 +62,14 @@ class Governor(Handlers):
         self._wanted: Settings | None = None
         self._causes: set[str] = set()
         #: Where micro-batches make a step.
-        self._micro = None if accumulate is None else MicroBatches(accumulate)
+        self._micro = None if accumulate is None else micro_batches(accumulate)
         self._reading = Reading(optimizer)
-        #: What the adapter measured around a step.
         self._measured = Measured()
         self._closed = False
         self._skipped = self._missed = self._conflicts = 0
         self._busy_ns = self._waited_ns = self._steps_here = 0
         self._shown = Shown((), session, ()) if shown is None else shown
-        link.on_notice = lambda line: self._shown.noticed(self._next_step, time.time(), line)
-        _governors.add(self)
+        watch(self)
 
     # -- for the training script ---------------------------------------------------------------------
 
@@ -88,10 +85,10 @@ class Governor(Handlers):
 
         With `accumulate` call it once per micro-batch, and behind the optimizer step where there was one: that call
         closes the step. Loss and reward are those of all its micro-batches; `weight` says how many samples or tokens
-        this one's are a mean of (0: it had none); what several ranks saw is averaged by it, too (one that is still on
-        its device counts as 1 there). Other signals are those of the closing call. One NaN among the losses
+        this one's are a mean of (0: it had none, and no loss); what several ranks saw is averaged by it, too (there one
+        still on its device counts as 1). Other signals are those of the closing call. One NaN among the losses
         makes the step's NaN. The micro-batches of a step that a GradScaler skipped count to the next step, unless
-        `skip` is called.
+        `skip` is called, or accumulate=("mean", N) says how many make a step: then they are dropped by themselves.
         """
         started = time.monotonic_ns()
         reading = self._reading
@@ -109,8 +106,8 @@ class Governor(Handlers):
                 if reading.is_name(name) and (number := reading.number(name, value)) is not None
             }
         step = self._next_step - 1
-        if type(weight) is not float:
-            weight = reading.number("weight", weight)
+        if type(weight) is not float or weight != 1.0:
+            weight = reading.weight(weight)
         if self._micro is not None:
             self._micro.add(loss, reward, weight)
         reading.first = False
@@ -119,6 +116,9 @@ class Governor(Handlers):
             if self._micro is None:
                 self._skipped += 1
                 self._session.skipped()
+                reading.unstepped(self._skipped, self._steps_here)
+            elif self._micro.full:
+                self.skip()
         else:
             self._reported = step
             if self._micro is not None:
@@ -232,6 +232,8 @@ class Governor(Handlers):
         self._shown.end(self._next_step - 1, time.time())
         delivered = self._link.close(self._close_s)
         self._shown.wait(max(0.0, until - time.monotonic()))
+        if left := midway(self._session):
+            log.warning("flyball: run %r is closed while %s", self._session.attach.run, left)
         if not delivered:
             status = self.status
             log.warning(
@@ -321,6 +323,8 @@ class Governor(Handlers):
             self._reading.once(f"settings could not be read back: {error!r}")
         self._next_step += 1
         self._steps_here += 1
+        if self._steps_here == limits.UNREPORTED_STEPS and self._reading.first:
+            self._reading.once(f"{self._steps_here} optimizer steps without a call of governor.step: no loss is known")
         self._busy_ns += time.monotonic_ns() - started
 
     def aside(self, do: Callable[[], Conflict | None]) -> None:
@@ -382,19 +386,8 @@ class Governor(Handlers):
             self._link.wake()
         self._show(used, conflict)
 
+    def _noticed(self, line: str) -> None:
+        self._shown.noticed(self._next_step, time.time(), line)
+
     def _show(self, used: Settings, conflict: str = "") -> None:
         self._shown.applied(self._next_step, time.time(), used, self._wanted, self._controls, conflict)
-
-
-_governors: weakref.WeakSet[Governor] = weakref.WeakSet()
-
-
-def _at_exit() -> None:
-    """A script that forgot to close: give the last reports a moment, and leave the run open."""
-    for governor in list(_governors):
-        if governor._link.is_ours:
-            governor._close_s = min(governor._close_s, limits.EXIT_S)
-            governor.close("")
-
-
-atexit.register(_at_exit)

@@ -95,6 +95,16 @@ class Handlers:
             raise ValueError(f"steps is {steps!r:.80}: give a number of optimizer steps, 1 or more")
         self._regular.append([steps, steps, do])
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks of the job share the run; 1 where it is this process's alone."""
+        return self._session.ranks
+
+    def agree(self, mine: Any) -> list[Any]:
+        """For handlers, which run on all ranks at the same step: what each of them says, by rank (None: it is through
+        with its training). Every rank calls it at once. mine: plain JSON values."""
+        return self._session.agree(mine)
+
     def _between_steps(self) -> None:
         """Behind an optimizer step: what the service asked for, then what is due."""
         if not self._link.is_ours:

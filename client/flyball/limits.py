@@ -30,11 +30,24 @@ CONNECT_S = 5.0
 ANSWER_S = 15.0
 #: With wait_s=None: a log line each time a step has waited so long.
 WAIT_LOG_S = 10.0
+#: Ranks that wait for another one: a log line after WAIT_LOG_S, and then again each time so long has passed.
+WAIT_LOG_AGAIN_S = 30.0
+#: How long attach waits for all ranks, and an optimizer step for the exchange with another rank: half of what NCCL
+#: gives a collective, so that the job is not ended for our sake. `Ranks.timeout_s` says otherwise.
+EXCHANGE_S = 300.0
+#: How often it is looked whether all ranks are there to attach.
+MEETING_POLL_S = 0.05
+#: Optimizer steps without a call of governor.step that are worth a log line.
+UNREPORTED_STEPS = 100
 #: How long a script that forgot to close its governor is held up at its exit.
 EXIT_S = 2.0
 #: Different signals of one run besides loss, reward and grad_norm, and the characters of a signal's name.
 SIGNALS_MAX = 60
 NAME_MAX = 128
+#: Calls of governor.step without an optimizer step before the log asks whether they are micro-batches (a GradScaler
+#: skips a few when it starts), and before it says that there never was an optimizer step.
+UNSTEPPED_MAX = 8
+NEVER_STEPPED_MAX = 16
 #: Micro-batches of one step whose values may be on their way from a device at once; beyond that the loss is not known.
 MICRO_PENDING_MAX = 1024
 #: Groups whose effective learning rate is told, where an optimizer finds its own.

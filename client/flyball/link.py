@@ -46,6 +46,9 @@ class Link:
         self._transport: Transport | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        #: Where nobody holds the governor any more: until when what waits may still be delivered, and what comes then.
+        self._until: float | None = None
+        self._then: Callable[[], None] = lambda: None
         #: Whether the log was told that the service cannot be reached.
         self._told_lost = False
         self._pid = os.getpid()
@@ -116,9 +119,33 @@ class Link:
         self._session.close()
         return done
 
+    def abandon(self, within_s: float, then: Callable[[], None]) -> None:
+        """Nobody holds the governor any more: let the thread send what waits, end within the stated time, call `then`,
+        and leave the run open. Called while garbage is collected, so it takes no lock and waits for nothing: the
+        thread looks by itself."""
+        self._then, self._until = then, time.monotonic() + within_s
+
+    def join(self, within_s: float) -> None:
+        """Give a thread that was abandoned that much time, at most."""
+        if self.is_ours and self._thread is not None and self._until is not None:
+            self._thread.join(within_s)
+
+    @property
+    def _over(self) -> bool:
+        until = self._until
+        return self._closing or (until is not None and (self._session.drained or time.monotonic() >= until))
+
     def _main(self) -> None:
+        try:
+            self._keep_connected()
+        finally:
+            if self._until is not None and not self._closing:
+                self._session.close()
+                self._then()
+
+    def _keep_connected(self) -> None:
         pause = limits.BACKOFF_FIRST_S
-        while not self._closing:
+        while not self._over:
             session = self._session
             attach = session.attach
             try:
@@ -133,6 +160,8 @@ class Link:
             except Exception as error:
                 if session.attach.session != attach.session:
                     continue  # the session was re-attached, and the connection cut under this call
+                if isinstance(error, Refused) and session.begin_instead(error.code):
+                    continue
                 if self._is_final(error):
                     return
                 pause = max(pause, getattr(error, "retry_after_s", 0.0))
@@ -156,7 +185,7 @@ class Link:
     def _talk(self, transport: Transport, attach: Attach) -> None:
         """Send reports until the connection fails, the session is re-attached, or the link closes."""
         session = self._session
-        while not self._closing and session.attach.session == attach.session:
+        while not self._over and session.attach.session == attach.session:
             report = session.report(time.monotonic())
             if report is None:
                 self._wake.wait(session.pause(time.monotonic()))
@@ -193,7 +222,7 @@ class Link:
     def _pause(self, seconds: float) -> None:
         """Sleep, but keep the outage clock ticking and end at once on close."""
         until = time.monotonic() + seconds
-        while not self._closing and (left := until - time.monotonic()) > 0:
+        while not self._over and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, 0.05))
             self._session.tick(time.monotonic())
 
@@ -224,6 +253,13 @@ class Link:
 #: In a forked child: the parent's connections.
 _parents: list[Transport | None] = []
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+def join_abandoned(within_s: float) -> None:
+    """Give links whose governors are gone a moment to deliver what waits."""
+    until = time.monotonic() + within_s
+    for link in list(_links):
+        link.join(max(0.0, until - time.monotonic()))
 
 
 def _silence_child() -> None:

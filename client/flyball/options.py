@@ -37,13 +37,15 @@ class Options(TypedDict, total=False):
     wait_s: how long one step may wait with lag=k (default 0.05); None: as long as it takes.
     accumulate: where several micro-batches make one optimizer step, each reported by a call of `governor.step`: "mean",
         where each loss is the mean of its micro-batch (the step's is their mean, weighted by `weight`), or "sum", where
-        each is divided by their number already. Default None: every call is a step, and one without an optimizer step
-        is counted in `status.skipped` and its loss dropped.
+        each is divided by their number already. ("mean", N) and ("sum", N) say how many make a step (an epoch's last
+        may have fewer), so that those of a step which a GradScaler skips are dropped, and counted. Default None: every
+        call is a step, and one without an optimizer step is counted in `status.skipped` and its loss dropped.
     on_outage: while the service is away (from the start, or for more than OUTAGE_AFTER_S in mid-training), "hold"
         (default) the last settings, follow the "base" schedule, or hold and set `governor.should_stop` ("stop").
     resume: True opens a new attempt of an existing run after its newest step, and takes the run over where another
-        process drives it; a checkpoint token (what `state_dict` returned) opens one at the token's step, with the
-        policy's state of that moment.
+        process drives it; "auto" does so where the service knows the run, and else begins it; a checkpoint token (what
+        `state_dict` returned) opens one at the token's step, with the policy's state of that moment. False (default)
+        and None begin a new run.
     on_unknown: where the service does not know the run or the token that `resume` names (another store, or an older
         backup): "refuse" (default), or "import": go on from the token's step and record the token.
     fork: begin as a fork of another run: its checkpoint token, or {"run": NAME, "step": STEP}. Without a policy of
@@ -74,9 +76,9 @@ class Options(TypedDict, total=False):
     seed: int
     lag: int | None
     wait_s: float | None
-    accumulate: str | None
+    accumulate: str | tuple[str, int] | None
     on_outage: str
-    resume: bool | Mapping[str, Any]
+    resume: bool | str | Mapping[str, Any] | None
     on_unknown: str
     fork: Mapping[str, Any] | None
     shadows: Mapping[str, str | Mapping[str, Any]] | None
@@ -112,7 +114,7 @@ def checked(options: Mapping[str, Any]) -> Options:
         wait_s=options.get("wait_s", 0.05),
         accumulate=options.get("accumulate"),
         on_outage=options.get("on_outage", "hold"),
-        resume=options.get("resume", False),
+        resume=options.get("resume") or False,
         on_unknown=options.get("on_unknown", "refuse"),
         fork=options.get("fork"),
         shadows=options.get("shadows"),
@@ -148,7 +150,7 @@ def _check(one: Options) -> None:
     check_seconds("wait_s", one["wait_s"], or_none=True)
     check_seconds("close_s", one["close_s"])
     check_choice("on_outage", one["on_outage"], "hold", "base", "stop")
-    check_choice("accumulate", one["accumulate"], None, "mean", "sum")
+    _check_accumulate(one["accumulate"])
     check_choice("mode", one["mode"], "absolute", "multiplier")
     check_choice("on_unknown", one["on_unknown"], "refuse", "import")
     check("run", one["run"], str, wanted="the run's name")
@@ -157,7 +159,8 @@ def _check(one: Options) -> None:
     check("server", one["server"], str, type(None), wanted="its address, such as http://127.0.0.1:1788")
     if not isinstance(one["token"], str | None):  # whatever it is, it may be one, so it is not shown
         raise ValueError(f"token is a {type(one['token']).__name__}: give the bearer token as text")
-    check("resume", one["resume"], bool, Mapping, wanted="True, False or what state_dict() returned")
+    if one["resume"] != "auto":
+        check("resume", one["resume"], bool, Mapping, wanted="True, False, 'auto' or what state_dict() returned")
     lag = one["lag"]
     check("lag", lag, int, type(None), wanted="a number of optimizer steps, 0 or more, or None")
     if lag is not None and lag < 0:
@@ -178,6 +181,14 @@ def _check(one: Options) -> None:
             f"signals is {one['signals']!r:.80}, but only a PyTorch optimizer's are measured: give governor.step what "
             "you measure yourself, governor.step(loss, grad_norm=...)"
         )
+
+
+def _check_accumulate(value: Any) -> None:
+    if not isinstance(value, tuple | list):
+        return check_choice("accumulate", value, None, "mean", "sum")
+    how, each = value if len(value) == 2 else (None, None)
+    if how not in ("mean", "sum") or isinstance(each, bool) or not isinstance(each, int) or each < 1:
+        raise ValueError(f"accumulate is {value!r:.80}: give ('mean', N) or ('sum', N), N micro-batches make one step")
 
 
 def _check_sinks(sinks: Any) -> None:

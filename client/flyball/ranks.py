@@ -5,14 +5,21 @@ Rule of this module: the standard library only. What speaks to torch.distributed
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from flyball import limits
 
+log = logging.getLogger("flyball")
+
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +28,8 @@ class Ranks:
 
     group: a process group whose ranks they are; None: all there are. We make a gloo group of our own of the same ranks,
     so that nothing of ours comes between collectives of the job. every: how many optimizer steps lie between two
-    exchanges where no step waits (lag=None). timeout_s: how long an exchange may wait for a rank; None: as long as
-    torch's gloo groups do (30 minutes).
+    exchanges where no step waits (lag=None). timeout_s: how long attach, an optimizer step or close may wait for
+    another rank; None: 5 minutes, and close as long as torch's gloo groups do (30 minutes).
     """
 
     group: Any = None
@@ -47,15 +54,17 @@ class Exchange(Protocol):
     rank: int
     ranks: int
     every: int
+    #: How long an optimizer step may wait for another rank, in seconds.
+    patience_s: float
     #: Nanoseconds spent waiting, so far.
     waited_ns: int
 
     def start(self, mine: bytes) -> None:
         """Give, without waiting. Raises Broken."""
 
-    def finish(self, within_s: float | None = None) -> Sequence[bytes]:
+    def finish(self, within_s: float | None = None, waiting_for: str = "") -> Sequence[bytes]:
         """Wait until all ranks have given to the exchange started last; theirs, by rank. Raises Broken, also where that
-        takes longer than `within_s` (None: than the group's timeout)."""
+        takes longer than `within_s` (None: than the group's timeout). waiting_for: for the log, where it takes long."""
 
     def timed(self, do: Callable[[], T]) -> T:
         """What `do` returns; the time it takes is counted as waited."""
@@ -63,8 +72,15 @@ class Exchange(Protocol):
     def pause(self, seconds: float) -> None:
         """Let time pass."""
 
+    def tell_failed(self) -> None:
+        """This rank failed, and takes part in nothing any more. Does not wait."""
+
+    def failed(self) -> bool:
+        """Whether a rank has told so. Does not wait."""
+
     def close(self) -> None:
-        """Let go of the group."""
+        """Let go of the group. Where an exchange is under way that other ranks may never end, it is left as it is, so
+        that the process can exit."""
 
 
 def across(ranks: Any) -> Exchange | None:
@@ -75,8 +91,52 @@ def across(ranks: Any) -> Exchange | None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         if isinstance(ranks, str):
+            world = os.environ.get("WORLD_SIZE", "")
+            if distributed is not None and world.isdecimal() and int(world) > 1:
+                log.warning(
+                    "flyball: this is one of %s processes, and each is a run of its own: call "
+                    "torch.distributed.init_process_group before attach, or give ranks=None", world,
+                )  # fmt: skip
             return None
         raise ValueError("ranks is given, but there is no process group: call torch.distributed.init_process_group")
     from flyball.adapters.ranks import exchange
 
-    return exchange(ranks if isinstance(ranks, Ranks) else Ranks(None if isinstance(ranks, str) else ranks))
+    shared = _of(ranks)
+    _met[0] += 1
+    return exchange(shared)
+
+
+def _of(ranks: Any) -> Ranks:
+    return ranks if isinstance(ranks, Ranks) else Ranks(None if isinstance(ranks, str) else ranks)
+
+
+#: How often this process asked the other ranks to come together.
+_met = [0]
+
+
+@contextmanager
+def refusing(options: Mapping[str, Any]) -> Iterator[None]:
+    """What is raised inside before the ranks have come together is raised on all: none waits in vain for this one."""
+    met = _met[0]
+    try:
+        yield
+    except Exception as error:
+        ranks, distributed = options.get("ranks", "auto"), sys.modules.get("torch.distributed")
+        there = distributed is not None and distributed.is_available() and distributed.is_initialized()
+        if there and ranks is not None and met == _met[0]:
+            from flyball.adapters.ranks import refuse
+
+            _met[0] += 1
+            refuse(_of(ranks), error)
+        raise
+
+
+def together(attach: Callable[P, T]) -> Callable[P, T]:
+    """An adapter's `attach`, refused on all ranks where it is refused on one."""
+
+    @functools.wraps(attach)
+    def attached(*args: P.args, **options: P.kwargs) -> T:
+        with refusing(options):
+            return attach(*args, **options)
+
+    return attached

@@ -39,9 +39,12 @@ from flyball.wire import Advice, Attach, Attached, Directive, Receipt, Report, S
 
 
 class Session:
-    """See the module's head. `attach` is the message to open with; `base` the declared base schedule, if any."""
+    """See the module's head. `attach` is the message to open with; `base` the declared base schedule, if any; or_begin:
+    whether a run that is to be resumed, and that the service does not know, is begun."""
 
-    def __init__(self, attach: Attach, *, base: Base | None, on_outage: str, now: float) -> None:
+    def __init__(
+        self, attach: Attach, *, base: Base | None, on_outage: str, now: float, or_begin: bool = False
+    ) -> None:
         self.attach = attach
         self.lag = attach.lag
         self.state = "connecting"
@@ -55,6 +58,7 @@ class Session:
         #: The lowest and the highest learning rate per group.
         self.bounds = self._decisions.absolute
         self._seed = attach.seed
+        self._or_begin = or_begin
         self._on_outage = on_outage
         self._lock = threading.Lock()
         self._observations: deque[tuple[int, Signals]] = deque()
@@ -329,8 +333,7 @@ class Session:
             self.controls.told(report.controls)
             self.controls.adopt(message.controls)
             self.directives.take(message.directives, self._stepped + self._offset)
-            stop = self.directives.stop
-            self._notices.take((*message.notices, stop) if stop else message.notices)
+            self._notices.take((*message.notices, *self.directives.lines))
             self._confirms.ask(message.confirm, message.through, bool(report.steps))
         self._advice = message
         self._heard("steering", now)
@@ -376,6 +379,17 @@ class Session:
         if self._away_since is None:
             self._away_since = now
 
+    def begin_instead(self, code: str) -> bool:
+        """The service said no. Whether that was to resuming a run that is to be begun where it is not known: then the
+        next Attach begins it."""
+        with self._lock:
+            attach = self.attach
+            resumes = attach.resume and attach.from_step is None and self.attached is None
+            if not (self._or_begin and code == "not_found" and resumes):
+                return False
+            self.attach = attach._replace(resume=False, on_unknown="refuse")
+            return True
+
     def notices(self) -> list[str]:
         """What people did, for the job's log, each line once."""
         with self._lock:
@@ -392,6 +406,15 @@ class Session:
                 self._due_since = now  # what waits behind a heartbeat is due as well
             if self._due_since is not None and now - self._due_since >= limits.OUTAGE_AFTER_S:
                 self.outage = True
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the run."""
+        return 1
+
+    def agree(self, mine: Any) -> list[Any]:
+        """What every rank says, by rank; None for one that is through. All of them ask at once."""
+        return [mine]
 
     def common(self, token: Mapping[str, Any]) -> Mapping[str, Any]:
         """The checkpoint token that all ranks go back to."""

@@ -116,6 +116,10 @@ class Shown:
         number = self._session.number(step)
         if number is not None and self._last is not None:
             self._put(number, at, self._last)
+        self.release()
+
+    def release(self) -> None:
+        """Let the feeds finish what waits, and end."""
         for feed in self._feeds:
             feed.end()
 

@@ -157,7 +157,8 @@ def _are_new(commands: Sequence[Command]) -> bool:
 
 def _notice(command: Command) -> str:
     words = command.args.get("words", {})
-    what = f" {words['setting']} of {words['groups']}: {words['asked']}" if command.kind == "override" else ""
+    of = f" of {words['groups']}" if words.get("groups") else ""  # a control has no groups
+    what = f" {words['setting']}{of}: {words['asked']}" if command.kind == "override" else ""
     clamped = f", clamped by the guard to {_held(command)}" if command.status == "clamped" and command.held else ""
     return f"{command.kind} {command.id} by {command.actor}{what}{clamped}: {command.reason}"
 

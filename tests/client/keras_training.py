@@ -5,6 +5,7 @@ Rule of this module: each function trains for real, and returns what a user woul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -185,9 +186,65 @@ def fitted_twice() -> Any:
     return {"used": spy.used, "wrapped": wrapped}
 
 
+def broken_off(run: str) -> tuple[Any, FlyballCallback]:
+    """A model, and the callback of a fit that a user ended with Ctrl-C behind its third batch."""
+    model, steered, count = model_of(keras.optimizers.SGD(0.1)), callback(run), [0]
+
+    def end(batch: int, logs: Any = None) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(model, [1.0] * 5, steered, keras.callbacks.LambdaCallback(on_train_batch_end=end))
+    return model, steered
+
+
+def after_a_broken_fit() -> Any:
+    """The model is trained on: without the callback, batch by batch, and with a callback of another run."""
+    model, old = broken_off("broken")
+    model.optimizer.learning_rate = 1e-4
+    fit(model, [1.0] * 2)
+    model.train_on_batch(*data([1.0]))
+    alone = value_of(model.optimizer.learning_rate)
+    model.optimizer.learning_rate = 0.01
+    spy = Spy()
+    fit(model, [1.0] * 3, callback("unbroken"), spy)
+    return {"alone": alone, "new": spy.used, "old": old.state_dict()["step"]}
+
+
+def refusals() -> Any:
+    """What is said of two callbacks in one fit, and of another optimizer in the second fit."""
+    said = {}
+    model = model_of(keras.optimizers.SGD(0.1))
+    try:
+        fit(model, [1.0], callback("one-of-two"), callback("two-of-two"))
+    except ValueError as error:
+        said["two"] = str(error)
+    steered, loss = callback("recompiled"), model.loss
+    fit(model, [1.0] * 3, steered)
+    model.compile(optimizer=keras.optimizers.SGD(1e-5), loss=loss)
+    try:
+        fit(model, [1.0] * 3, steered)
+    except ValueError as error:
+        said["other"] = str(error)
+    spy = Spy()
+    model.compile(optimizer=keras.optimizers.SGD(0.1), loss=loss)
+    fit(model, [1.0] * 2, steered, spy)
+    return {**said, "same": spy.used}
+
+
+def made_anew() -> Any:
+    """A callback behind ours has the training function made anew for every epoch."""
+    model, steered, spy = model_of(keras.optimizers.SGD(0.1)), callback("anew"), Spy()
+    anew = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: model.make_train_function(force=True))
+    fit(model, [1.0] * 2, steered, anew, spy, epochs=3)
+    return {"step": steered.state_dict()["step"], "used": spy.used}
+
+
 ALL = (
     every_step, raw_losses, others, multiplied, accumulated, schedule, several_at_once, killed_and_restored,
-    fitted_twice,
+    fitted_twice, after_a_broken_fit, refusals, made_anew,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -165,3 +165,71 @@ def test_a_step_that_never_comes_needs_no_memory_without_end():
     for one, _ in total._waiting:
         one.here = True
     assert math.isnan(total.close()), "not all of it is known"
+
+
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_where_the_number_of_micro_batches_is_known_those_of_a_skipped_step_are_dropped_and_counted(steered, read, how):
+    optimizer = sgd()
+    governor = steered(optimizer, accumulate=(how, 4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    micros = [(cycle, 4) for cycle in range(6)] + [(6, 2)]  # the epoch's last step has fewer
+    for cycle, count in micros:
+        optimizer.zero_grad()
+        for micro in range(count):
+            loss = (optimizer.param_groups[0]["params"][0] * (inf if cycle in (2, 3) else 1.0)).sum()
+            scaler.scale(loss).backward()
+            if micro == count - 1:
+                scaler.step(optimizer)
+                scaler.update()
+            governor.step(float(cycle) / (4 if how == "sum" else 1))
+    assert (governor.status.step, governor.status.skipped) == (5, 2)
+    assert told(read, governor)["value"] == [0.0, 1.0, 4.0, 5.0, 6.0 if how == "mean" else 3.0]
+
+
+def test_a_sum_over_a_skipped_step_is_told_once(steered, caplog):
+    optimizer = sgd()
+    governor = steered(optimizer, accumulate="sum")
+    for count in (4, 4, 8, 4, 8):
+        for micro in range(count):
+            if micro == count - 1:
+                optimizer.step()
+            governor.step(1.0)
+    assert caplog.text.count("accumulate=('sum', 4)") == 1
+
+
+@pytest.mark.parametrize("micros", [2, 4])
+def test_micro_batches_that_nobody_declared_are_told_once(steered, caplog, micros):
+    optimizer = sgd()
+    governor = steered(optimizer)
+    for call in range(60):
+        if call % micros == micros - 1:
+            optimizer.step()
+        governor.step(1.0)
+    lines = [line for line in caplog.messages if "came without an optimizer step" in line]
+    assert len(lines) == 1
+    assert "attach with accumulate='mean' or 'sum'" in lines[0]
+    assert governor.status.last_error == ""
+
+
+def test_an_optimizer_whose_step_is_never_called_is_told_once(steered, caplog):
+    governor = steered(sgd())
+    for _ in range(40):
+        governor.step(1.0)
+    assert caplog.text.count("no optimizer step seen in 16 calls of governor.step") == 1
+
+
+def test_steps_that_a_grad_scaler_skips_while_it_starts_are_no_news(steered, caplog):
+    optimizer = sgd()
+    governor = steered(optimizer)
+    for call in range(200):
+        if not (call < 7 or call % 50 == 0):
+            optimizer.step()
+        governor.step(1.0)
+    assert governor.status.skipped == 10
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("wrong", [("sum", 0), ("sum", True), ("average", 4), ("sum",), ("sum", 4.0)])
+def test_a_number_of_micro_batches_that_makes_no_sense_is_refused(steered, wrong):
+    with pytest.raises(ValueError, match=r"give \('mean', N\) or \('sum', N\)"):
+        steered(sgd(), accumulate=wrong)

@@ -111,3 +111,28 @@ def test_a_second_fit_goes_on_and_leaves_the_model_as_it_was(done):
     assert said["fitted_twice"]["used"] == pytest.approx([0.1, 0.1, 0.05, 0.025, 0.0125], rel=1e-6)
     assert not said["fitted_twice"]["wrapped"]
     assert read("twice")["status"] == "finished"
+
+
+def test_after_a_fit_that_was_broken_off_only_the_callback_of_the_new_one_steers(done):
+    said, read, _ = done
+    found = said["after_a_broken_fit"]
+    assert found["alone"] == f32(1e-4)[0], "a fit without the callback and train_on_batch are left alone"
+    assert found["new"] == pytest.approx([0.01, 0.01, 0.005], rel=1e-6)
+    assert found["old"] == read("broken")["step"] + 1 == 3
+    assert read("broken")["status"] == "active"
+    assert read("unbroken")["observations"] == 3
+
+
+def test_a_run_never_goes_on_at_its_old_rate_under_an_optimizer_with_another(done):
+    said, _, log = done
+    assert "two FlyballCallbacks in one fit" in said["refusals"]["two"]
+    assert "learning rate 1e-05 in the place of 0.05 or 0.1" in said["refusals"]["other"]
+    assert "a new FlyballCallback with another run name" in said["refusals"]["other"]
+    assert said["refusals"]["same"] == pytest.approx([0.025, 0.0125], rel=1e-6)
+    assert "run 'recompiled' goes on with it" in log
+
+
+def test_a_training_function_that_is_made_anew_is_still_steered(done):
+    said, _, _ = done
+    assert said["made_anew"]["step"] == 6
+    assert said["made_anew"]["used"] == pytest.approx([0.1, *(0.1 * 0.5**i for i in range(5))], rel=1e-6)

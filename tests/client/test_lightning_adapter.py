@@ -3,7 +3,9 @@
 Method: real fits on a real service, in lockstep; what a step used is read in the optimizer's hook.
 """
 
+import copy
 import logging
+import pickle
 from itertools import count
 
 import httpx
@@ -218,3 +220,76 @@ def test_a_monitor_of_learning_rates_shows_what_was_applied(steer, tmp_path):
     text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split()
     seen = logged or [float(line.split(",")[0]) for line in text[1:]]
     assert seen[1:] == model.used[:-1]
+
+
+class Skips(Model):
+    """A batch of less than nothing is left out, as a training step may do."""
+
+    def training_step(self, batch, index):
+        return None if batch.mean() < 0 else super().training_step(batch, index)
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_a_batch_that_is_left_out_has_no_loss_rather_than_the_one_before(steer, read):
+    fit(Skips(), steer(run="left-out", policy="constant"), [1.0, -1.0, 3.0])
+    series = read("left-out/series?signals=loss")["series"]["loss"]
+    assert (series["step"], series["value"]) == ([0, 2], [1.0, 3.0])
+
+
+def test_accumulation_that_changes_by_epoch_leaves_each_loss_the_mean(steer, read):
+    schedule = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
+    fit(Model(), steer(run="scheduled", policy="constant"), [1.0, 2.0, 3.0, 6.0, 9.0], schedule, max_epochs=3)
+    first, second, third = [1.0, 2.0, 3.0, 6.0, 9.0], [1.5, 4.5, 9.0], [2.0, 7.5]
+    assert losses_of(read, "scheduled") == pytest.approx([*first, *second, *third]), "a partial window, too"
+
+
+def test_a_checkpoint_from_before_the_service_came_is_resumed_with_it(steer, read, tmp_path):
+    away = {"server": "http://127.0.0.1:9", "start_wait_s": 0.0, "wait_s": 0.01, "close_s": 0.0, "policy": None}
+    first = tmp_path / "first.ckpt"
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if not first.exists():
+                trainer.save_checkpoint(first)
+
+    fit(Model(), steer(run="came-late", **away), [1.0] * 2, Saves(), max_epochs=2)
+    with pytest.raises(flyball.Refused, match="is not known"):
+        fit(Model(), steer(run="came-late", on_unknown="refuse"), [1.0] * 2, max_epochs=2, ckpt_path=first)
+    fit(Model(), steer(run="came-late", policy=None), [1.0] * 2, max_epochs=2, ckpt_path=first)
+    assert (read("came-late")["step"], read("came-late")["policy"]) == (3, "constant@1")
+
+
+def test_after_a_failure_the_same_callback_goes_on_and_a_copy_of_it_does_not(steer, read):
+    class Fails(Model):
+        def training_step(self, batch, index):
+            if index == 2:
+                copies.append(pickle.loads(pickle.dumps(callback)))
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, index)
+
+    callback, copies = steer(run="mended"), []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(Fails(), callback, [1.0] * 5)
+    fit(Model(), callback, [1.0] * 2)
+    told = read("mended")
+    assert (told["attempt"], told["step"], told["status"]) == (2, 3, "finished")
+    for one in (*copies, copy.deepcopy(callback)):
+        with pytest.raises(flyball.Refused, match="exists already"):
+            fit(Model(), one, [1.0])
+
+
+def test_manual_optimisation_without_a_loss_is_warned_of_once_and_what_is_measured_arrives(steer, read, caplog):
+    class Silent(Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            loss.backward()
+            self.optimizers().step()
+
+    fit(Silent(), steer(run="silent", policy="constant", signals=["update_norm"]), [1.0] * 25)
+    (warning,) = [line for line in caplog.messages if "has had no loss" in line]
+    assert "run 'silent' has had no loss in 10 steps: call self.manual_backward(loss)" in warning
+    assert len(read("silent/series?signals=update_norm")["series"]["update_norm"]["value"]) == 25

@@ -136,6 +136,80 @@ def test_a_plain_number_that_somebody_writes_is_named_and_compiles_nothing(steer
     assert (steered.governor.status.conflicts, step._cache_size()) == (1, 1)
 
 
+def test_what_before_returned_and_nobody_used_is_named_and_not_recorded_as_used(steer, service, scripted, caplog):
+    optimizer, params = adam(), jnp.ones(3)
+    opt_state = optimizer.init(params)
+    steered, step = steer(opt_state, policy=scripted(factor=(0.5, 0.25, 0.125))), stepper(optimizer)
+    for _ in range(8):
+        steered.before(opt_state)
+        params, opt_state, loss = step(params, opt_state, jnp.float32(1.0))
+        jax.block_until_ready(opt_state)
+        steered.step(loss)
+    steered.close()
+    run = httpx.get(f"{service.http}/v1/runs/{steered.governor.status.run}", trust_env=False).json()
+    assert run["settings"][0]["applied_lr"] == float(np.float32(0.1))
+    assert run["settings"][0]["lr"] != run["settings"][0]["applied_lr"]
+    assert "is what before() returned used?" in caplog.text
+    assert "somebody else" not in caplog.text
+
+
+def test_a_writer_that_returns_to_the_first_value_is_not_taken_for_dropped_results(steer, scripted, caplog):
+    optimizer, params = adam(), jnp.ones(3)
+    opt_state = optimizer.init(params)
+    steered, step = steer(opt_state, policy=scripted(factor=(0.5,))), stepper(optimizer)
+    _, opt_state = train(steered, step, params, opt_state, 3, lambda state: 0)
+    opt_state.hyperparams["learning_rate"] = jnp.float32(0.1)
+    train(steered, step, params, opt_state, 2, lambda state: 0)
+    assert "somebody else writes the learning rate" in caplog.text
+    assert "is what before() returned used?" not in caplog.text
+
+
+def test_a_loop_that_never_calls_before_is_told_once(steer, caplog):
+    steered = steer(adam().init(jnp.ones(2)))
+    for _ in range(60):
+        steered.step(1.0)
+    assert caplog.text.count("before() never") == 1
+
+
+def test_under_multi_steps_only_updates_are_steps(steer, caplog):
+    optimizer, params = optax.MultiSteps(adam(), 4), jnp.ones(3)
+    opt_state = optimizer.init(params)
+    with pytest.raises(ValueError, match="accumulate='mean', call before"):
+        attach(opt_state, run="r", server="http://127.0.0.1:9")
+    steered, step = steer(opt_state, accumulate="mean"), stepper(optimizer)
+    for i in range(12):
+        if i % 4 == 3:
+            opt_state = steered.before(opt_state)
+        params, opt_state, loss = step(params, opt_state, jnp.float32(i))
+        steered.step(loss)
+    assert steered.state_dict()["step"] == 3
+    assert "counted as steps" not in caplog.text
+    for _ in range(3):
+        opt_state = steered.before(jax.block_until_ready(opt_state))
+        params, opt_state, loss = step(params, opt_state, jnp.float32(1.0))
+        steered.step(loss)
+    assert caplog.text.count("counted as steps") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: jax.vmap(adam().init)(jnp.ones((4, 2))), r"hyperparams\['learning_rate'\].*shape \(4,\)"),
+        (
+            lambda: optax.inject_hyperparams(optax.adam, hyperparam_dtype=jnp.bfloat16)(0.1).init(jnp.ones(2)),
+            r"hyperparams\['b2'\].*is 1 as bfloat16.*rounds",
+        ),
+        (
+            lambda: optax.inject_hyperparams(optax.scale)(step_size=-0.1).init(jnp.ones(2)),
+            "negative.*optax.scale_by_learning_rate",
+        ),
+    ],
+)
+def test_hyperparameters_that_cannot_be_steered_are_refused_with_the_reason(make, words):
+    with pytest.raises(ValueError, match=words):
+        attach(make(), run="r", server="http://127.0.0.1:9")
+
+
 class Late:
     """An array that the device has not computed yet, until `done`."""
 

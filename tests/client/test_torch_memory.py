@@ -8,6 +8,7 @@ steps is compared with the first: losses, parameters, optimizer state and the ne
 import copy
 import logging
 import random
+import re
 from itertools import count
 
 import httpx
@@ -236,7 +237,8 @@ def test_what_people_ask_for_is_carried_out_and_told_in_numbers(attach, ask):
     told = wait_for(training, governor, ask, ask(run, "checkpoint", args={"tag": "best"}))
     assert told["status"] == "done"
     assert told["note"].startswith("step ")
-    assert "'best': 0.0 MB in memory, 0.0 of 1.0 MB used by 1" in told["note"]
+    size, used = re.search(r"'best': (0\.0\d+) MB in memory, (0\.0\d+) of 1\.0 MB used by 1", told["note"]).groups()
+    assert float(size) == float(used) > 0
     step, taken = int(told["note"].split()[1]), training.data.taken
     training.train(governor, 5)
     told = wait_for(training, governor, ask, ask(run, "restore", args={"tag": "best", "skip_batches": 3}))
@@ -349,6 +351,47 @@ def test_what_cannot_be_kept_is_refused_when_it_is_named(attach, given, error, w
     governor = attach(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
     with pytest.raises(error, match=words):
         flyball.MemoryCheckpoint(governor, **given)
+
+
+def test_a_checkpoint_that_never_fits_is_told_once_and_again_where_its_size_changes(attach, caplog):
+    model = torch.nn.Linear(10, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    governor = attach(optimizer)
+    flyball.MemoryCheckpoint(governor, limit_mb=0.0002, every=1, model=model, optimizer=optimizer)
+    with caplog.at_level(logging.WARNING, "flyball"):
+        for step in range(10):
+            if step == 5:
+                model.register_buffer("more", torch.zeros(1000))
+            model(torch.ones(1, 10)).sum().backward()
+            optimizer.step()
+            governor.step(1.0)
+    assert len(caplog.messages) == 2
+    assert re.search(r"needs 0\.00\d+ MB, and limit_mb allows 0\.0002 MB", caplog.messages[0])
+
+
+SWEEP = {"type": "range_test", "min_lr": 1e-4, "max_lr": 1e-2, "steps": 50}
+
+
+def test_a_job_that_ends_in_mid_sweep_is_told_so(attach, caplog):
+    training = Training(sgd)
+    governor = attach(training.optimizer, policy=SWEEP)
+    flyball.MemoryCheckpoint(governor, **training.things)
+    training.train(governor, 20)
+    governor.close()
+    assert [line for line in caplog.messages if "is closed while a range test is under way" in line]
+
+
+def test_a_range_test_that_finds_no_checkpoint_to_go_back_to_says_that_it_is_off(attach, ask, caplog):
+    training = Training(sgd)
+    governor = attach(training.optimizer, policy=SWEEP)
+    training.train(governor, 20)
+    governor.close()
+    told = [mark["reason"] for mark in ask.run(f"{governor.status.run}/decisions")["decisions"]]
+    assert [reason for reason in told if reason.startswith("No range test: the job made no checkpoint to go back to")]
+    lines = [line for line in caplog.messages if "the service asks for checkpoint, which is declined" in line]
+    assert len(lines) == 1
+    assert "flyball.MemoryCheckpoint is one. What needs it is off" in lines[0]
+    assert "is closed while" not in caplog.text
 
 
 @pytest.mark.gpu

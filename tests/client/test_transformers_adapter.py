@@ -4,9 +4,11 @@ Method: real Trainers on small models and a real service, in lockstep (lag=0) so
 applied is read from the optimizer during the step, and what was reported from the journal.
 """
 
+import copy
 import json
 import logging
 import math
+import pickle
 from itertools import count
 
 import httpx
@@ -346,6 +348,84 @@ def test_training_goes_on_while_the_service_is_away(tmp_path, flyball_callback, 
     with caplog.at_level(logging.ERROR):
         trainer(tmp_path, [callback, spy], max_steps=20, warmup_steps=5).train()
     assert [lr[0] for lr in spy.used] == [0.1] * 20
+
+
+def test_what_was_saved_while_the_service_was_away_is_resumed_with_it(tmp_path, flyball_callback, read, caplog):
+    away = {"server": "http://127.0.0.1:9", "start_wait_s": 0.0, "wait_s": 0.01, "close_s": 0.0}
+    resumable(tmp_path, flyball_callback(run="away", **away), steps=3)[0].train()
+    last = str(tmp_path / "checkpoint-3")
+    with pytest.raises(FlyballError, match="is not known"):
+        resumable(tmp_path, flyball_callback(run="away", on_unknown="refuse"))[0].train(resume_from_checkpoint=last)
+    with pytest.raises(FlyballError, match="is not known"):
+        resumable(tmp_path, flyball_callback(run="away", resume=True))[0].train(resume_from_checkpoint=last)
+    resumable(tmp_path, flyball_callback(run="away"))[0].train(resume_from_checkpoint=last)
+    assert (read("away")["step"], read("away")["policy"]) == (5, "constant@1")
+    # What the user says is what happens, beside a checkpoint too.
+    resumable(tmp_path, flyball_callback(run="away", resume=True))[0].train(resume_from_checkpoint=last)
+    assert (read("away")["step"], read("away")["attempt"]) == (8, 2)
+
+
+def test_a_second_training_goes_on_with_the_run_and_a_new_callback_is_told_how_to(tmp_path, flyball_callback, read):
+    callback, spy = flyball_callback(policy=HALVING), Spy()
+    one = trainer(tmp_path, [callback, spy], max_steps=3)
+    one.train()
+    one.remove_callback(spy)
+    one.train()
+    run = callback.governor.status.run
+    told = read(run)
+    assert (told["attempt"], told["step"], told["status"]) == (2, 5, "finished")
+    for again in (flyball_callback(run=run, policy=HALVING), copy.deepcopy(callback)):
+        with pytest.raises(FlyballError, match=r"exists already.*FlyballCallback\(\.\.\., resume=True\)"):
+            trainer(tmp_path, [again], max_steps=3).train()
+    trainer(tmp_path, [flyball_callback(run=run, resume=True)], max_steps=3).train()
+    assert read(run)["step"] == 8
+
+
+def test_a_callback_can_be_copied_during_and_after_a_training(tmp_path, flyball_callback):
+    callback, copies = flyball_callback(policy="constant"), []
+    trainer(tmp_path, [callback, Spy(lambda *_: copies.append(pickle.loads(pickle.dumps(callback))))]).train()
+    assert [one.governor for one in copies] == [None] * 5
+    assert copy.deepcopy(callback)._options == callback._options
+
+
+def test_the_trainers_own_groups_have_names_and_keep_them(tmp_path, flyball_callback, read):
+    def model():
+        torch.manual_seed(0)
+        one = Told()
+        one.layer = torch.nn.Linear(1, 1)  # biases do not decay
+        return one
+
+    def lrs(run):
+        return set(read(f"{run}/series?signals=lr:decay,lr:no_decay")["series"])
+
+    callback = flyball_callback(policy="constant")
+    resumable(tmp_path, callback, model=model(), weight_decay=0.1)[0].train()
+    assert callback.groups == ["decay", "no_decay"]
+    run = callback.governor.status.run
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["FlyballCallback"]["attributes"]["groups"] == ["decay", "no_decay"]
+    again = flyball_callback(run=run)
+    resumed = resumable(tmp_path, again, model=model(), weight_decay=0.1)[0]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.groups == ["decay", "no_decay"]
+    assert lrs(run) == {"lr:decay", "lr:no_decay"}
+    plain = flyball_callback(policy="constant")
+    trainer(tmp_path, [plain], model=model(), weight_decay=0.0).train()
+    assert plain.groups == ["group0", "group1"], "nothing tells them apart"
+
+
+def test_what_is_asked_to_be_measured_is(tmp_path, flyball_callback, read):
+    callback = flyball_callback(policy="constant", signals=["update_norm"])
+    trainer(tmp_path, [callback]).train()
+    assert len(reported(read, callback, "update_norm")[0]) == 5
+    with pytest.raises(ValueError, match="signals is"):
+        FlyballCallback(run="x", signals=["update"])
+
+
+def test_two_callbacks_on_one_trainer_are_refused_by_the_name_of_the_first(tmp_path, flyball_callback):
+    first, second = flyball_callback(run="one-of-two"), flyball_callback()
+    with pytest.raises(ValueError, match="another governor already, that of run 'one-of-two'"):
+        trainer(tmp_path, [first, second]).train()
 
 
 def test_what_makes_no_sense_is_refused_before_training():

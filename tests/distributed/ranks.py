@@ -174,12 +174,67 @@ def skipping(server: Server, lag: int | None) -> Any:
         step = governor.status.step
         if not (RANK == 1 and i > 10 and i % 7 == 0):
             optimizer.step()
-            seen[step] = used(optimizer)
+            seen[governor.status.step - 1] = used(optimizer)  # it may have caught up in this very step
         steps.append(step)
         governor.step(fixed_loss(i))
         dist.barrier()  # as DDP's all-reduce would: no rank can get ahead of another
     governor.close()
     return {"lrs": seen, "steps": steps}
+
+
+@scenario
+def skips_in_a_row(server: Server) -> Any:
+    """Rank 1 skips 30 steps in a row, and later all ranks skip 10: far more than lie between two exchanges."""
+    optimizer = optimizer_of()
+    governor = attach(optimizer, server, "row")
+    number = governor._optimizer.number
+    governor._optimizer.number = lambda value: value if isinstance(value, Late) else number(value)  # type: ignore[method-assign]
+    seen, steps = {}, []
+    for i in range(90):
+        step = governor.status.step
+        if not ((RANK == 1 and 6 <= i < 36) or 50 <= i < 60):
+            optimizer.step()
+            seen[governor.status.step - 1] = used(optimizer)  # it may have caught up in this very step
+        steps.append(step)
+        governor.step(fixed_loss(i), weight=Late(float("nan") if RANK == 3 else 1.0 + RANK))
+        dist.barrier()
+        time.sleep(0.01)
+    governor.close()
+    return {"lrs": seen, "steps": steps, "bad": governor.status.bad_values}
+
+
+class Late:
+    """A weight whose number comes from a device."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.asked = number, 0
+
+    def ready(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def value(self) -> float:
+        return self.number
+
+
+@scenario
+def handler_on_rank_0(server: Server) -> Any:
+    """Only rank 0 could go back, so no rank does."""
+    optimizer = optimizer_of()
+    governor = attach(optimizer, server, "handler")
+    called: list[Any] = []
+    if RANK == 0:
+        governor.on("checkpoint", called.append)
+    url = f"{server.url('http')}/v1/runs/handler/commands"
+    asked = ""
+    for i in range(80):
+        if RANK == 0 and i == 20:
+            asked = httpx.post(url, json={"reason": "to see", "kind": "checkpoint"}, timeout=20).json()["id"]
+        train(governor, optimizer, range(i, i + 1))
+        dist.barrier()
+    governor.close()
+    told = httpx.get(f"{url}/{asked}", params={"wait_s": 10}, timeout=20).json() if RANK == 0 else None
+    return {"called": called, "told": told}
 
 
 @scenario
@@ -247,6 +302,32 @@ def meddled_with(server: Server) -> Any:
 
 
 @scenario
+def post_local(server: Server) -> Any:
+    """A torch optimizer that steps through the one it holds, and is none itself."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    optimizer = optimizer_of()
+    whole = PostLocalSGDOptimizer(optim=optimizer, averager=PeriodicModelAverager(period=4, warmup_steps=0))
+    governor = attach(whole, server, "post-local")
+    lrs = train(governor, whole.optim, range(60), pace_s=0.01)
+    governor.close()
+    return lrs
+
+
+@scenario
+def raises(server: Server) -> Any:
+    """The end of the job: rank 1 raises, and its process has to exit although all others wait for it."""
+    optimizer = optimizer_of()
+    with attach(optimizer, server, "raises") as governor:
+        for i in range(40):
+            dist.barrier()
+            train(governor, optimizer, range(i, i + 1))
+            if RANK == 1 and i == 20:
+                raise RuntimeError("boom")
+
+
+@scenario
 def gone(server: Server) -> Any:
     """Rank 1 gives up in the middle of it; the others go on."""
     optimizer = optimizer_of()
@@ -270,6 +351,9 @@ def attach_refused(server: Server) -> Any:
         refusal(lambda: attach(optimizer_of(0.1 * (1 + (RANK == 1))), server, "refused")),
         refusal(lambda: attach(optimizer_of(), server, "refused", lag=RANK if RANK == 1 else 0)),
         refusal(lambda: attach(optimizer_of(), server, "refused", base={"type": "no-such"})),
+        refusal(lambda: attach(optimizer_of(), server, "refused", **({"laag": 0} if RANK == 1 else {}))),
+        refusal(lambda: attach("nothing" if RANK == 2 else optimizer_of(), server, "refused")),
+        refusal(lambda: RANK and attach(optimizer_of(), server, "refused", ranks=Ranks(timeout_s=1))),
     ]
 
 
@@ -302,10 +386,11 @@ def fully_sharded(server: Server) -> Any:
         loss.backward()
         optimizer.step()
         lrs.append(used(optimizer))
-        governor.step(loss)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        governor.step(loss, grad_norm=norm)
     governor.close()
     optimizer.zero_grad(set_to_none=False)
-    added = noise.add((1.0,), 5)
+    added = noise.add(optimizer.param_groups, (1.0,), 5)
     shards = [p.grad.to_local().flatten().tolist() for p in model.parameters()]
     return {"lrs": lrs, "added": added, "shards": shards, "plain": plain.grad.tolist()}
 
@@ -331,7 +416,7 @@ def flat_parameters(server: Server) -> Any:
             lrs.append(used(optimizer))
             governor.step(loss)
         governor.close()
-        added = GradientNoise(optimizer).add((1.0,), 5)
+        added = GradientNoise(optimizer).add(optimizer.param_groups, (1.0,), 5)
         grads = [p.grad.flatten().tolist() for p in model.parameters() if p.grad is not None and p.grad.numel()]
         seen[str(original)] = {"lrs": lrs, "added": added, "grads": grads}
     return seen
@@ -391,6 +476,68 @@ def resumed(server: Server) -> Any:
 
 
 @scenario
+def kept_in_memory(server: Server) -> Any:
+    """Every rank keeps a checkpoint of its own, and somebody asks for one, and to go back. Later the newest does not
+    fit on rank 1, then rank 1 alone cannot load, then rank 1's optimizer has changed."""
+    optimizer = optimizer_of()
+    weight = optimizer.param_groups[0]["params"][0]
+    governor = attach(optimizer, server, "memory", lag=0, wait_s=None)
+    own = Loads()
+    checkpoint = flyball.MemoryCheckpoint(governor, limit_mb=1, optimizer=optimizer, weights=Held(weight), own=own)
+    url = f"{server.url('http')}/v1/runs/memory/commands"
+    told: list[Any] = []
+
+    def ask(kind: str, **args: Any) -> None:
+        if RANK == 0:
+            body = {"kind": kind, "args": args, "reason": "to see"}
+            given = httpx.post(url, json=body, timeout=20).json()["id"]
+        until = governor.status.step + 30
+        lrs = train(governor, optimizer, range(30))
+        told.append([kind, float(weight.detach()), governor.status.step - until, governor.status.attempt, len(lrs)])
+        if RANK == 0:
+            done = httpx.get(f"{url}/{given}", params={"wait_s": 10}, timeout=20).json()
+            told[-1].append([done["status"], done["history"][-1]["note"]])
+        dist.barrier()
+
+    train(governor, optimizer, range(20))
+    ask("checkpoint", tag="a")
+    ask("restore", tag="a")
+    checkpoint._limit = 1 if RANK == 1 else checkpoint._limit
+    ask("checkpoint", tag="b")
+    ask("restore", tag="b")
+    checkpoint._limit = 10**6
+    own.fails = RANK == 1
+    ask("restore", tag="a")
+    own.fails = False
+    if RANK == 1:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    ask("restore", tag="a")
+    governor.close()
+    return told
+
+
+class Loads:
+    """Something of the script's own, whose load may fail."""
+
+    fails = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, _: Any) -> None:
+        if self.fails:
+            raise OSError("rank 1's own")
+
+
+class Held(torch.nn.Module):
+    """One parameter as a module."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@scenario
 def long_pause(server: Server) -> Any:
     """The service is frozen for twice as long as the ranks' group ever waits."""
     optimizer = optimizer_of()
@@ -446,6 +593,9 @@ def main() -> None:
             try:
                 found[name] = SCENARIOS[name](server)
             except Exception:
+                if name == "raises":
+                    (where / f"raised-{RANK}").write_text(traceback.format_exc())
+                    raise
                 found[name] = {"error": traceback.format_exc()}
                 print(found[name]["error"], flush=True)
             if RANK == 0:

@@ -24,11 +24,12 @@ from flyball_server.storage import open_journal
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 FOUR = (
-    "server_never_there", "killed", "unequal_batches", "joined", "one_rank_skips", "slow_rank", "asked_to_stop",
-    "meddled_with", "attach_refused", "fully_sharded", "flat_parameters", "lockstep", "goes_back", "noise_scale",
+    "server_never_there", "killed", "unequal_batches", "joined", "one_rank_skips", "skips_in_a_row", "slow_rank",
+    "asked_to_stop", "meddled_with", "attach_refused", "fully_sharded", "flat_parameters", "lockstep", "goes_back",
+    "noise_scale", "handler_on_rank_0", "post_local",
     "gone",
 )  # fmt: skip
-TWO = ("resumed", "long_pause")
+TWO = ("resumed", "kept_in_memory", "long_pause")
 JOB_S = 110
 
 
@@ -42,6 +43,13 @@ class Jobs:
 
     def _run(self, ranks: int, scenarios: tuple[str, ...]) -> dict[str, list[Any]]:
         """What each rank saw, by scenario."""
+        code, log = self.job(ranks, scenarios)
+        assert code == 0, f"{ranks} ranks ended with {code} after at most {JOB_S} s:\n{log[-6000:]}"
+        found: dict[str, list[Any]] = json.loads((self.folder / f"found-{ranks}.json").read_text())
+        return found
+
+    def job(self, ranks: int, scenarios: tuple[str, ...]) -> tuple[int, str]:
+        """How a job ended (-1: not by itself), and what it printed."""
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
         command = [sys.executable, *torchrun, str(ROOT / "tests/distributed/ranks.py"), str(self.folder), *scenarios]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -62,9 +70,7 @@ class Jobs:
                         os.killpg(job.pid, signal.SIGKILL)
                         job.wait(10)
             log.seek(0)
-            assert code == 0, f"{ranks} ranks ended with {code} after at most {JOB_S} s:\n{log.read()[-6000:]}"
-        found: dict[str, list[Any]] = json.loads((self.folder / f"found-{ranks}.json").read_text())
-        return found
+            return code, log.read()
 
     def of(self, scenario: str) -> list[Any]:
         seen = self.found[scenario]
@@ -166,6 +172,25 @@ def test_a_step_that_one_rank_alone_skips_never_sets_the_ranks_apart(jobs: Jobs,
         assert all(0 <= ahead - own <= 4 for ahead, own in zip(seen[0]["steps"], rank["steps"], strict=True))
 
 
+def test_skips_in_a_row_neither_hold_up_the_ranks_nor_set_them_apart(jobs: Jobs) -> None:
+    seen = jobs.of("skips_in_a_row")
+    assert len(set(by_number([rank["lrs"] for rank in seen]).values())) > 3
+    assert [rank["steps"][-1] for rank in seen] == [79] * 4  # what all skipped is no step
+    # The weight of rank 3 is NaN at every step: it has no part in the mean, and is counted.
+    assert [rank["bad"] > 0 for rank in seen] == [False, False, False, True]
+
+
+def test_a_directive_without_a_handler_on_every_rank_is_begun_on_none(jobs: Jobs) -> None:
+    seen = jobs.of("handler_on_rank_0")
+    assert [rank["called"] for rank in seen] == [[]] * 4
+    told = seen[0]["told"]
+    assert (told["status"], told["history"][-1]["note"]) == ("declined", "no handler for checkpoint on rank 1, 2, 3")
+
+
+def test_an_optimizer_that_steps_through_the_one_it_holds_is_steered(jobs: Jobs) -> None:
+    assert len(set(alike(jobs.of("post_local")))) > 3
+
+
 def test_a_slow_rank_gets_what_all_others_get(jobs: Jobs) -> None:
     assert len(set(alike(jobs.of("slow_rank")))) > 3
 
@@ -193,12 +218,19 @@ def test_a_rank_that_used_something_else_is_named(jobs: Jobs) -> None:
 
 
 def test_what_one_rank_is_refused_for_is_refused_on_all(jobs: Jobs) -> None:
-    unknown, group, lag, base = alike(jobs.of("attach_refused"))
+    seen = jobs.of("attach_refused")
+    unknown, group, lag, base = alike([rank[:4] for rank in seen])
     assert unknown[0] == "Refused"
     assert "group default begins with [0.2" in group[1]
     assert "on rank 1" in group[1]
     assert lag == ["ValueError", "lag is 1 on rank 1 and 0 on rank 0: give every rank the same"]
     assert base[0] == "ValueError"
+    option, optimizer, missing = zip(*(rank[4:] for rank in seen), strict=True)
+    assert [one[0] for one in option] == ["FlyballError", "TypeError", "FlyballError", "FlyballError"]
+    assert "rank 1: TypeError: attach has no option 'laag'" in option[0][1]
+    assert "rank 2: TypeError: optimizer" in optimizer[0][1]
+    assert missing[0] == ["none"]
+    assert all("for rank 0 to attach: every rank must call attach" in one[1] for one in missing[1:])
 
 
 def test_fully_sharded_models_are_steered_and_each_rank_draws_its_own_noise(jobs: Jobs) -> None:
@@ -255,8 +287,22 @@ def test_when_a_rank_is_gone_the_others_hold_and_are_not_disturbed(jobs: Jobs) -
     seen = jobs.of("gone")
     assert [len(rank["lrs"]) for rank in seen] == [80, 40, 80, 80]
     by_number([dict(enumerate(rank["lrs"])) for rank in seen])
-    for rank in seen:
-        assert len([line for line in rank["lines"] if "the ranks exchange nothing any more" in line]) == 1
+    said = [len([line for line in rank["lines"] if "the ranks exchange nothing any more" in line]) for rank in seen]
+    assert said == [1, 0, 1, 1]
+
+
+def test_a_rank_that_raises_ends_the_job_and_the_run_is_failed(jobs: Jobs) -> None:
+    code, log = jobs.job(2, ("raises",))
+    assert code == 1, log[-3000:]  # by itself: its process could exit
+    assert "boom" in (jobs.folder / "raised-1").read_text()
+    assert "Connection closed" in (jobs.folder / "raised-0").read_text()
+    journal = open_journal(f"sqlite:///{jobs.file}")
+    journal.start(lambda _: None)
+    try:
+        ends = [row.payload for row in journal.rows("raises")]
+    finally:
+        journal.close()
+    assert b"failed" in ends[-1] or "failed" in str(ends[-1])
 
 
 def test_the_noise_scale_is_that_of_the_gradients(jobs: Jobs) -> None:
@@ -265,3 +311,26 @@ def test_the_noise_scale_is_that_of_the_gradients(jobs: Jobs) -> None:
     late = [scale for scale in scales[300:] if scale is not None]
     assert len(late) == 100
     assert sum(late) / len(late) == pytest.approx(9, rel=0.3)
+
+
+def test_all_ranks_go_back_to_checkpoints_in_memory_together_or_none_does(jobs: Jobs) -> None:
+    first, second = jobs.of("kept_in_memory")
+    assert [told[1:4] for told in first[:4]] == [told[1:4] for told in second[:4]]
+    assert [told[3] for told in first] == [told[3] for told in second] == [1, 2, 2, 2, 2, 2]  # attempts
+    (saved, kept), (back, how) = (told[5] for told in first[:2])
+    assert (saved, back) == ("done", "done")
+    step = kept.split()[1]
+    assert f"to step {step} 'a'" in how
+    assert first[1][1] == first[0][1]  # the same weight after the same steps
+    for told, words in zip(
+        first[2:],
+        (
+            "rank 1: a checkpoint needs",
+            "there is no checkpoint named 'b' in memory of every rank",
+            "rank 1: rank 1's own; others have put theirs back, and ranks differ from here on",
+            "rank 1: optimizer is not what it was at the checkpoint",
+        ),
+        strict=True,
+    ):
+        assert told[5][0] == "declined"
+        assert words in told[5][1]

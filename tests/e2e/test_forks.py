@@ -179,7 +179,7 @@ i = 0
 def work(number):
     "A child that attaches itself, to a run of its own, while its parent goes on."
     other, own_train = tiny()
-    with flyball.attach(other, run=f"{run_name}-{number}", policy=POLICY, server=url, lag=0, wait_s=None) as own:
+    with flyball.attach(other, run=f"{run_name}-{number}", policy=POLICY, server=own_url, lag=0, wait_s=None) as own:
         for j in range(100):
             own_train(j)
             own.step(1000.0 + number)
@@ -224,7 +224,8 @@ def test_a_child_that_attaches_itself_is_steered_while_its_parent_goes_on(
     calm_server: Server, trainer: Callable[..., Trainer], transport: str
 ) -> None:
     name = f"own-{transport}"
-    job = trainer(OWN, run_name=name, url=calm_server.url(transport))
+    # A forked child can only be steered over HTTP, whatever its parent uses.
+    job = trainer(OWN, run_name=name, url=calm_server.url(transport), own_url=calm_server.url("http"))
     codes, settled, steps = job.hear("codes", "settled", "steps", within_s=60)
     job.finish()
     assert (codes, settled) == ([0] * 4, True)
@@ -236,3 +237,71 @@ def test_a_child_that_attaches_itself_is_steered_while_its_parent_goes_on(
         assert own.problem == ""
         assert own.steps == {1: list(range(100))}
         assert set(own.signals[1]["loss"]) == {1000.0 + number}
+
+
+FORKED_GRPC = """
+import multiprocessing
+import os
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+governor = flyball.attach(optimizer, run=run_name, policy=POLICY, server=url)
+run(governor, optimizer, train, 0, 10)
+said = []
+for _ in range(rounds):
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        began = time.monotonic()
+        try:
+            flyball.attach(tiny()[0], run=f"{run_name}-child", policy=POLICY, server=url)
+        except flyball.FlyballError as error:
+            os.write(theirs, f"{time.monotonic() - began < 1.0} {error}".encode())
+        os._exit(0)
+    os.close(theirs)
+    until = time.monotonic() + 10
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > until:
+            os.kill(child, 9)
+        time.sleep(0.01)
+    said.append(os.read(ours, 4096).decode())
+    os.close(ours)
+say(said=said, settled=delivered(governor))
+governor.close()
+"""
+
+
+def test_a_forked_child_of_a_process_that_uses_grpc_is_refused_a_channel_at_once(
+    calm_server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    job = trainer(FORKED_GRPC, run_name="forked-grpc", url=calm_server.url("grpc"), rounds=3)
+    said, settled = job.hear("said", "settled", within_s=60)
+    job.finish()
+    assert settled
+    assert all(one.startswith("True ") for one in said), said
+    assert all("does not survive a fork: use the service's http:// address" in one for one in said)
+
+
+SPAWNED = """
+import multiprocessing
+import flyball
+from tests.e2e.training import *
+
+optimizer, train = tiny()
+with flyball.attach(optimizer, run=run_name, policy=POLICY, server=url) as governor:
+    run(governor, optimizer, train, 0, 10)
+    child = multiprocessing.get_context("spawn").Process(target=steered_alone, args=(f"{run_name}-child", url))
+    child.start()
+    child.join(40)
+    say(code=child.exitcode)
+"""
+
+
+def test_a_spawned_child_of_a_process_that_uses_grpc_is_steered_over_grpc(
+    calm_server: Server, trainer: Callable[..., Trainer]
+) -> None:
+    job = trainer(SPAWNED, run_name="spawned-grpc", url=calm_server.url("grpc"))
+    assert job.hear("code", within_s=60) == 0
+    job.finish()
+    assert story_of(calm_server, "spawned-grpc-child").steps == {1: list(range(20))}

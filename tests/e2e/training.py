@@ -136,3 +136,13 @@ def delivered(governor: Any, within_s: float = 30) -> bool:
     while governor.status.waiting and time.monotonic() < until:
         time.sleep(0.01)
     return governor.status.waiting == 0
+
+
+def steered_alone(run_name: str, server: str, steps: int = 20) -> None:
+    """A whole training, for a process of its own."""
+    import flyball
+
+    optimizer, train = tiny()
+    with flyball.attach(optimizer, run=run_name, policy=POLICY, server=server, lag=0, wait_s=None) as governor:
+        for i in range(steps):
+            governor.step(train(i))

@@ -60,7 +60,7 @@ def attach(engine: Any, **options: Unpack[Options]) -> Governor:
     declared = tuple(
         declared_of(name, group, multiplier=multiplier) for name, group in zip(names(groups), groups, strict=True)
     )
-    steered = _Engine(wrapper, Groups(inner, declared, multiplier))
+    steered = _Engine(wrapper, Groups(inner, declared, multiplier, str(options.get("run", ""))))
     governor = govern(steered, declared, options)
     steered.steer(governor)
     return governor

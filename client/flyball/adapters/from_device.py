@@ -43,3 +43,13 @@ class FromDevice:
     def value(self) -> float:
         """The value; no wait once ready."""
         return self._copy.values()[0]
+
+
+def whole_of(value: torch.Tensor) -> torch.Tensor:
+    """A DTensor as a tensor of this rank: FSDP2's gradient norm is one, whose parts are still to be put together."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    alike = all(placement.is_replicate() for placement in value.placements)
+    # Otherwise it is a collective among the job's own: all ranks report the same signals.
+    whole: torch.Tensor = value.to_local() if alike else value.full_tensor()
+    return whole

@@ -24,10 +24,13 @@ compiled step, where nothing can be multiplied: it is refused before training, w
 
 Checkpoints: `callback.state_dict()` is the token to save beside the weights, `resume=` takes it back. Beside
 `keras.callbacks.BackupAndRestore(backup_dir)` give the same `backup_dir` here: a job that is started again then goes on
-with the run, from the very step that the restored optimizer stands at. So does a second `fit` with the same callback.
+with the run, from the very step that the restored optimizer stands at. So does a second `fit` with the same callback,
+if the model has the same optimizer, or one that is compiled with the learning rate that the run began with or stands
+at; any other is refused before training: a run keeps the learning rate it began with.
 
 Where training fails, Keras tells its callbacks nothing: the run stays open, to be resumed; `callback.close("failed")`
-ends it.
+ends it. A `fit` without the callback, `train_on_batch` and loops of your own are not steered; a `fit` with another one
+goes on under that alone.
 
 Rule of this module: the model's training function is wrapped, nothing else of it is replaced. There is no hook behind a
 batch, since Keras waits for the device wherever a callback has one; reports leave before the next batch.
@@ -39,6 +42,7 @@ import functools
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
@@ -77,6 +81,15 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._last_loss: Any = None
         #: What the next attach goes on from; None: as the options say.
         self._token: dict[str, Any] | None = None
+        #: The model and the optimizer that are steered, or were in the last fit.
+        self._steered: Any = None
+        self._optimizer: Any = None
+        #: The learning rates that another optimizer may have, if it is to go on with the run.
+        self._rates: set[tuple[float, ...]] = set()
+        self._writing: KerasOptimizer | None = None
+        #: Whether the coming call of the training function is one of a fit that this callback was given to.
+        self._due = False
+        self._warned = False
         self._every = 1
         self._batches = 0
         self._losses: list[Any] = []
@@ -102,25 +115,46 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._token = self.state_dict()
             self._governor.close(outcome)
             self._governor = None
-            if (function := self._model.train_function) is not None:
-                self._model.train_function = getattr(function, "flyball_inner", function)
+            self._due = False
+            function = self._steered.train_function
+            if getattr(function, "flyball_owner", None) is self:
+                self._steered.train_function = function.flyball_inner
 
     # -- Keras's hooks -------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """A fit that was broken off before is left behind; the run goes on."""
+        """A fit that was broken off before, this callback's or another's, is left behind; two in one are refused."""
         self.close("")
+        known = _drivers.get(self.model)
+        other = None if known is None else known()
+        if other is not None and other is not self:
+            if self.params is not None and other.params is self.params:  # Keras gives one dict to all of a fit
+                raise ValueError(
+                    "two FlyballCallbacks in one fit would both write the same learning rate: give one of them, and "
+                    "shadows= for policies that are only to be watched"
+                )
+            other.close("")
+        _drivers[self.model] = weakref.ref(self)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Attach, where that is still to be done: other callbacks have restored what they restore."""
         if self._governor is None:
             self._attach(self.model)
-        if not hasattr(self._model.train_function, "flyball_inner"):  # made anew, by whom ever
-            self._model.train_function = self._around(self._model.train_function)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Report the step before."""
+        """Report the step before, and see to it that the coming one is ours."""
         self._report({})
+        model = self._steered
+        if model is None:
+            return
+        if model.optimizer is not self._optimizer:
+            if not self._warned:
+                self._warned = True
+                log.warning("flyball: the model was compiled anew within this fit: its new optimizer is not steered")
+            return
+        if getattr(model.train_function, "flyball_owner", None) is not self:  # made anew, by whom ever
+            model.train_function = self._around(model.train_function)
+        self._due = True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Report the last step of the epoch, with what validation found."""
@@ -142,6 +176,7 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
             log.info("flyball: steps_per_execution is %d: so many batches are one step, with the last's loss", several)
         self._scalars = Scalars(model)
         optimizer = KerasOptimizer(model, self._scalars, self._options.get("mode") == "multiplier")
+        self._check_goes_on(model, optimizer)
         options: dict[str, Any] = dict(self._options)
         if self._token:
             options["resume"] = self._token
@@ -151,14 +186,38 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if BACKEND == "jax" and hasattr(model, "_record_training_state_sharding_spec"):
             model._record_training_state_sharding_spec()  # Keras 3.5 took them before the model had this variable
         if self._last_loss is None:
-            log.warning("flyball: no metric of the model is named 'loss': no loss is reported until one is")
+            log.warning(
+                "flyball: no metric of the model is named 'loss', so no loss is reported: a model with metrics of its "
+                "own needs keras.metrics.Mean(name='loss') among them"
+            )
         self._governor = govern(optimizer, optimizer.groups, options)
+        self._steered, self._optimizer, self._writing, self._warned = model, model.optimizer, optimizer, False
+
+    def _check_goes_on(self, model: Any, optimizer: KerasOptimizer) -> None:
+        """A run keeps the learning rates it began with. Raises ValueError where another optimizer has others."""
+        found = tuple(group.lr for group in optimizer.groups)
+        if self._writing is None:
+            self._rates = {found}
+        elif model.optimizer is not self._optimizer:
+            run, known = self._options["run"], self._rates | {self._writing.stood}
+            if found not in known and self._options.get("mode") != "multiplier":
+                raise ValueError(
+                    f"the model has another optimizer than in the last fit, with learning rate {_told(found)} in the "
+                    f"place of {' or '.join(sorted(map(_told, known)))}, but run {run!r} would go on with its own: "
+                    "give a new FlyballCallback with another run name, or compile the model with the old learning rate"
+                )
+            log.warning("flyball: the model has another optimizer than in the last fit; run %r goes on with it", run)
 
     def _around(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         """The training function, with the governor around it."""
 
+        inner = getattr(inner, "flyball_inner", inner)
+
         @functools.wraps(inner)
         def train_function(*args: Any) -> Any:
+            if not self._due:  # a fit without this callback, or train_on_batch
+                return inner(*args)
+            self._due = False
             if BACKEND != "jax":
                 self._before()
                 logs = inner(*args)
@@ -174,6 +233,7 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 self._scalars.state = None
 
         train_function.flyball_inner = inner  # type: ignore[attr-defined]
+        train_function.flyball_owner = self  # type: ignore[attr-defined]
         return train_function
 
     def _before(self) -> None:
@@ -197,7 +257,15 @@ class FlyballCallback(keras.callbacks.Callback):  # type: ignore[misc]
         loss = None if not losses else losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
         self._governor.step(loss, **signals)
         if self._governor.should_stop:
-            self._model.stop_training = True
+            self._steered.stop_training = True
+
+
+#: The newest callback of each model.
+_drivers: weakref.WeakKeyDictionary[Any, weakref.ref[FlyballCallback]] = weakref.WeakKeyDictionary()
+
+
+def _told(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate:.6g}" for rate in rates)
 
 
 def _backed_up(path: Path, options: dict[str, Any], step: int) -> dict[str, Any]:

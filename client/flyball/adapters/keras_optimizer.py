@@ -90,6 +90,11 @@ class KerasOptimizer:
             self._used = Settings(tuple(used), None, None)
         return self._used, conflict
 
+    @property
+    def stood(self) -> tuple[float, ...]:
+        """The learning rates that stood when this looked last."""
+        return tuple(value for value, _ in self._stands or ()) or tuple(group.lr for group in self.groups)
+
     def forget(self) -> None:
         """See `optimizer.Optimizer`."""
         self._stands = None

@@ -9,8 +9,9 @@ steps, groups are known by name, `LearningRateMonitor` shows what was applied.
 Loss: what was really back-propagated for the step, before Lightning divided it by `accumulate_grad_batches`, as a mean
 over the micro-batches. It is seen in `manual_backward`, too; a step's loss there is the sum of what was back-propagated
 since any optimizer last stepped. Where a module calls `loss.backward()` itself, it is what `training_step` returns as
-"loss". What validation logs is reported with the next step. More signals: `callback.governor.step` is called for you,
-so log them in validation, or report them with `flyball report`.
+"loss"; where that is nothing, no loss is ever seen, and a warning says so. What validation logs is reported with the
+next step. More signals: `callback.governor.step` is called for you, so log them in validation, or report them with
+`flyball report`.
 
 Several optimizers (manual optimisation) are one run each: "RUN-NAME", with the name of the submodule that holds all of
 an optimizer's parameters (generator, discriminator), else optimizer0, optimizer1 ...; `names=` gives others, and
@@ -20,9 +21,10 @@ Lightning's schedulers go on: in the default mode what they write is replaced be
 mode="multiplier" the service's factor multiplies what they set, by step or epoch, `ReduceLROnPlateau` too.
 
 Checkpoints hold the token, so `ckpt_path=` goes on with the run from the checkpoint's step; so does a second `fit` with
-the same callback. `resume=` and `fork=` given here come first. A stop that the service asks for sets
-`trainer.should_stop`. A run ends as finished, or as failed where training raises; an interrupt (Ctrl-C, SIGTERM) leaves
-it open, to be resumed.
+the same callback, also behind one that failed. The first fit does what `resume=` and `fork=` given here say. A token
+that the service does not know (it was away, or lost something) is imported, unless `on_unknown="refuse"` is given. A
+stop that the service asks for sets `trainer.should_stop`. A run ends as finished, or as failed where training raises;
+an interrupt (Ctrl-C, SIGTERM) leaves it open, to be resumed.
 
 Rule of this module: it only uses Lightning's public hooks, and what it does per batch waits for nothing.
 """
@@ -38,12 +40,16 @@ from typing import Any, Unpack
 
 import torch
 
+from flyball.adapters.callbacks import check, going_on, refusals
 from flyball.adapters.torch import attach
 from flyball.errors import FlyballError
 from flyball.governor import Governor
-from flyball.options import Options, checked
+from flyball.options import Options
 
 log = logging.getLogger("flyball")
+
+#: After so many steps without a loss a warning says how to give one.
+SILENT_STEPS = 10
 
 
 def _bases() -> tuple[Any, ...]:
@@ -78,7 +84,7 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
-        checked(options)
+        check(options)
         self._options = options
         self._names = tuple(names)
         self._each = {name: dict(own) for name, own in (each or {}).items()}
@@ -89,6 +95,21 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         self._pending: list[Any] = []
         self._stepped: list[Any] = []
         self._before_validation: dict[str, Any] = {}
+        #: The names of the runs that this very callback has driven: what was asked for was their first fit.
+        self._driven: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has not trained: it goes on with nothing."""
+        fresh: dict[str, Any] = {
+            "_steered": {},
+            "_tokens": {},
+            "_pending": [],
+            "_stepped": [],
+            "_before_validation": {},
+        }
+        # While a fit is on, Lightning puts methods of the module here.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, **fresh, "_driven": set()}
 
     @property
     def governor(self) -> Governor:
@@ -114,11 +135,10 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         unknown = sorted(set(self._each) - set(names))
         if unknown:
             raise ValueError(f"each names {', '.join(unknown)}: the optimizers are {', '.join(names)}")
-        # What Lightning divides each loss by before it is back-propagated.
-        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
         try:
             for name, optimizer in zip(names, trainer.optimizers, strict=True):
-                self._steered[name] = _Steered(optimizer, self._options_of(name, len(names)), parts)
+                self._steered[name] = _Steered(optimizer, self._options_of(name, len(names)))
+                self._driven.add(name)
         except BaseException:
             self._end("")
             raise
@@ -137,8 +157,11 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         for one in self._steered.values():
             if one.optimizer is optimizer:
                 one.flush()
-                if self._pending:
+                # In manual optimisation two optimizers may step on what was back-propagated once.
+                if self._pending or pl_module.automatic_optimization:
                     self._stepped, self._pending = self._pending, []
+                # What Lightning divided each loss by: a GradientAccumulationScheduler changes it by epoch.
+                one.parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
                 one.losses = self._stepped
                 one.attempted = True
 
@@ -191,19 +214,19 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
         if of > 1 and "run" not in self._each.get(name, {}):
             options["run"] = f"{options['run']}-{name}"
         token = self._tokens.get(name)
-        if token and "resume" not in options and not options.get("fork"):
+        asked = "resume" in options or options.get("fork")
+        if token and (name in self._driven or not asked):
             if token.get("run") != options["run"]:
                 raise ValueError(
                     f"the checkpoint belongs to run {token.get('run')!r}, but this is run {options['run']!r}: go on "
                     f"with that one, give fork={{'run': {token.get('run')!r}, 'step': {token.get('step')}}} to begin "
                     "as a fork of it, or resume=False to begin anew"
                 )
-            options["resume"] = token
+            return going_on(options, token)
         return options
 
     def _end(self, outcome: str) -> None:
-        if outcome != "failed":  # whoever fits again goes on
-            self.state_dict()
+        self.state_dict()  # whoever fits again goes on
         for one in self._steered.values():
             one.close(outcome)
         self._steered = {}
@@ -213,20 +236,24 @@ class FlyballCallback(*_bases()):  # type: ignore[misc]
 class _Steered:
     """One optimizer, its governor, and what is still to be reported of its last step."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any], parts: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         self.optimizer = optimizer
         self.losses: list[Any] = []
         self.signals: dict[str, Any] = {}
         #: Whether a step was about to be made, and was made, since the last report.
         self.attempted = self.stepped = False
-        self._parts = parts
+        #: What Lightning divided each of the losses by.
+        self.parts = 1
+        #: How many steps there were without a loss; None once one had any.
+        self._silent: int | None = 0
         # Before the governor's own: a second step within one batch first reports the one before it.
         self._ends: list[Callable[[], None]] = [
             optimizer.register_step_pre_hook(lambda *_: self.flush()).remove,
             optimizer.register_step_post_hook(lambda *_: self._stepped()).remove,
         ]
         try:
-            self.governor = attach(optimizer, **options)
+            with refusals():
+                self.governor = attach(optimizer, **options)
         except BaseException:
             self._let_go()
             raise
@@ -238,8 +265,9 @@ class _Steered:
             self.attempted = self.stepped = False
             signals, self.signals = self.signals, {}
             loss = returned if not losses else functools.reduce(lambda a, b: a + b, losses)
-            if self._parts > 1 and losses:
-                loss = loss * (self._parts / len(losses))
+            if self.parts > 1 and losses:
+                loss = loss * (self.parts / len(losses))
+            self._listen(loss)
             # Where no step was made, a scaler skipped it: the governor counts that.
             self.governor.step(loss, **signals)
 
@@ -252,6 +280,19 @@ class _Steered:
         """Close the governor."""
         self.governor.close(outcome)
         self._let_go()
+
+    def _listen(self, loss: Any) -> None:
+        """A run that never hears a loss is told of: a policy would wait for one in vain."""
+        if self._silent is None:
+            return
+        self._silent = self._silent + 1 if loss is None else None
+        if self._silent == SILENT_STEPS:
+            log.warning(
+                "flyball: run %r has had no loss in %d steps: call self.manual_backward(loss) in place of "
+                "loss.backward(), or return the loss from training_step",
+                self.governor.status.run,
+                SILENT_STEPS,
+            )
 
     def _stepped(self) -> None:
         self.stepped = self.attempted = True

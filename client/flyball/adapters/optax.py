@@ -19,8 +19,9 @@ What is steered is every `optax.inject_hyperparams` in the state that has a lear
 stay what they were.
 
 What a step is: one pair of `before` and `step`. Where a jitted function makes several updates (`jax.lax.scan`), all of
-them use the same settings: they are one step, whose loss is best their mean. Under `optax.MultiSteps` call the two
-around the last micro-batch only.
+them use the same settings: they are one step, whose loss is best their mean. Under `optax.MultiSteps` only every k-th
+update is a step: attach with accumulate="mean", call `before` ahead of the last micro-batch only, and `step` with every
+one's loss.
 
 A schedule inside the optimizer would write behind us, so it is refused. Either let the service have it
 (`base={"type": "cosine", ...}`), or put a steerable factor behind it: `optax.chain(optax.adam(schedule),
@@ -34,17 +35,18 @@ there.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import logging
 from collections import deque
+from math import inf
 from types import TracebackType
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flyball.adapters.from_jax import copied, like, number
+from flyball.adapters.optax_state import MOMENTA, Place, multi_steps, places_in, replaced
 from flyball.govern import govern
 from flyball.governor import Governor
 from flyball.optimizer import Conflict
@@ -52,13 +54,14 @@ from flyball.options import Options
 from flyball.pending import Pending
 from flyball.wire import Group, Settings
 
-LEARNING_RATES = ("learning_rate", "lr", "step_size")
-MOMENTA = ("momentum", "b1")
-SCHEDULED = (
-    "{name} is a schedule, which writes its own value at every step: give inject_hyperparams a number and the service "
-    "the schedule (base={{'type': 'cosine', ...}}), or steer a factor behind it: "
-    "optax.chain(..., optax.inject_hyperparams(optax.scale)(step_size=1.0))"
+log = logging.getLogger("flyball")
+
+MICRO_BATCHES = (
+    "opt_state is of optax.MultiSteps, where only every k-th update is a step: attach with accumulate='mean', call "
+    "before() ahead of the last micro-batch of each step only, and step(loss) with every micro-batch"
 )
+#: After so many reports without a single `before` somebody has forgotten it.
+FORGOTTEN = 20
 
 
 def attach(opt_state: Any, **options: Unpack[Options]) -> Steered:
@@ -77,19 +80,24 @@ def attach(opt_state: Any, **options: Unpack[Options]) -> Steered:
             f"jax.process_count() is {jax.process_count()}: every process would have to write the same value at the "
             "same step, which this adapter does not arrange; train in one process"
         )
-    places = _places(opt_state)
+    places = places_in(opt_state)
+    accumulates = options.get("accumulate") is not None
+    if not accumulates and multi_steps(opt_state) is not None:
+        raise ValueError(MICRO_BATCHES)
     groups = tuple(place.declared(opt_state) for place in places)
     injected = _Injected(places, groups)
-    return Steered(govern(injected, groups, options), injected)
+    return Steered(govern(injected, groups, options), injected, accumulates)
 
 
 class Steered:
     """A steered optimizer state. A context manager that closes itself, as a governor is."""
 
-    def __init__(self, governor: Governor, injected: _Injected) -> None:
+    def __init__(self, governor: Governor, injected: _Injected, accumulates: bool) -> None:
         self.governor = governor
         self._injected = injected
         self._begun = self._called = False
+        #: Reports before the first `before`; with micro-batches there may be many.
+        self._bare, self._forgotten = 0, inf if accumulates else FORGOTTEN
 
     def before(self, opt_state: Any) -> Any:
         """The state to make the next step with. Its first call raises TypeError inside of a jitted function."""
@@ -110,6 +118,14 @@ class Steered:
         if self._begun:
             self._begun = False
             self.governor.after_step()
+        elif not self._called:
+            self._bare += 1
+            if self._bare == self._forgotten:
+                log.warning(
+                    "flyball: step() was called %d times, and before() never: nothing is steered, and no step is "
+                    "counted; opt_state = steered.before(opt_state) belongs ahead of every step",
+                    self._bare,
+                )
         self.governor.step(loss, reward=reward, grad_norm=grad_norm, **signals)
 
     @property
@@ -138,39 +154,20 @@ class Steered:
         self.close("finished" if kind is None else "failed")
 
 
-class _Place(NamedTuple):
-    """Where a group's settings are: the path to its injected state, and the names of its hyperparameters there."""
-
-    group: str
-    path: tuple[Any, ...]
-    lr: str
-    momentum: str | None
-
-    def hyperparams(self, state: Any) -> dict[str, Any]:
-        """The hyperparameters, in a state of the same shape."""
-        for key in self.path:
-            state = _child(state, key)
-        return dict(state.hyperparams)
-
-    def declared(self, state: Any) -> Group:
-        """The group as it stands. Raises TypeError where the state cannot be put together anew."""
-        found = self.hyperparams(state)
-        _replaced(state, self.path, found)
-        momentum = None if self.momentum is None else float(found[self.momentum])
-        betas = None
-        if momentum is not None and self.momentum == "b1" and "b2" in found:
-            betas = (momentum, float(found["b2"]))
-        return Group(self.group, float(found[self.lr]), None if betas else momentum, betas)
-
-
 class _Injected:
     """The optimizer state as the governor needs it (see `optimizer.Optimizer`); `state` is there during `before`."""
 
-    def __init__(self, places: list[_Place], declared: tuple[Group, ...]) -> None:
+    def __init__(self, places: list[Place], declared: tuple[Group, ...]) -> None:
         self.state: Any = None
         self.detached = False
         self._places = places
-        self._names = [group.name for group in declared]
+        self._declared = declared
+        #: Whether what `before` returned was ever seen to be used, and whether what it returned last was dropped.
+        self._taken = False
+        self._dropped: Conflict | None = None
+        #: MultiSteps' count of updates at the last step, and whether its misuse was told.
+        self._updates: float | None = None
+        self._told = False
         #: What each group's learning rate and momentum were when this looked last; None: not known.
         self._stands: list[tuple[float, float | None]] | None = None
         #: What was written last, to be used again unless it was given away.
@@ -187,6 +184,7 @@ class _Injected:
     ) -> Conflict | None:
         """See `optimizer.Optimizer`."""
         conflict = self._come_in()
+        self._watch_updates()
         stands: list[tuple[float, float | None]] = []
         for i, place in enumerate(self._places):
             found = place.hyperparams(self.state)
@@ -199,21 +197,29 @@ class _Injected:
                     now.append(None)
                     continue
                 value = self._known(found[name], i if name == place.lr else None, stood)
-                if value is not None and stood is not None and not _same(found[name], value, stood):
-                    conflict = conflict or self._conflict(i, name, value, stood)
+                if value is not None and stood is not None:
+                    judged = self._judged(i, name, found[name], value, stood)
+                    conflict = conflict or judged
                 if target is not None and not _holds(found[name], value, target):
                     changed[name], value = self._make(i, name, target, found[name]), target
                 now.append(stood if value is None else float(_typed(changed[name], value)))
             if any(changed[name] is not found[name] for name in changed):
-                self.state = _replaced(self.state, place.path, changed)
+                self.state = replaced(self.state, place.path, changed)
             lr, momentum = now
             stands.append((float("nan") if lr is None else lr, momentum))
         self._stands = stands
-        return conflict
+        return None if self._dropped is not None else conflict
 
     def read_back(self) -> tuple[Settings, Conflict | None]:
-        """What was written last: nobody can write while a jitted step runs."""
+        """What was written last, as nobody can write while a jitted step runs; where what `before` returned is dropped,
+        what the state began with."""
         stands = self._stands or []
+        if self._dropped is not None:
+            wanted = tuple(lr for lr, _ in stands)
+            began = tuple(group.betas[0] if group.betas else group.momentum for group in self._declared)
+            rates = tuple(group.lr for group in self._declared)
+            used = Settings(rates, began if any(momentum is not None for momentum in began) else None, None)
+            return used, self._dropped._replace(wanted_lr=wanted)
         momenta = tuple(momentum for _, momentum in stands)
         told = any(momentum is not None for momentum in momenta)
         return Settings(tuple(lr for lr, _ in stands), momenta if told else None, None), None
@@ -243,15 +249,48 @@ class _Injected:
         """What somebody else wrote in earlier steps, as far as that is known by now."""
         while self._later and self._later[0][0].is_ready():
             value, group, stood = self._later.popleft()
-            if not _same(value, float(value), stood):
-                return self._conflict(group, self._places[group].lr, float(value), stood)
+            conflict = self._judged(group, self._places[group].lr, value, float(value), stood)
+            if conflict is not None:
+                return conflict
         return None
+
+    def _judged(self, group: int, name: str, holder: Any, found: float, stood: float) -> Conflict | None:
+        """Who wrote what was found, where that is not what stood. As long as every state that comes in holds what the
+        first one held, whatever was written, it is the caller that drops what `before` returned."""
+        is_rate, began = name == self._places[group].lr, self._declared[group].lr
+        if _same(holder, found, stood):
+            if is_rate and not _same(holder, stood, began):
+                self._taken, self._dropped = True, None
+            return None
+        conflict = self._conflict(group, name, found, stood)
+        if not is_rate or self._taken:
+            return conflict
+        if isinstance(holder, jax.Array) and _same(holder, found, began):
+            self._dropped = Conflict(
+                "before() in vain",
+                f"opt_state comes in with the learning rate that it began with ({found:.9g} in group "
+                f"{self._declared[group].name}), not with {stood:.9g} as before() returned it: is what before() "
+                "returned used? (opt_state = steered.before(opt_state))",
+            )
+            return self._dropped
+        self._taken, self._dropped = True, None  # somebody else writes
+        return conflict
+
+    def _watch_updates(self) -> None:
+        """Under MultiSteps each `before` belongs to another update. What is not computed yet is not looked at."""
+        node = None if self._told else multi_steps(self.state)
+        if node is None or not getattr(node.gradient_step, "is_ready", lambda: True)():
+            return
+        before, self._updates = self._updates, float(node.gradient_step)
+        if before == self._updates:
+            self._told = True
+            log.warning("flyball: micro-batches are counted as steps: %s", MICRO_BATCHES)
 
     def _conflict(self, group: int, name: str, found: float, stood: float) -> Conflict:
         what = "momentum" if name in MOMENTA else "learning rate"
         return Conflict(
-            f"{what} in {self._names[group]}",
-            f"somebody else writes the {what} of group {self._names[group]} (hyperparams[{name!r}]): "
+            f"{what} in {self._declared[group].name}",
+            f"somebody else writes the {what} of group {self._declared[group].name} (hyperparams[{name!r}]): "
             f"{found:.9g} was found where {stood:.9g} stood",
         )
 
@@ -284,61 +323,3 @@ def _same(holder: Any, found: float, meant: float) -> bool:
 def _holds(holder: Any, value: float | None, target: float) -> bool:
     """Whether this is an array that is known to hold the target already."""
     return isinstance(holder, jax.Array) and value is not None and value == float(_typed(holder, target))
-
-
-def _places(opt_state: Any) -> list[_Place]:
-    """Where the learning rates are, each under the name of its group."""
-    found, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=lambda node: _rate_of(node) is not None)
-    places = [(path, node, name) for path, node in found if (name := _rate_of(node)) is not None]
-    if not places:
-        raise ValueError(
-            "opt_state has no injected learning rate: make the optimizer with "
-            "optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), and give what its init returned"
-        )
-    labels = [next((str(key.key) for key in reversed(path) if hasattr(key, "key")), "") for path, _, _ in places]
-    if len(places) == 1:
-        labels = [labels[0] or "default"]
-    elif len(set(labels)) < len(labels):
-        labels = [f"group{i}" for i in range(len(labels))]
-    for _, node, name in places:
-        if name in (getattr(node, "hyperparams_states", None) or {}):
-            raise ValueError(SCHEDULED.format(name=name))
-    return [
-        _Place(label or f"group{i}", tuple(path), name, _momentum_of(node))
-        for i, (label, (path, node, name)) in enumerate(zip(labels, places, strict=True))
-    ]
-
-
-def _rate_of(node: Any) -> str | None:
-    """The name of the learning rate among a node's injected hyperparameters, if it has any."""
-    hyperparams = getattr(node, "hyperparams", None)
-    if not isinstance(hyperparams, dict) or not hasattr(node, "inner_state"):
-        return None
-    return next((name for name in LEARNING_RATES if name in hyperparams), None)
-
-
-def _momentum_of(node: Any) -> str | None:
-    scheduled = getattr(node, "hyperparams_states", None) or {}
-    return next((name for name in MOMENTA if name in node.hyperparams and name not in scheduled), None)
-
-
-def _child(node: Any, key: Any) -> Any:
-    if hasattr(key, "name"):
-        return getattr(node, key.name)
-    return node[key.idx if hasattr(key, "idx") else key.key]
-
-
-def _replaced(node: Any, path: tuple[Any, ...], hyperparams: dict[str, Any]) -> Any:
-    """The state with other hyperparameters at the end of the path; everything off the path is shared."""
-    if not path:
-        return node._replace(hyperparams=hyperparams)
-    key, child = path[0], _replaced(_child(node, path[0]), path[1:], hyperparams)
-    if hasattr(key, "name"):
-        if hasattr(node, "_replace"):
-            return node._replace(**{key.name: child})
-        return dataclasses.replace(node, **{key.name: child})
-    if isinstance(node, tuple):
-        return (*node[: key.idx], child, *node[key.idx + 1 :])
-    changed = copy.copy(node)
-    changed[key.idx if hasattr(key, "idx") else key.key] = child
-    return changed

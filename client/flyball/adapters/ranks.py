@@ -26,7 +26,9 @@ steps (the option `ranks=flyball.ranks.Ranks(every=...)`), while training goes o
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -36,37 +38,67 @@ import torch.distributed as dist
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from flyball import limits
+from flyball.adapters.meeting import meet
+from flyball.adapters.meeting import refuse as refuse_all
 from flyball.ranks import Broken, Exchange, Ranks
 from flyball.sharing.session import Shared
 from flyball.sharing.slots import room
+
+log = logging.getLogger("flyball")
 
 T = TypeVar("T")
 
 
 def exchange(ranks: Ranks) -> Exchange | None:
     """The exchange between these ranks; None where there is only one, or this process is none of them."""
-    if not (ranks.group is None or isinstance(ranks.group, dist.ProcessGroup)):
-        wanted = "'auto', None, a torch ProcessGroup or flyball.ranks.Ranks"
-        raise ValueError(f"ranks is {ranks.group!r:.80}: give {wanted}")
-    members = dist.get_process_group_ranks(dist.group.WORLD if ranks.group is None else ranks.group)
-    if len(members) < 2 or dist.get_rank() not in members:
+    members = _members(ranks)
+    if not members:
         return None
+    patience_s = limits.EXCHANGE_S if ranks.timeout_s is None else ranks.timeout_s
+    meet(members, patience_s)
     timeout = None if ranks.timeout_s is None else datetime.timedelta(seconds=ranks.timeout_s)
     # A part of all ranks makes its group without the others. Such a group's name follows from its ranks, and torch
     # would give it out again, and find the old one's addresses, if it were ever destroyed.
     part = len(members) < dist.get_world_size()
     group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=part)
-    return _Gloo(group, ranks.every, keep=part)
+    return _Gloo(group, ranks.every, patience_s, keep=part)
+
+
+def _members(ranks: Ranks) -> list[int]:
+    """These ranks; none where there is only one, or this process is none of them."""
+    group = ranks.group
+    if isinstance(group, type(dist.GroupMember.NON_GROUP_MEMBER)) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        return []
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        wanted = "'auto', None, a torch ProcessGroup or flyball.ranks.Ranks"
+        raise ValueError(f"ranks is {group!r:.80}: give {wanted}")
+    members: list[int] = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+    return [] if len(members) < 2 or dist.get_rank() not in members else members
+
+
+def refuse(ranks: Ranks, error: Exception) -> None:
+    """This rank cannot attach, and the others shall not wait for it. Raises nothing."""
+    try:
+        if members := _members(ranks):
+            refuse_all(members, error)
+    except Exception:
+        log.debug("flyball: the other ranks could not be told: %s", error, exc_info=True)
 
 
 class _Gloo:
     """See `ranks.Exchange`."""
 
-    def __init__(self, group: Any, every: int, *, keep: bool) -> None:
+    def __init__(self, group: Any, every: int, patience_s: float, *, keep: bool) -> None:
         self.rank, self.ranks, self.every = dist.get_rank(group), dist.get_world_size(group), every
         self.waited_ns = 0
+        self.patience_s = patience_s
         self._group = group
         self._keep = keep
+        # The group's end joins gloo's threads, and one of those may wait for a rank that never comes: the process could
+        # not exit then. So the group has no end but the one that `close` gives it.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._idle = True
+        self._failed = f"flyball/failed/{group.group_name}"
         self._room = room(every)
         self._work: Any = None
         self._mine = b""
@@ -79,11 +111,11 @@ class _Gloo:
         given = len(mine).to_bytes(limits.SLOT_HEAD, "little") + mine[: self._room]
         self._work = self._gather(self._tensors, given.ljust(limits.SLOT_HEAD + self._room, b"\0"))
 
-    def finish(self, within_s: float | None = None) -> list[bytes]:
-        return self.timed(lambda: self._finish(within_s))
+    def finish(self, within_s: float | None = None, waiting_for: str = "") -> list[bytes]:
+        return self.timed(lambda: self._finish(within_s, waiting_for))
 
-    def _finish(self, within_s: float | None) -> list[bytes]:
-        self._await(within_s)
+    def _finish(self, within_s: float | None, waiting_for: str) -> list[bytes]:
+        self._await(within_s, waiting_for)
         head = limits.SLOT_HEAD
         lengths = [int.from_bytes(one[:head], "little") for one in self._bytes]
         if max(lengths) <= self._room:
@@ -92,27 +124,42 @@ class _Gloo:
         wide = [bytearray(max(lengths)) for _ in lengths]
         tensors = [torch.frombuffer(one, dtype=torch.uint8) for one in wide]
         self._work = self._gather(tensors, self._mine.ljust(max(lengths), b"\0"))
-        self._await(within_s)
+        self._await(within_s, waiting_for)
         return [bytes(one[:length]) for one, length in zip(wide, lengths, strict=True)]
 
     def _gather(self, into: list[Any], given: bytes) -> Any:
         try:
             mine = torch.frombuffer(bytearray(given), dtype=torch.uint8)
+            self._idle = False
             return dist.all_gather(into, mine, group=self._group, async_op=True)
         except Exception as error:  # gloo has one kind of error for everything
             raise Broken(str(error)) from error
 
-    def _await(self, within_s: float | None) -> None:
+    def _await(self, within_s: float | None, waiting_for: str) -> None:
         work, self._work = self._work, None
+        began, next_log = time.monotonic(), limits.WAIT_LOG_S
         try:
-            until = None if within_s is None else time.monotonic() + within_s
-            while until is not None and not work.is_completed():
-                if time.monotonic() > until:
-                    raise Broken(f"the other ranks were waited for for {within_s} s")
-                time.sleep(limits.SETTLE_S)
+            while not work.is_completed():
+                waited = time.monotonic() - began
+                if within_s is not None and waited >= within_s:
+                    raise Broken(f"the other ranks were waited for for {waited:.1f} s")
+                if waited >= next_log:
+                    text = waiting_for or "all ranks"
+                    log.warning("flyball: rank %d has waited %.0f s for %s", self.rank, waited, text)
+                    next_log += limits.WAIT_LOG_AGAIN_S
+                self._wait(work, next_log - waited if within_s is None else min(next_log, within_s) - waited)
             work.wait()
         except RuntimeError as error:
             raise Broken(str(error)) from error
+        self._idle = True
+
+    def _wait(self, work: Any, seconds: float) -> None:
+        """Until it has ended, or so long."""
+        try:
+            work.wait(datetime.timedelta(seconds=max(seconds, 0.001)))
+        except RuntimeError:
+            if work.is_completed():
+                raise
 
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -124,12 +171,26 @@ class _Gloo:
         finally:
             self.waited_ns += time.monotonic_ns() - started
 
-    def close(self) -> None:
+    def tell_failed(self) -> None:
         try:
-            if not self._keep:
-                dist.destroy_process_group(self._group)
+            dist.distributed_c10d._get_default_store().set(self._failed, str(self.rank))
+        except Exception:
+            log.debug("flyball: rank %d could not tell that it failed", self.rank, exc_info=True)
+
+    def failed(self) -> bool:
+        try:
+            return bool(dist.distributed_c10d._get_default_store().check([self._failed]))
+        except Exception:
+            return False
+
+    def close(self) -> None:
+        if not self._idle or self._keep:
+            return
+        try:
+            dist.destroy_process_group(self._group)
         except Exception:
             self._work = None  # the job has destroyed all groups already
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self._group))
 
 
 def joinable(side: object) -> Joinable:

@@ -38,15 +38,17 @@ import torch
 from flyball.adapters.groups import begun, declared, effective, names
 from flyball.adapters.several import Several
 from flyball.adapters.signals import Signals
-from flyball.adapters.torch_groups import Groups, is_steered
-from flyball.govern import govern
+from flyball.adapters.torch_groups import Groups, steered_by
+from flyball.govern import closing, govern
 from flyball.governor import Governor
 from flyball.options import Options, measured
+from flyball.ranks import together
 from flyball.wire import Group
 
 Optimizers: TypeAlias = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Mapping[str, torch.optim.Optimizer]
 
 
+@together
 def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     """Let the service steer `optimizer`; returns the governor, which is told each step's loss.
 
@@ -68,22 +70,25 @@ def attach(optimizer: Optimizers, **options: Unpack[Options]) -> Governor:
     optimizers = _optimizers(named)
     chosen, every, rest = measured(options)
     multiplier = options.get("mode") == "multiplier"
-    goes_on = bool(options.get("resume") or options.get("fork"))
+    goes_on, run = bool(options.get("resume") or options.get("fork")), str(options.get("run", ""))
     parts = [
-        Groups(one, _declared(name, named[name], multiplier, goes_on), multiplier) for name, one in optimizers.items()
+        Groups(one, _declared(name, named[name], multiplier, goes_on), multiplier, run)
+        for name, one in optimizers.items()
     ]
     groups = tuple(group for part in parts for group in part.declared)
     signals = Signals(list(optimizers.values()), chosen, every)
     parts[-1].at_end(signals.detach)
     if len(parts) == 1:
         governor = govern(parts[0], groups, rest)
-        signals.steer(governor)
-        parts[0].steer(governor.before_step, _after(parts[0], governor))
+        with closing(governor):
+            signals.steer(governor)
+            parts[0].steer(governor.before_step, _after(parts[0], governor))
         return governor
     several = Several(parts)
     governor = govern(several, groups, rest)
-    signals.steer(governor)
-    several.steer(governor)
+    with closing(governor):
+        signals.steer(governor)
+        several.steer(governor)
     return governor
 
 
@@ -97,12 +102,19 @@ def _layers(optimizer: Any) -> list[Any]:
     """A wrapper, what it wraps, and so on. A scheduler holds an optimizer as well, but shows no groups."""
     layers = [optimizer]
     while hasattr(layers[-1], "param_groups"):
-        held = (getattr(layers[-1], name, None) for name in ("optimizer", "base", "base_optimizer"))
+        held = (getattr(layers[-1], name, None) for name in _holds(layers[-1]))
         inner = next((one for one in held if hasattr(one, "param_groups")), None)
         if inner is None or any(inner is layer for layer in layers):
             break
         layers.append(inner)
     return layers
+
+
+def _holds(wrapper: Any) -> tuple[str, ...]:
+    """Where it may hold what it wraps. ZeroRedundancyOptimizer steps by itself, and its `.optim` is a part of it."""
+    shards = isinstance(wrapper, torch.optim.Optimizer) and hasattr(wrapper, "_optimizer_step_pre_hooks")
+    held = ("optimizer", "base", "base_optimizer")
+    return held if shards else (*held, "optim")
 
 
 def _named(given: Any) -> dict[str, Any]:
@@ -127,8 +139,10 @@ def _optimizers(named: Mapping[str, Any]) -> dict[str, torch.optim.Optimizer]:
         where = f"optimizer {name!r}" if name else "optimizer"
         if not isinstance(one, torch.optim.Optimizer):
             raise TypeError(f"{where} is a {type(one).__name__}: give a torch.optim.Optimizer")
-        if is_steered(one):
-            raise ValueError(f"{where} is steered by another governor already: close that one first")
+        if (run := steered_by(one)) is not None:
+            raise ValueError(
+                f"{where} is steered by another governor already, that of run {run!r}: close that one first"
+            )
         if sum(one is other for other in found.values()) > 1:
             raise ValueError(f"{where} is given twice: give each optimizer once")
     return found

@@ -92,11 +92,16 @@ def copied(tree: Any) -> Copied:
     return Copied(copy.deepcopy(tree, dict(held)), tuple(held.values()), tuple(ready))
 
 
-def put_all(pairs: list[tuple[str, Thing, Copied]]) -> None:
-    """Put every copy back, or none: raises ValueError where one does not fit any more."""
+def check_fit(pairs: list[tuple[str, Thing, Copied]]) -> None:
+    """Raise ValueError where a copy does not fit any more."""
     for name, one, saved in pairs:
         if problem := one.misfit(saved.tree):
             raise ValueError(f"{name} is not what it was at the checkpoint: {problem}")
+
+
+def put_all(pairs: list[tuple[str, Thing, Copied]]) -> None:
+    """Put every copy back, or none: raises ValueError where one does not fit any more."""
+    check_fit(pairs)
     # Somebody else's load_state_dict may still refuse: before anything that cannot.
     pairs = sorted(pairs, key=lambda pair: not isinstance(pair[1], _Stateful))
     with torch.no_grad():

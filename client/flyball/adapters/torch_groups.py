@@ -17,7 +17,7 @@ import torch
 from flyball.adapters.around import behind, factor, finally_do
 from flyball.adapters.beside import Beside
 from flyball.adapters.compiled import is_compiled
-from flyball.adapters.from_device import FromDevice
+from flyball.adapters.from_device import FromDevice, whole_of
 from flyball.adapters.gradient_noise import GradientNoise
 from flyball.adapters.groups import Rows, added, begun, effective_lr, momentum_of
 from flyball.adapters.standing import Stand, changes, is_other, on_device, plain, standing, untouched
@@ -29,13 +29,13 @@ from flyball.wire import Group, Settings
 log = logging.getLogger("flyball")
 
 
-#: The optimizers that have a governor: two would overwrite each other.
-_steered: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+#: The optimizers that have a governor, and the names of their runs: two would overwrite each other.
+_steered: weakref.WeakKeyDictionary[torch.optim.Optimizer, str] = weakref.WeakKeyDictionary()
 
 
-def is_steered(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer has a governor already."""
-    return optimizer in _steered
+def steered_by(optimizer: torch.optim.Optimizer) -> str | None:
+    """The run whose governor the optimizer has already; None where it has none."""
+    return _steered.get(optimizer)
 
 
 class Groups:
@@ -44,8 +44,11 @@ class Groups:
     declared: the groups its run began with as the service is told of them, in the order they have now.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, declared: tuple[Group, ...], multiplier: bool) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, declared: tuple[Group, ...], multiplier: bool, run: str = ""
+    ) -> None:
         self.declared = declared
+        self._run = run
         self._optimizer = optimizer
         self._rows = Rows(declared, begun(optimizer.param_groups, goes_on=True))
         self._multiplier = multiplier
@@ -72,7 +75,7 @@ class Groups:
 
     def steer(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Call these around every step of the optimizer, until `detach`."""
-        _steered.add(self._optimizer)
+        _steered[self._optimizer] = self._run
         # Traced into a compiled step, they would be guarded by every number that they look at. (This costs half a
         # microsecond each, and asking first whether torch is tracing is not enough: it traces what it calls, too.)
         apart: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
@@ -100,7 +103,7 @@ class Groups:
 
     def detach(self) -> None:
         """Take the hooks off again."""
-        _steered.discard(self._optimizer)
+        _steered.pop(self._optimizer, None)
         for end in (*self._ends, self._last):
             end()
         self._put_back()
@@ -213,6 +216,7 @@ class Groups:
         """See `optimizer.Optimizer`."""
         if not isinstance(value, torch.Tensor):
             return plain_number(value)
+        value = whole_of(value)
         if value.numel() != 1:
             raise TypeError(f"a tensor of shape {tuple(value.shape)} is no single number")
         if value.is_cuda:

@@ -16,35 +16,49 @@ one wants after a spike. With `data=`, an object whose `load_state_dict` decides
 where it was; where such an object has a method `skip(batches)`, that is called with how many the service wants skipped.
 A plain `for batch in loader` does not look at its loader again, and cannot go back.
 
-Limits: the copies stay below `limit_mb`, and die with the process: they do not replace checkpoints on a disk. Of
-several ranks each would have to go back at the same step; so in a job of several, this declines.
+Limits: the copies stay below `limit_mb`, and die with the process: they do not replace checkpoints on a disk.
+
+Of several ranks that share a run each makes one of these, keeps its own part, and goes back at the same step as the
+others: to the newest checkpoint that all of them have. One that fits into the memory of some ranks only is none. Where
+not all ranks of the job share the run, this declines.
 
 Rule of this module: what does not fit into the limit is declined before anything is copied, and going back is done
-altogether or not at all.
+altogether or not at all. (A `load_state_dict` of the script's own that raises on one rank alone is found out too late
+for the others: then all decline, and the log says that ranks differ.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from flyball.adapters.torch_copies import Chance, Copied, Thing, copied, put_all, size_of, thing
+from flyball.adapters.torch_copies import Chance, Copied, Thing, check_fit, copied, put_all, size_of, thing
 from flyball.errors import Declined
 from flyball.governor import Governor
+
+log = logging.getLogger("flyball")
 
 _MB = 1e6
 
 
 class Kept(NamedTuple):
-    """A checkpoint. tag: "" of one that nobody named. step: the optimizer step to go on with. size: in bytes."""
+    """A checkpoint. tag: "" of one that nobody named. step: the optimizer step to go on with. size: in bytes.
+    line: how often the training had gone back before it."""
 
     tag: str
     step: int
     size: int
     token: Mapping[str, Any]
     parts: Mapping[str, Copied]
+    line: int = 0
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """The same on all ranks."""
+        return self.step, self.tag, self.line
 
     def __str__(self) -> str:
         return f"step {self.step}" + (f" {self.tag!r}" if self.tag else "")
@@ -82,11 +96,15 @@ class MemoryCheckpoint:
         self._things: dict[str, Thing] = {name: thing(name, value) for name, value in things.items()}
         self._things["random numbers"] = Chance()
         self._kept: list[Kept] = []
+        #: Why there was none last.
+        self._told = ""
+        #: How often the training has gone back.
+        self._line = 0
         governor.on("checkpoint", self._checkpoint)
         governor.on("restore", self._restore)
         governor.on("rewind", self._rewind)
         if every is not None:
-            governor.every(every, self.save)
+            governor.every(every, self._regularly)
 
     @property
     def kept(self) -> tuple[Kept, ...]:
@@ -95,23 +113,24 @@ class MemoryCheckpoint:
 
     def save(self, tag: str = "") -> Kept:
         """Copy everything, between two iterations. Raises Declined where that would not fit into the limit."""
-        _check_alone()
+        self._check_shared()
         live = {name: one.live() for name, one in self._things.items()}
         size = sum(map(size_of, live.values()))
         # First what there is to give up for it, then the memory for it.
         self._kept = self._room_for(tag, size)
         token = self._governor.state_dict()
-        new = Kept(tag, token["step"], size, token, {name: copied(tree) for name, tree in live.items()})
+        new = Kept(tag, token["step"], size, token, {name: copied(tree) for name, tree in live.items()}, self._line)
         self._kept.append(new)
         return new
 
     def restore(self, kept: Kept) -> None:
-        """Go back to it, and the service, too. Raises Declined where the training is not what it was."""
-        _check_alone()
-        try:
-            put_all([(name, self._things[name], part) for name, part in kept.parts.items()])
-        except ValueError as error:
-            raise Declined(str(error)) from error
+        """Go back to it, and the service, too; of several ranks all at once. Raises Declined where the training is not
+        what it was."""
+        self._check_shared()
+        pairs = [(name, self._things[name], part) for name, part in kept.parts.items()]
+        self._together(lambda: check_fit(pairs), "no rank has put anything back")
+        self._together(lambda: put_all(pairs), "others have put theirs back, and ranks differ from here on")
+        self._line += 1
         self._governor.load_state_dict(kept.token)
         # What nobody named and lies behind it is of a line that was left.
         self._kept = [one for one in self._kept if one.tag or one.step <= kept.step]
@@ -142,11 +161,15 @@ class MemoryCheckpoint:
         return self._go_back(args, [one for one in self._kept if one.step <= step], f"at or before step {step}")
 
     def _go_back(self, args: Mapping[str, Any], fitting: list[Kept], wanted: str) -> str:
+        told = self._governor.agree([one.key for one in fitting])
+        there = [{tuple(key) for key in keys} for keys in told if keys is not None]
+        fitting = [one for one in fitting if all(one.key in keys for keys in there)]
         if not fitting:
-            there = ", ".join(map(str, self._kept)) or "none"
-            raise Declined(f"there is no checkpoint {wanted} in memory; kept: {there}")
+            kept = ", ".join(map(str, self._kept)) or "none"
+            everywhere = "" if self._governor.ranks == 1 else " of every rank"
+            raise Declined(f"there is no checkpoint {wanted} in memory{everywhere}; kept: {kept}")
         # Of those for the same step the newest: an older one may be of a line that was left.
-        newest = max(enumerate(fitting), key=lambda pair: (pair[1].step, pair[0]))[1]
+        newest = max(fitting, key=lambda one: (one.step, one.line, one.tag))
         left = self._governor.status.step
         self.restore(newest)
         skip = getattr(self._data, "skip", None)
@@ -174,20 +197,49 @@ class MemoryCheckpoint:
             more = next((one for one in left if not one.tag), None)
             if more is None:
                 named = f" beside {_mb(used)} MB of {', '.join(map(str, left))}" if left else ""
+                # As many digits as it takes to see the difference.
+                digits = next((n for n in range(1, 6) if _mb(used + size, n) != _mb(self._limit, n)), 6)
                 raise Declined(
-                    f"a checkpoint needs {_mb(size)} MB{named}, and limit_mb allows {_mb(self._limit)} MB: raise it, "
-                    "or keep less"
+                    f"a checkpoint needs {_mb(size, digits)} MB{named}, and limit_mb allows "
+                    f"{_mb(self._limit, digits)} MB: raise it, or keep less"
                 )
             spare.append(more)
 
+    def _regularly(self) -> None:
+        """What `every` does. Why it cannot is told once, and again where that changes."""
+        try:
+            self.save()
+            self._told = ""
+        except Declined as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning("flyball: no checkpoint is kept any more: %s", error)
 
-def _check_alone() -> None:
-    ranks = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-    if ranks > 1:
-        raise Declined(f"this is one of {ranks} ranks, which would have to go back together: save and load on each")
+    def _together(self, do: Callable[[], None], otherwise: str) -> None:
+        """Do it on all ranks. Raises Declined on all of them where it fails on one."""
+        failure: Exception | None = None
+        try:
+            do()
+        except Exception as error:
+            if self._governor.ranks == 1 and not isinstance(error, ValueError):
+                raise
+            failure = error
+        told = self._governor.agree("" if failure is None else str(failure) or type(failure).__name__)
+        for rank, problem in enumerate(told):
+            if problem:
+                raise Declined(problem if len(told) == 1 else f"rank {rank}: {problem}; {otherwise}") from failure
+
+    def _check_shared(self) -> None:
+        there = 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            there = torch.distributed.get_world_size()
+        if there > self._governor.ranks:
+            raise Declined(
+                f"this is one of {there} ranks, which would have to go back together, and {self._governor.ranks} of "
+                "them share the run: attach on all of them, or save and load on each"
+            )
 
 
-def _mb(size: int) -> str:
-    return f"{size / _MB:.1f}"
+def _mb(size: int, digits: int = 1) -> str:
+    number = size / _MB
+    return f"{number:.{digits}f}" if number >= 0.1 or not size else f"{number:.{digits + 1}g}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flyball.adapters.groups import names
 from flyball.adapters.standing import plain
 
+#: What DPO and its kin have for a reward: by how much the chosen answer's is above the rejected one's.
+MARGINS = "rewards/margins"
 #: Of the lists that TRL's trainers fill at every step, those that are reported beside the reward.
 METRICS = ("reward_std", "kl", "entropy", "completions/mean_length")
 
@@ -72,7 +75,7 @@ class Watched:
             return {}
         found: dict[str, float] = {}
         for name in ("reward", *METRICS):
-            values = lists.get(name)
+            values = lists.get(MARGINS if name == "reward" and name not in lists else name)
             if not isinstance(values, list):
                 continue
             known, upto = self._read.get(name, (None, 0))
@@ -144,6 +147,18 @@ class StandIn:
         if name in ("scheduler", "_applied"):
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+
+def name_groups(groups: list[dict[str, Any]], kept: Sequence[str] | None) -> None:
+    """Name the two groups that a Trainer makes by itself, for parameters that decay and others that do not. kept: the
+    names that the run was begun with, where that is known, as a run's groups keep their names."""
+    if len(groups) != 2 or names(groups) != ["group0", "group1"]:
+        return
+    decays = [bool(group.get("weight_decay")) for group in groups]
+    if kept is None and decays[0] != decays[1]:
+        kept = ["decay" if one else "no_decay" for one in decays]
+    for group, name in zip(groups, kept or (), strict=False):
+        group["name"] = name
 
 
 def _listen(thing: Any, name: str, hear: Callable[[Any], None]) -> Callable[[], None]:

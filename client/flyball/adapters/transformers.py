@@ -10,9 +10,9 @@ are means over `logging_steps`, and by default leave out NaN.
   was computed, and fetched without waiting. The norm of the gradients before clipping goes with it where the Trainer
   has it on the CPU; asking a device for it would wait.
 - From TRL's trainers (GRPO, RLOO ...) come the reward, `reward_std`, `kl`, `entropy` and the completions' mean length
-  of the step in which they were found out. A trainer that keeps no metrics by step has the reward of its last log
-  reported, one step late. What an evaluation found (`eval_loss` as `val_loss`, all else under its own name) goes with
-  the next step.
+  of the step in which they were found out; from DPO and its kin `rewards/margins` as the reward. A trainer that keeps
+  no metrics by step has the reward of its last log reported, one step late. What an evaluation found (`eval_loss` as
+  `val_loss`, all else under its own name) goes with the next step.
 - `scheduler="neutralise"` (default): the Trainer makes its scheduler all the same, but it never writes; the learning
   rate you gave (not the first value of the warm-up) is the reference. Declare a schedule as `base={"type": "cosine",
   "T_max": ...}`. The scheduler's state in checkpoints stays that of its beginning.
@@ -23,8 +23,12 @@ are means over `logging_steps`, and by default leave out NaN.
 - `learning_rate` in the Trainer's logs (and so in TensorBoard, W&B ...) is what the newest step used: of the first
   group, and `learning_rate/NAME` of each where there are several.
 - Every checkpoint of the Trainer holds the run's token (in trainer_state.json), and `resume_from_checkpoint` goes on
-  from there, as a new attempt whose policy stands as it stood then. Under another run's name it begins as a fork.
-  A training that begins from its start again in the same process (`auto_find_batch_size`) goes back to its start.
+  from there, as a new attempt whose policy stands as it stood then; a token that the service does not know (it was
+  away, or lost something) is imported, unless `on_unknown="refuse"` is given. Under another run's name it begins as a
+  fork. Where `resume` or `fork` is given, that is what the first training does. A training that begins from its start
+  again in the same process (`auto_find_batch_size`) goes back to its start; a second `train()` with the same callback
+  goes on with the run after its newest step.
+- The two groups that a Trainer makes where weight decay is not 0 are called `decay` and `no_decay`.
 - Asked to stop, the Trainer saves (if it saves at all) and stops, and the run stays open to be resumed. Asked for a
   checkpoint or an evaluation it makes one right after the step. That is declined on several ranks, where all would
   have to begin it together. Other directives are for handlers of yours: `callback.governor.on(...)`, once training has
@@ -44,10 +48,11 @@ from transformers.trainer_callback import ExportableState
 
 from flyball import options as known
 from flyball.adapters.beside import at_rest
+from flyball.adapters.callbacks import check, going_on, refusals
 from flyball.adapters.groups import names
 from flyball.adapters.standing import plain
 from flyball.adapters.torch import attach, unwrapped
-from flyball.adapters.trainer import Applied, StandIn, Watched, trainer_of
+from flyball.adapters.trainer import Applied, StandIn, Watched, name_groups, trainer_of
 from flyball.errors import FlyballError
 from flyball.governor import Governor
 from flyball.options import Options
@@ -73,7 +78,7 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         must be given. Raises TypeError or ValueError for a wrong one."""
         if not options and scheduler is None and FlyballCallback._given is not None:
             scheduler, options = FlyballCallback._given
-        known.checked(options)
+        check(options)
         self._scheduler = _agreed(scheduler, options.get("mode"))
         self._options = options
         FlyballCallback._given = self._scheduler, options
@@ -83,9 +88,11 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._watched: Watched | None = None
         self._applied: Applied | None = None
         self._trainer: Any = None
-        self._groups: list[str] = []
-        #: The token of the moment when training began.
+        #: The names of the optimizer's groups; set, too, by a Trainer that makes its callbacks out of a file.
+        self.groups: list[str] = []
+        #: The tokens of the moments when training began, and when it came to its end.
         self._began: Mapping[str, Any] | None = None
+        self._ended: Mapping[str, Any] | None = None
         #: Signals that came after their step was reported: they go with the next one.
         self._late: dict[str, float] = {}
         self._save = self._evaluate = False
@@ -93,10 +100,13 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What a checkpoint of the Trainer keeps: the run's token."""
         steering = self.governor is not None and self._watched is not None
-        return {
-            "args": {},
-            "attributes": {"checkpoint": self.governor.state_dict() if steering and self.governor else None},
-        }
+        token = self.governor.state_dict() if steering and self.governor else None
+        return {"args": {}, "attributes": {"checkpoint": token, "groups": self.groups}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has not trained: it goes on with nothing."""
+        fresh = {"governor": None, "_watched": None, "_applied": None, "_trainer": None, "_began": None, "_ended": None}
+        return {**self.__dict__, **fresh, "_late": {}, "groups": []}
 
     # -- the Trainer's events ------------------------------------------------------------------------
 
@@ -109,15 +119,17 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "use flyball.attach(optimizer, ...) and governor.step(loss) in a loop of your own"
             )
         restarted = self._end("")  # of a training that failed, or that begins anew
-        options = self._resumed(state, self._began if restarted else None)
+        options = self._resumed(state, self._began if restarted else self._ended)
         optimizer = unwrapped(kwargs["optimizer"])
         options["mode"] = "multiplier" if self._scheduler == "multiply" else "absolute"
         if self._scheduler == "neutralise":
             at_rest(optimizer)
             if not state.global_step:
                 _without_warmup(optimizer)
-        governor = self.governor = attach(optimizer, **cast(Any, options))
-        self._trainer, self._groups = trainer, names(optimizer.param_groups)
+        name_groups(optimizer.param_groups, self._known_groups(state))
+        with refusals():
+            governor = self.governor = attach(optimizer, **cast(Any, options))
+        self._trainer, self.groups = trainer, names(optimizer.param_groups)
         self._began = governor.state_dict()
         self._applied, self._watched = Applied(optimizer), Watched(trainer)
         if self._scheduler == "neutralise":
@@ -189,7 +201,7 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         lrs = self._applied.lrs()
         told = {"learning_rate": lrs[0]}
         if len(lrs) > 1:
-            told |= {f"learning_rate/{name}": lr for name, lr in zip(self._groups, lrs, strict=False)}
+            told |= {f"learning_rate/{name}": lr for name, lr in zip(self.groups, lrs, strict=False)}
         logs.update(told)
         # The Trainer's own history holds a copy.
         if state.log_history and "learning_rate" in state.log_history[-1]:
@@ -211,18 +223,26 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return "the Trainer evaluates right after this step"
 
     def _resumed(self, state: Any, again: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The options, with where to go on from. again: the token of a training that begins anew in this process."""
+        """The options, with where to go on from. again: the token of this callback's own training before."""
         options: dict[str, Any] = dict(self._options)
         # At step 0 the state is a new one, whatever it holds.
         token = _token(state, type(self).__name__) if state.global_step else again
-        if token is None:
+        asked = "resume" in options or options.get("fork") is not None
+        if token is None or (asked and self._began is None):  # what was asked for was the first training
             return options
         ours = (options["run"], options.get("project", "default"))
         if (token.get("run"), token.get("project", "default")) == ours:
-            return {**options, "resume": token, "fork": None}
-        if not options.get("resume") and options.get("fork") is None:
-            options["fork"] = token
+            return going_on(options, token)
+        if token.get("attempt") is not None:
+            return {**options, "resume": False, "fork": token}
+        log.warning("flyball: no service knew run %r, which the checkpoint is of: this one begins anew", token["run"])
         return options
+
+    def _known_groups(self, state: Any) -> list[str] | None:
+        """What the groups of the run that a checkpoint is of are called; None where there is no such run."""
+        kept = _kept(state, type(self).__name__) if state.global_step else {}
+        # A checkpoint without names is from before groups got any.
+        return list(kept.get("groups") or ()) if isinstance(kept.get("checkpoint"), dict) else None
 
     def _stand_in(self, trainer: Any, applied: Applied) -> None:
         own = trainer.lr_scheduler
@@ -240,6 +260,7 @@ class FlyballCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             trainer.lr_scheduler = trainer.callback_handler.lr_scheduler = trainer.lr_scheduler.scheduler
         self._watched = self._applied = None
         if self.governor is not None:
+            self._ended = self.governor.state_dict()
             self.governor.close(outcome)
         return True
 
@@ -256,12 +277,17 @@ def _agreed(scheduler: str | None, mode: str | None) -> str:
 
 def _token(state: Any, name: str) -> Mapping[str, Any] | None:
     """The token that a checkpoint's trainer_state.json holds, if it holds one."""
+    return _kept(state, name).get("checkpoint")
+
+
+def _kept(state: Any, name: str) -> Mapping[str, Any]:
+    """What a checkpoint's trainer_state.json holds of the callback that was steering; empty where none was."""
     kept = (state.stateful_callbacks or {}).get(name)
     for one in kept if isinstance(kept, list) else [kept]:
-        token = one.get("attributes", {}).get("checkpoint") if isinstance(one, dict) else None
-        if isinstance(token, dict):
-            return token
-    return None
+        attributes = one.get("attributes", {}) if isinstance(one, dict) else {}
+        if isinstance(attributes.get("checkpoint"), dict):
+            return dict(attributes)
+    return {}
 
 
 def _without_warmup(optimizer: Any) -> None:

@@ -26,6 +26,8 @@ _NO_HOLDERS = (
     dict, list, tuple, set, types.FrameType, types.ModuleType, types.MethodType, types.FunctionType, types.CellType,
     weakref.ref,
 )  # fmt: skip
+#: Libraries whose trainers hold the optimizer and leave its settings to schedulers.
+_TRAINERS = ("transformers", "trl", "accelerate", "lightning", "pytorch_lightning")
 
 
 class Writers:
@@ -80,7 +82,8 @@ class Writers:
                 if _wrote(writer, what, index, value):
                     self._proven = [*self._proven[-7:], weakref.ref(writer)]
                     return _class(writer)
-            guess = f"{UNKNOWN} (perhaps {_class(min(found, key=_rank))})" if found else UNKNOWN
+            likely = [writer for writer in found if _rank(writer) < 3 and not _is_around(writer, self._optimizer)]
+            guess = f"{UNKNOWN} (perhaps {_class(min(likely, key=_rank))})" if likely else UNKNOWN
         self._guesses[what, index] = count, guess
         return guess
 
@@ -138,14 +141,24 @@ def _wrote(writer: Any, what: str, index: int, value: float | None) -> bool:
 
 
 def _rank(holder: Any) -> int:
-    """The smaller, the likelier: a scheduler whose writes cannot be checked, an engine or wrapper, anything else, and
-    a scheduler that says it wrote something else."""
+    """The smaller, the likelier: a scheduler whose writes cannot be checked, an engine, anything else, and a scheduler
+    that says it wrote something else."""
     name, fields = type(holder).__name__, _fields(holder) or {}
     if "_last_lr" in fields:
         return 3
     if name.endswith("LR") or "sched" in name.lower() or hasattr(type(holder), "get_lr"):
         return 0
-    return 1 if _is_optimizer(holder) or hasattr(type(holder), "backward") else 2
+    return 1 if hasattr(type(holder), "backward") else 2
+
+
+def _is_around(holder: Any, optimizer: Any) -> bool:
+    """Whether it is around every optimizer of its library, and writes nothing: a wrapper that only shows the groups and
+    passes steps on (Lightning's has the optimizer's own class), or a library's trainer. An engine also back-propagates.
+    """
+    if hasattr(type(holder), "backward"):
+        return False
+    library = type(holder).__module__.partition(".")[0]
+    return _is_optimizer(holder) or isinstance(holder, type(optimizer)) or (library in _TRAINERS and _rank(holder) == 2)
 
 
 def _is_optimizer(thing: Any) -> bool:

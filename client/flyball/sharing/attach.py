@@ -41,7 +41,11 @@ def share(exchange: Exchange, groups: tuple[Group, ...], one: Options) -> tuple[
     asked = {name: value for name, value in one.items() if name not in _OWN}
     try:
         told = _all(exchange, {"groups": [list(group) for group in groups], "options": asked})
-        _check_alike(told)
+        try:
+            _check_alike(told)
+        except ValueError:
+            exchange.close()
+            raise
         own: tuple[Session, Link] | None = None
         failure: Exception | None = None
         if exchange.rank == 0:
@@ -66,7 +70,7 @@ def share(exchange: Exchange, groups: tuple[Group, ...], one: Options) -> tuple[
 def _all(exchange: Exchange, mine: Any) -> list[Any]:
     """What every rank says."""
     exchange.start(json.dumps(mine, default=repr).encode())
-    return [json.loads(told) for told in exchange.finish()]
+    return [json.loads(told) for told in exchange.finish(None, "all ranks to attach")]
 
 
 def _check_alike(told: list[Any]) -> None:
@@ -129,6 +133,11 @@ class SharedLink:
         """See `Link.restart`."""
         if self._own is not None:
             self._own.restart()
+
+    def abandon(self, within_s: float, then: Callable[[], None]) -> None:
+        """See `Link.abandon`. The other ranks are not told: they may not have let go of theirs yet."""
+        if self._own is not None:
+            self._own.abandon(within_s, then)
 
     def close(self, within_s: float) -> bool:
         """See `Link.close`, and `Shared.leave`."""

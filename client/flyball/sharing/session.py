@@ -4,11 +4,16 @@ Rules of this module
 --------------------
 1. All ranks make the same exchanges in the same order, whatever happens to the service, to rank 0's link or to a loss.
 2. Rank 0's own governor goes by what was agreed, too, and never by what its session knows earlier.
-3. Where an exchange fails (a rank is gone), every setting holds from there on; nothing is raised and nothing waits.
+3. Where an exchange fails (a rank is gone, or was waited for longer than `EXCHANGE_S`), every setting holds on this
+   rank from there on, and on the others from their next exchange on; nothing is raised and nothing waits. What holds
+   may then be one exchange apart between ranks.
+4. A rank that fails begins no exchange, waits for none, and says so in the store of the process group.
 
 Without a lag an exchange is begun every `every` optimizer steps and ended that many steps later, so that it lies beside
-training: what rank 0 says in it holds from its end on. With lag=k every step has one for its losses, and then one, or
-as many as it takes, for the decision: a pause is many short exchanges, and none of them outlives a watchdog.
+training: what rank 0 says in it holds from its end on. A rank that alone skips steps makes its exchanges as if it had
+made them, and goes by a word once its count of steps has come to where the others heard it. With lag=k every step has
+one for its losses, and then one, or as many as it takes, for the decision: a pause is many short exchanges, and none of
+them outlives a watchdog.
 
 Whoever is through with its training (`leave`), goes back to a checkpoint (`common`), or is out of batches before others
 are (`stand_aside`, `resync`) says so in its slot, and goes on exchanging until all ranks say so.
@@ -31,6 +36,7 @@ from flyball import limits
 from flyball.columns import Signals
 from flyball.controls import Control, Controls
 from flyball.decisions import Target
+from flyball.errors import Declined
 from flyball.link import Link
 from flyball.ranks import Broken, Exchange
 from flyball.session import Session
@@ -46,6 +52,16 @@ log = logging.getLogger("flyball")
 
 #: Signals whose values all ranks share; all others are rank 0's own.
 SQUARES = ("local_grad_sq", "mean_grad_sq")
+
+#: What a rank that waits in an exchange waits for, by what it says in it.
+_WAITING_FOR = {
+    STEP: "an exchange with a rank that has not come so far: every rank makes optimizer steps and calls governor.step, "
+    "or closes its governor",
+    DONE: "all ranks to be through: every rank must close its governor",
+    LOAD: "all ranks to go back to a checkpoint: every rank must call load_state_dict",
+    JOINED: "all ranks to leave Join",
+    SYNC: "all ranks to leave Join",
+}
 
 
 class Shared:
@@ -74,8 +90,10 @@ class Shared:
         self._words = Words()
         self._answers = Answers(exchange.ranks)
         self._outcome = ""
-        self._missed = 0
+        self._missed = self._bad_weights = 0
         self._broken = False
+        #: What all ranks gave to the exchange ended last.
+        self._heard: list[bytes] = []
         self._aside: threading.Thread | None = None
         self._pid = os.getpid()
         self._begin()
@@ -88,8 +106,10 @@ class Shared:
         self._step, self._shift = -1, 0
         #: The step before which the next exchange is due; whether one is under way.
         self._point, self._under_way = 0, False
-        self._skips, self._calls, self._all_call = 0, False, False
-        self._rows: deque[tuple[int, float, Signals]] = deque()
+        self._skips, self._calls, self._all_call, self._heard = 0, False, False, 0
+        #: Words heard, and from which step on they hold.
+        self._due: deque[tuple[int, dict[str, Any]]] = deque()
+        self._rows: deque[tuple[int, Any, Signals]] = deque()
         self._used: list[Used] = []
         self._told_used: list[Used] = []
 
@@ -97,7 +117,9 @@ class Shared:
         """Rank 0: its word on the steps from `first` on; None on all others."""
         if self._own is None:
             return None
-        return self._words.compose(self._own[0], first, 1 if self._lockstep else self._exchange.every)
+        session, link = self._own
+        asked = self._answers.to_ask(session, link)
+        return self._words.compose(session, first, 1 if self._lockstep else self._exchange.every, asked)
 
     def hear(self, word: dict[str, Any]) -> None:
         """From this rank's next step on, all ranks go by rank 0's word."""
@@ -114,38 +136,53 @@ class Shared:
         self._step = step = step + self._shift
         if self._own is not None:
             self._own[0].tick(now)
-        if (step < self._point and not self._lockstep) or self._broken or os.getpid() != self._pid:
+        if self._due:
+            self._hear_due(step)
+        position = step + (self._skips if self._counts_skips else 0)
+        if (position < self._point and not self._lockstep) or self._broken or os.getpid() != self._pid:
             return 0
         waited = self._exchange.waited_ns
         try:
             if self._lockstep:
                 self._round(STEP)
             else:
-                self._pass()
+                self._pass(position)
         except Exception as error:
             self._break(error)
         return self._exchange.waited_ns - waited
 
     def skipped(self) -> None:
         """governor.step was called, and no optimizer step was made: another rank may have made one, and wait."""
+        position = self._step + 1 + self._skips
         self._skips += 1
         self._calls = True
-        if self._lockstep and self._all_call and not self._broken and os.getpid() == self._pid:
-            try:
-                self._step += 1
+        due = self._all_call if self._lockstep else self._counts_skips and position >= self._point
+        if not due or self._broken or os.getpid() != self._pid:
+            return
+        try:
+            self._step += 1
+            if self._lockstep:
                 self._round(STEP)
-                self._step -= 1
-            except Exception as error:
-                self._break(error)
+            else:
+                self._pass(position)
+        except Exception as error:
+            self._break(error)
+        finally:
+            self._step -= 1
 
-    def observe(self, step: int, signals: Signals, weight: float | None = 1.0) -> bool:
+    @property
+    def _counts_skips(self) -> bool:
+        """Whether every rank tells of steps that it skips. The first two exchanges begin before it can have told any:
+        until the third it is taken for granted."""
+        return self._all_call or self._heard < 3
+
+    def observe(self, step: int, signals: Signals, weight: Any = 1.0) -> bool:
         """See `Session.observe`."""
         self._calls = True
         step += self._shift
         if self._broken:
             return self._own is not None and self._own[0].observe(step, signals)
-        counts = weight is not None and 0 <= weight < inf
-        self._rows.append((step, weight if counts and weight is not None else 0.0, signals))
+        self._rows.append((step, weight, signals))
         if len(self._rows) > limits.BUFFER_MAX:
             self._rows.popleft()
         return False
@@ -272,6 +309,7 @@ class Shared:
     def status(self, step: int, now: float, **counters: Any) -> Status:
         """See `Session.status`. On other ranks than 0 it tells of the service what rank 0 said last."""
         counters["missed"] += self._missed
+        counters["bad_values"] += self._bad_weights
         said, stop = self._agreed.status, self._agreed.stop
         if self._own is not None:
             status = self._own[0].status(step + self._shift, now, **counters)
@@ -297,6 +335,24 @@ class Shared:
         )
 
     # -- together ------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> int:
+        """See `Session.ranks`."""
+        return self._exchange.ranks
+
+    def agree(self, mine: Any) -> list[Any]:
+        """See `Session.agree`. mine: JSON values. Raises Declined where the ranks cannot exchange anything any more."""
+        try:
+            if self._broken:
+                raise Broken("they broke off before")
+            self._step += 1
+            self._until(LOAD, {LOAD, DONE}, None, says=mine)
+            self._step -= 1
+            return [unpack(data).more.get("says") for data in self._heard]
+        except Exception as error:
+            self._break(error)
+            raise Declined(f"the ranks exchange nothing any more: {error}") from error
 
     def common(self, token: Mapping[str, Any]) -> Mapping[str, Any]:
         """Rank 0's checkpoint token, on every rank; all of them ask at once."""
@@ -325,14 +381,21 @@ class Shared:
     def leave(self, within_s: float) -> None:
         """This rank is through: go on exchanging until all are, so that no other rank waits for this one in vain.
 
-        A rank that ends for any other reason than that it has finished waits `within_s` at most.
+        A rank that leaves the run open waits `within_s` at most, and one that failed not at all.
         """
+        if os.getpid() == self._pid and self._outcome == "failed":
+            self._exchange.tell_failed()
+            self._abandon()
+        elif os.getpid() == self._pid and self._broken and self._outcome == "finished" and self._exchange.failed():
+            self._outcome = "failed"
         if not self._broken and os.getpid() == self._pid:
             try:
                 self._step += 1
                 self._until(DONE, {DONE}, None if self._outcome == "finished" else within_s, outcome=self._outcome)
             except Exception as error:
                 self._break(error)
+                if self._outcome == "finished" and self._exchange.failed():
+                    self._outcome = "failed"
             self._broken = True
         if self._own is not None:
             self._own[0].end(self._outcome)
@@ -375,24 +438,26 @@ class Shared:
                 heads, first = self._round(tag, left, **more)
             else:
                 if self._under_way:
-                    self._hear(self._finish(left))
+                    self._hear(self._finish(left, tag))
                     self._point += self._exchange.every
                 self._give(tag, self._point, **more)
-                heads, first = self._hear(self._finish(left))
+                heads, first = self._hear(self._finish(left, tag))
                 self._point += self._exchange.every
+            self._hear_due(None)
             if all(head.tag in tags for head in heads):
                 self._point = 0  # whoever trains on begins with the next step
                 return heads, first
 
     # -- exchanges -----------------------------------------------------------------------------------
 
-    def _pass(self) -> None:
-        """The point where one exchange ends and the next one begins."""
+    def _pass(self, position: int) -> None:
+        """The point where one exchange ends and the next one begins. position: this rank's count of steps, with those
+        that it skipped and another rank may have made."""
         every = self._exchange.every
         if not self._under_way:
-            self._point = self._step
-            self._give(STEP, self._step)
-        self._hear(self._finish(None))
+            self._point = position
+            self._give(STEP, position)
+        self._hear(self._finish(self._exchange.patience_s, STEP))
         self._point += every
         self._give(STEP, self._point)
 
@@ -400,13 +465,15 @@ class Shared:
         """Lockstep: the losses of the step before, and then the decision for this one."""
         self._settle()
         self._give(tag, None, **more)
-        heads, first = self._hear(self._finish(within_s))
+        if tag == STEP:
+            within_s = self._exchange.patience_s
+        heads, first = self._hear(self._finish(within_s, tag))
         training = [head.step for head in heads if head.tag == STEP]
         waited = 0
         while training:
             word = self._decided(max(training), waited) if self._own is not None else {}
             self._start(Slot(heads[self._exchange.rank], (), word))
-            word = dict(unpack(self._finish(within_s)[0]).more)
+            word = dict(unpack(self._finish(within_s, STEP)[0]).more)
             if "word" in word:
                 self.hear(word["word"])
                 break
@@ -438,7 +505,7 @@ class Shared:
     def _settle(self) -> None:
         """Lockstep: a loss that is still on its device is waited for, within the budget."""
         left = limits.PAUSE_S if self._wait_s is None else self._wait_s
-        while left > 0 and any(not _is_ready(row[2]) for row in self._rows):
+        while left > 0 and any(not _is_ready(row) for row in self._rows):
             self._exchange.timed(lambda: self._exchange.pause(limits.SETTLE_S))
             left -= limits.SETTLE_S
 
@@ -451,6 +518,8 @@ class Shared:
             more["receipts"] = [[one.step, one.settings, one.conflict, one.wanted_lr] for one in self._told_used]
         if answers := self._answers.to_tell():
             more["answers"] = answers
+        if handles := self.directives.to_tell():
+            more["handles"] = handles
         if first is not None and (word := self.word(first)) is not None:
             more["word"] = word
         self._start(Slot(Head(tag, through, self._step, self._skips, self._calls), rows, more))
@@ -459,8 +528,8 @@ class Shared:
         self._exchange.start(pack(slot))
         self._under_way = True
 
-    def _finish(self, within_s: float | None) -> list[bytes]:
-        told = list(self._exchange.finish(within_s))
+    def _finish(self, within_s: float | None, tag: int) -> list[bytes]:
+        told = list(self._exchange.finish(within_s, _WAITING_FOR.get(tag, "")))
         self._under_way = False
         return told
 
@@ -469,9 +538,10 @@ class Shared:
         rows: list[Row] = []
         while self._rows and len(rows) < limits.BATCH_MAX:
             step, weight, signals = self._rows[0]
-            if not _is_ready(signals):
+            if not _is_ready(self._rows[0]):
                 return tuple(rows), step - 1
             self._rows.popleft()
+            weight = self._weight(weight)
             loss, reward, grad_norm, others = signals
             others = others or {}
             rows.append(Row(step, weight, *(_value(v) for v in (loss, reward, grad_norm, *map(others.get, SQUARES)))))
@@ -483,10 +553,13 @@ class Shared:
     def _hear(self, told: list[bytes]) -> tuple[list[Head], Slot]:
         """End an exchange: what all ranks said."""
         heads, first = [head_of(data) for data in told], unpack(told[0])
+        self._heard = told
         self._all_call = all(head.calls for head in heads)
+        self._heard += 1
         self._catch_up(heads)
         if "word" in first.more:
-            self.hear(first.more["word"])
+            self._due.append((self._step if self._lockstep else self._point, first.more["word"]))
+            self._hear_due(self._step)
         if self._own is not None:
             slots = [first, *map(unpack, told[1:])]
             for rank, slot in enumerate(slots):
@@ -499,13 +572,27 @@ class Shared:
         return heads, first
 
     def _catch_up(self, heads: list[Head]) -> None:
-        """A rank that alone skipped a step counts on with the others: settings belong to the numbers of steps."""
+        """A rank that alone skipped a step counts on with the others: settings belong to the numbers of steps. A step
+        that all skipped is none, and forgotten."""
         mine = heads[self._exchange.rank]
         training = [head.skips for head in heads if head.calls and head.tag == STEP]
-        if mine.calls and mine.tag == STEP and (behind := mine.skips - min(training)) > 0:
+        if not training:
+            return
+        together = min(training)
+        if mine.calls and mine.tag == STEP:
+            behind = mine.skips - together
             self._shift += behind
             self._step += behind
             self._skips -= behind
+        if self._all_call and not self._lockstep:
+            self._point -= together
+            if mine.tag == STEP:
+                self._skips -= together
+
+    def _hear_due(self, step: int | None) -> None:
+        """Go by the words that hold from this step on; None: by all."""
+        while self._due and (step is None or self._due[0][0] <= step):
+            self.hear(self._due.popleft()[1])
 
     def _tell(self, session: Session, link: Link) -> None:
         """Rank 0: to the service, what all ranks have told."""
@@ -527,12 +614,18 @@ class Shared:
         """Nothing can be agreed on any more: what holds goes on holding."""
         if self._broken:
             return
-        self._broken = True
         reason = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
         log.warning(
             "flyball: rank %d: the ranks exchange nothing any more, and all settings hold (%.400s)",
             self._exchange.rank, reason,
         )  # fmt: skip
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Rank 0 tells the service what it has seen and used itself."""
+        if self._broken:
+            return
+        self._broken = True
         if self._own is None:
             self._rows.clear()
             return
@@ -542,9 +635,22 @@ class Shared:
             step, _, signals = self._rows.popleft()
             self._own[0].observe(step, signals)
 
+    def _weight(self, weight: Any) -> float:
+        """What has arrived; 0 where it is no weight, so that this rank has no part in the mean."""
+        if isinstance(weight, float):  # its reader has said so already where it is none
+            return weight if 0 <= weight < inf else 0.0
+        arrived = _value(weight)
+        if arrived is not None and 0 <= arrived < inf:
+            return arrived
+        self._bad_weights += 1
+        if self._bad_weights == 1:
+            log.warning("flyball: weight is %s: a rank has no part in the mean of such a step", arrived)
+        return 0.0
 
-def _is_ready(signals: Signals) -> bool:
-    values: tuple[Any, ...] = (*signals[:3], *(signals[3] or {}).values())
+
+def _is_ready(row: tuple[int, Any, Signals]) -> bool:
+    _, weight, signals = row
+    values: tuple[Any, ...] = (weight, *signals[:3], *(signals[3] or {}).values())
     return all(value is None or isinstance(value, float) or value.ready() for value in values)
 
 

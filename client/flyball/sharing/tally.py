@@ -96,6 +96,7 @@ class Tally:
     def _used(self, step: int, rows: list[Row | None]) -> tuple[tuple[Used, int, int], ...]:
         """What rank 0's receipts say from here on, each with on how many ranks that was so, of how many."""
         own: list[Used] = []
+        reported: list[tuple[int, str]] = []
         moved = False
         for rank, receipts in enumerate(self._receipts):
             while receipts and receipts[0].step <= step:
@@ -103,6 +104,8 @@ class Tally:
                 moved = True
                 if rank == 0:
                     own.append(newest)
+                elif newest.conflict:
+                    reported.append((rank, newest.conflict))
         first = self._in_force[0]
         if not moved or first is None:
             return ()
@@ -110,7 +113,9 @@ class Tally:
             own = [first._replace(step=step, conflict="", confirms=0)]
         here = [rank for rank in range(len(rows)) if not self._gone[rank] or rows[rank] is not None]
         agreeing, conflict = self._agreeing(first, here)
-        last = own[-1]._replace(conflict="; ".join(filter(None, (own[-1].conflict, conflict))))
+        # What was overwritten in time was used on that rank all the same, and is told as well.
+        told = (own[-1].conflict, conflict, *(f"rank {rank}: {one}" for rank, one in reported if one not in conflict))
+        last = own[-1]._replace(conflict="; ".join(filter(None, told))[: limits.CONFLICT_CHARS])
         return (*((one, agreeing, len(here)) for one in own[:-1]), (last, agreeing, len(here)))
 
     def _agreeing(self, first: Used, here: list[int]) -> tuple[int, str]:

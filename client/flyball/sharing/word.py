@@ -20,8 +20,9 @@ class Words:
     def __init__(self) -> None:
         self._said: dict[str, Any] = {}
 
-    def compose(self, session: Session, first: int, count: int) -> dict[str, Any]:
-        """The word on the steps from `first` on, `count` of them; the last settings hold until the next word."""
+    def compose(self, session: Session, first: int, count: int, asked: list[list[Any]]) -> dict[str, Any]:
+        """The word on the steps from `first` on, `count` of them; the last settings hold until the next word. asked:
+        the directives that all ranks are asked for."""
         seed, offset = session.origin
         attach, advice = session.attach, session.newest
         word: dict[str, Any] = {
@@ -54,9 +55,6 @@ class Words:
         confirm = session.to_confirm(first)
         if confirm:
             changed["confirm"] = [first, confirm]
-        asked = []
-        while (directive := session.directive()) is not None:
-            asked.append([directive.id, directive.kind, dict(directive.args)])
         if asked:
             changed["asked"] = asked
         return changed

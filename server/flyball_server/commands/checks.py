@@ -165,7 +165,8 @@ def _override(fields: Mapping[str, Any], around: Around) -> dict[str, Any]:
         _check_momentum(name, number, [names[one] for one in groups] or spec.groups)
     if spec.mode == "multiplier" and setting == "lr" and value is not None:
         raise Invalid(
-            "value: the run is in multiplier mode, where a scheduler of its own sets the learning rate: give a factor"
+            "value: the run is in multiplier mode, where a scheduler of its own sets the learning rate: give a factor "
+            "(factor=0.5, or lr=0.5 --factor on the command line)"
         )
     forced = _forced(
         fields.get("force"), value if setting == "lr" else None, [names[one] for one in groups] or spec.groups
