@@ -201,7 +201,8 @@ def test_after_going_back_to_a_checkpoint_the_curve_begins_anew_there(service):
     assert joined(line, 50) == first + again
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+# JAX says so at every fork of a process that another test loaded it into.
+@pytest.mark.filterwarnings("ignore:os.fork\\(\\) was called:RuntimeWarning")
 def test_a_forked_child_shows_nothing(service, tmp_path: Path):
     class File(Recorder):
         def settings(self, step, at, values):

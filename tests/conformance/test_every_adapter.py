@@ -112,7 +112,7 @@ def test_a_service_that_is_killed_in_mid_training_holds_the_settings(loop: Any, 
     server = Server(tmp_path).start()
     trace = losses(STEPS)
     try:
-        given = options(server.url("http"), lag=0, close_s=0.2)
+        given = options(server.url("http"), lag=0, wait_s=2.0, close_s=0.2)
         trained = loop.train(trace, given, before=lambda i: server.kill() if i == DIES_AT else None)
     finally:
         server.end()

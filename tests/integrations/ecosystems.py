@@ -17,7 +17,8 @@ BASE = ("torch", "psutil", "pytest", "pytest-timeout", "scikit-learn")
 
 class Ecosystem(NamedTuple):
     """adapters: loops of the conformance suite. tests: further test files. Each entry of `under` is a run of the
-    conformance suite of its own, under those environment variables; the further tests are run with the first."""
+    conformance suite of its own, under those environment variables; the further tests are run with the first,
+    and only on the newest versions where there is an adapter."""
 
     name: str
     adapters: tuple[str, ...] = ()
