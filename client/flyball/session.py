@@ -332,7 +332,8 @@ class Session:
             self._acknowledge(through, message.receipts_through)
             self.controls.told(report.controls)
             self.controls.adopt(message.controls)
-            self.directives.take(message.directives, self._stepped + self._offset)
+            if not self._ended:  # behind the end nothing is asked any more, and no answer would be taken
+                self.directives.take(message.directives, self._stepped + self._offset)
             self._notices.take((*message.notices, *self.directives.lines))
             self._confirms.ask(message.confirm, message.through, bool(report.steps))
         self._advice = message

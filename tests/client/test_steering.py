@@ -417,3 +417,11 @@ def test_a_service_that_knows_none_of_this_is_told_none_of_it():
     assert told["controls"] == [{"name": "a", "value": 1.0, "min": 0.0, "max": 2.0}]
     assert told["receipts"][0]["wanted_lr"] == [0.1, "NaN"]
     assert told["receipts"][0]["controls"] == {"a": 1.0}
+
+
+def test_what_is_asked_with_the_answer_to_the_end_is_not_asked_any_more():
+    job = Job()
+    job.session.end("finished")
+    job.send()
+    job.session.on_advice(advice(-1, directives=asks("checkpoint")), job.now)
+    assert job.session.drained, "an answer would be refused: the run has ended"
