@@ -6,6 +6,7 @@ schedule moves the learning rates at every step while the service is away, and t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import pytest
 from tests.e2e.processes import free_port
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 SCRIPT = """
 import json, sys
