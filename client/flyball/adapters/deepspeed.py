@@ -88,10 +88,10 @@ class _Engine:
             try:
                 done = step(*args, **kwargs)
             except BaseException:
-                self._groups.detach()
+                governor.abandon_step()
                 raise
             if getattr(wrapper, "overflow", False):
-                self._groups.detach()  # what multiplies must not outlast a step that was skipped
+                governor.abandon_step()
             else:
                 governor.after_step()
             return done
